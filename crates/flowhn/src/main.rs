@@ -1,0 +1,2 @@
+//! The `flowhn` command line.
+fn main() {}
