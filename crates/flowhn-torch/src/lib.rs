@@ -1,1 +1,47 @@
-//! x
+//! What libtorch has and `tch` does not reach: custom autograd functions written in Rust, any operator by name,
+//! streams, events, CUDA graphs, memory statistics, global flags, and safe access to the elements of CPU tensors.
+//!
+//! This is the only crate of FlowHN with `unsafe`, FFI and C++. No C++ exception, no Rust panic and no CUDA error leaves it
+//! as anything but an [`Error`].
+#![deny(missing_docs)]
+
+pub mod check;
+pub mod cpu;
+mod error;
+mod ffi;
+mod flag;
+mod function;
+#[cfg(flowhn_cuda)]
+mod graph;
+mod mapped;
+mod memory;
+pub mod op;
+mod stream;
+#[cfg(feature = "testing")]
+pub mod testing;
+
+pub use error::{Error, Result, catch};
+pub use flag::Flag;
+pub use function::{BackwardCtx, ForwardCtx, Function, apply};
+#[cfg(flowhn_cuda)]
+pub use graph::{CaptureMode, Graph, GraphPool};
+pub use mapped::MappedFile;
+pub use memory::{DeviceProperties, MemoryStats};
+pub use stream::{Event, Priority, Stream, StreamGuard, record_stream};
+
+/// Folder of the libtorch that this process runs on.
+///
+/// # Errors
+/// [`Error::Torch`] where the dynamic linker cannot place libc10.
+pub fn torch_lib_dir() -> Result<std::path::PathBuf> {
+    let mut out = std::ptr::null_mut();
+    // SAFETY: on status 0 the shim wrote a malloc'ed C string, which `take_string` frees.
+    let text = unsafe {
+        ffi::status(ffi::flowhn_torch_lib_dir(&mut out))?;
+        ffi::take_string(out)
+    };
+    Ok(text.into())
+}
+
+/// Whether this build can use CUDA: libtorch_cuda and the CUDA headers were there when it was compiled.
+pub const BUILT_WITH_CUDA: bool = cfg!(flowhn_cuda);

@@ -1,0 +1,2 @@
+// Host code includes this header but needs nothing of it.
+#pragma once

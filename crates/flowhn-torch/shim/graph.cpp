@@ -1,0 +1,42 @@
+// CUDA graphs. Needs the CUDA headers and libtorch_cuda; compiled only where both are there.
+#include "shim.h"
+
+#include <ATen/cuda/CUDAContext.h>
+#include <ATen/cuda/CUDAGraph.h>
+
+#include <cstring>
+
+using at::cuda::CUDAGraph;
+
+extern "C" int flowhn_graph_new(CUDAGraph** out) { FLOWHN_TRY(*out = new CUDAGraph()); }
+extern "C" void flowhn_graph_free(CUDAGraph* graph) {
+  try {
+    delete graph;
+  } catch (...) {
+  }
+}
+// Pool (0, 0) asks for a private memory pool. Modes: 0 global, 1 thread-local, 2 relaxed.
+extern "C" int flowhn_graph_begin(CUDAGraph* graph, uint64_t pool_a, uint64_t pool_b, int mode) {
+  FLOWHN_TRY(graph->capture_begin({pool_a, pool_b}, static_cast<cudaStreamCaptureMode>(mode)));
+}
+extern "C" int flowhn_graph_end(CUDAGraph* graph) { FLOWHN_TRY(graph->capture_end()); }
+extern "C" int flowhn_graph_replay(CUDAGraph* graph) { FLOWHN_TRY(graph->replay()); }
+extern "C" int flowhn_graph_pool(CUDAGraph* graph, uint64_t* a, uint64_t* b) {
+  FLOWHN_TRY({
+    auto pool = graph->pool();
+    *a = pool.first;
+    *b = pool.second;
+  });
+}
+
+extern "C" int flowhn_cuda_properties(int index, char* name, size_t capacity, int64_t* n_multiprocessors,
+                                      int64_t* compute_capability, int64_t* total_bytes, int64_t* shared_bytes) {
+  FLOWHN_TRY({
+    const auto* properties = at::cuda::getDeviceProperties(static_cast<c10::DeviceIndex>(index));
+    strncpy(name, properties->name, capacity - 1);
+    *n_multiprocessors = properties->multiProcessorCount;
+    *compute_capability = properties->major * 10 + properties->minor;
+    *total_bytes = static_cast<int64_t>(properties->totalGlobalMem);
+    *shared_bytes = static_cast<int64_t>(properties->sharedMemPerBlockOptin);
+  });
+}

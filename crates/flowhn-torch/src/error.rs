@@ -1,0 +1,149 @@
+//! The error of every tensor crate, and the guard that turns panics of plain `tch` calls into it.
+
+use std::any::Any;
+use std::cell::Cell;
+use std::panic::{self, AssertUnwindSafe};
+use std::path::PathBuf;
+use std::sync::Once;
+
+use tch::{Device, Kind, TchError};
+
+/// Result of a tensor operation.
+pub type Result<T> = std::result::Result<T, Error>;
+
+/// What can go wrong in a tensor operation; each variant says what was wanted and what came.
+#[derive(Debug, thiserror::Error)]
+#[non_exhaustive]
+pub enum Error {
+    /// An argument has the wrong shape.
+    #[error("{op}: {arg} has shape {got:?}, expected {want}")]
+    Shape {
+        /// The operation that was called.
+        op: &'static str,
+        /// The argument at fault.
+        arg: &'static str,
+        /// Its shape.
+        got: Vec<i64>,
+        /// The shape it should have.
+        want: String,
+    },
+    /// An argument has the wrong element type.
+    #[error("{op}: {arg} is {got:?}, expected {want}")]
+    Dtype {
+        /// The operation that was called.
+        op: &'static str,
+        /// The argument at fault.
+        arg: &'static str,
+        /// Its element type.
+        got: Kind,
+        /// The element type it should have.
+        want: String,
+    },
+    /// An argument lives on the wrong device.
+    #[error("{op}: {arg} is on {got:?}, expected {want}")]
+    Device {
+        /// The operation that was called.
+        op: &'static str,
+        /// The argument at fault.
+        arg: &'static str,
+        /// Its device.
+        got: Device,
+        /// The device it should be on.
+        want: String,
+    },
+    /// An argument breaks a rule that is not about shape, dtype or device.
+    #[error("{op}: {message}")]
+    Invalid {
+        /// The operation that was called.
+        op: &'static str,
+        /// The rule and what came instead.
+        message: String,
+    },
+    /// libtorch reported an error.
+    #[error("libtorch: {0}")]
+    Torch(String),
+    /// Rust code panicked inside a guarded region or an autograd callback.
+    #[error("panic: {0}")]
+    Panic(String),
+    /// A file could not be opened or mapped.
+    #[error("{path}: {source}", path = path.display())]
+    Io {
+        /// The file.
+        path: PathBuf,
+        /// What the system said.
+        source: std::io::Error,
+    },
+}
+
+impl Error {
+    /// An [`Error::Invalid`] of operation `op`.
+    pub fn invalid(op: &'static str, message: impl Into<String>) -> Self {
+        Self::Invalid { op, message: message.into() }
+    }
+}
+
+impl From<TchError> for Error {
+    fn from(error: TchError) -> Self {
+        match error {
+            TchError::Torch(message) => Self::Torch(without_backtrace(&message).to_owned()),
+            other => Self::Torch(other.to_string()),
+        }
+    }
+}
+
+thread_local! {
+    /// How many [`catch`] regions this thread is in.
+    static CATCH_DEPTH: Cell<usize> = const { Cell::new(0) };
+}
+
+/// Runs `f`; a panic inside it, such as that of a plain `tch` call, comes back as an [`Error`] and prints nothing.
+///
+/// ```
+/// use tch::Tensor;
+/// let sum = flowhn_torch::catch(|| Ok(Tensor::from_slice(&[1f32, 2.]) + Tensor::from_slice(&[1f32, 2., 3.])));
+/// assert!(sum.unwrap_err().to_string().contains("must match"));
+/// ```
+///
+/// # Errors
+/// Those of `f`; [`Error::Torch`] for a panic of `tch`, [`Error::Panic`] for any other.
+pub fn catch<T>(f: impl FnOnce() -> Result<T>) -> Result<T> {
+    silence_caught_panics();
+    CATCH_DEPTH.with(|depth| depth.set(depth.get() + 1));
+    let outcome = panic::catch_unwind(AssertUnwindSafe(f));
+    CATCH_DEPTH.with(|depth| depth.set(depth.get() - 1));
+    outcome.unwrap_or_else(|payload| Err(from_panic(payload.as_ref())))
+}
+
+/// Puts a panic hook in front of the current one that stays silent inside [`catch`]; elsewhere the old hook speaks.
+fn silence_caught_panics() {
+    static INSTALL: Once = Once::new();
+    INSTALL.call_once(|| {
+        let previous = panic::take_hook();
+        panic::set_hook(Box::new(move |info| {
+            if CATCH_DEPTH.with(Cell::get) == 0 {
+                previous(info);
+            }
+        }));
+    });
+}
+
+fn from_panic(payload: &(dyn Any + Send)) -> Error {
+    let text = payload
+        .downcast_ref::<String>()
+        .map(String::as_str)
+        .or_else(|| payload.downcast_ref::<&str>().copied())
+        .unwrap_or("a panic without a message");
+    // `tch` unwraps a `TchError::Torch`; its debug form is what the panic carries.
+    match text.split_once("value: Torch(") {
+        Some((_, message)) => {
+            let message = message.trim_end_matches(')').trim_matches('"').replace("\\n", "\n").replace("\\\"", "\"");
+            Error::Torch(without_backtrace(&message).to_owned())
+        }
+        None => Error::Panic(text.to_owned()),
+    }
+}
+
+/// libtorch appends where the C++ exception was raised; users of the message want the sentence before it.
+fn without_backtrace(message: &str) -> &str {
+    message.split("\nException raised from").next().unwrap_or(message).trim_end()
+}

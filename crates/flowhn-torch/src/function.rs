@@ -1,0 +1,226 @@
+//! Custom autograd functions in Rust: a forward that libtorch does not record and a backward that it calls.
+
+use std::ffi::{CString, c_char, c_int, c_void};
+use std::panic::{self, AssertUnwindSafe};
+
+use tch::Tensor;
+use torch_sys::C_tensor;
+
+use crate::ffi::{self, FunctionTable};
+use crate::{Error, Result, catch};
+
+/// A differentiable operation whose derivative is written by hand.
+///
+/// The value itself is kept until the graph is released, so anything the backward needs besides tensors (sizes, flags)
+/// can be a field. Tensors belong into [`ForwardCtx::save`]: saved that way, an in-place edit between forward and backward is
+/// noticed and no reference cycle keeps the graph alive.
+///
+/// CPU callbacks run on the thread that calls `backward`; CUDA ones on libtorch's device thread with the forward's stream
+/// current, hence `Send`.
+///
+/// ```
+/// use flowhn_torch::{BackwardCtx, ForwardCtx, Function, Result, apply};
+/// use tch::{Kind, Tensor};
+///
+/// struct Square;
+/// impl Function for Square {
+///     const NAME: &'static str = "square";
+///     fn forward(&mut self, ctx: &mut ForwardCtx, inputs: &[&Tensor]) -> Result<Vec<Tensor>> {
+///         ctx.save(inputs[0]);
+///         Ok(vec![inputs[0] * inputs[0]])
+///     }
+///     fn backward(&self, ctx: &BackwardCtx, grads: &[Tensor]) -> Result<Vec<Option<Tensor>>> {
+///         Ok(vec![Some(&ctx.saved()[0] * &grads[0] * 2.)])
+///     }
+/// }
+///
+/// let x = Tensor::from_slice(&[3f32]).set_requires_grad(true);
+/// let y = apply(Square, &[&x])?.remove(0);
+/// y.sum(Kind::Float).backward();
+/// assert_eq!(x.grad().double_value(&[0]), 6.);
+/// # Ok::<(), flowhn_torch::Error>(())
+/// ```
+pub trait Function: Send + 'static {
+    /// The name that autograd and error messages use.
+    const NAME: &'static str;
+
+    /// Computes the outputs with gradient recording off.
+    ///
+    /// # Errors
+    /// Whatever the operation reports; [`apply`] returns it unchanged.
+    fn forward(&mut self, ctx: &mut ForwardCtx, inputs: &[&Tensor]) -> Result<Vec<Tensor>>;
+
+    /// Computes one gradient per input, in order; `None` stands for zero. `grads` has one tensor per output,
+    /// zeros where nothing flowed back. Gradients that [`BackwardCtx::needs_grad`] denies are thrown away.
+    ///
+    /// # Errors
+    /// Whatever the operation reports; it surfaces from `backward` with the function's name.
+    fn backward(&self, ctx: &BackwardCtx, grads: &[Tensor]) -> Result<Vec<Option<Tensor>>>;
+}
+
+/// What a forward may tell autograd.
+#[derive(Debug)]
+pub struct ForwardCtx {
+    recorded: bool,
+    needs_grad: Vec<bool>,
+    saved: Vec<Tensor>,
+    non_differentiable: Vec<usize>,
+}
+
+impl ForwardCtx {
+    /// Keeps an input, an output or an intermediate tensor for the backward.
+    pub fn save(&mut self, tensor: &Tensor) {
+        self.saved.push(tensor.shallow_clone());
+    }
+
+    /// Declares that output `output_idx` has no gradient, as integer outputs and detached states do.
+    pub fn mark_non_differentiable(&mut self, output_idx: usize) {
+        self.non_differentiable.push(output_idx);
+    }
+
+    /// Whether a backward may follow at all; if not, nothing needs saving.
+    pub fn is_recorded(&self) -> bool {
+        self.recorded
+    }
+
+    /// Whether input `input_idx` requires a gradient in a recorded graph.
+    pub fn needs_grad(&self, input_idx: usize) -> bool {
+        self.recorded && self.needs_grad[input_idx]
+    }
+}
+
+/// What a backward may ask autograd.
+#[derive(Debug)]
+pub struct BackwardCtx {
+    saved: Vec<Tensor>,
+    needs_grad: Vec<bool>,
+}
+
+impl BackwardCtx {
+    /// The saved tensors, in the order of [`ForwardCtx::save`].
+    pub fn saved(&self) -> &[Tensor] {
+        &self.saved
+    }
+
+    /// Whether the gradient of input `input_idx` is wanted.
+    pub fn needs_grad(&self, input_idx: usize) -> bool {
+        self.needs_grad[input_idx]
+    }
+}
+
+/// Runs a function and, where an input requires a gradient, puts it on the autograd tape.
+///
+/// # Errors
+/// Those of the forward; [`Error::Panic`] or [`Error::Torch`] if it panics; [`Error::Torch`] if libtorch refuses the node.
+pub fn apply<F: Function>(mut function: F, inputs: &[&Tensor]) -> Result<Vec<Tensor>> {
+    let input_ptrs: Vec<*const C_tensor> = inputs.iter().map(|t| t.as_ptr()).collect();
+    // SAFETY: the pointers belong to `inputs`, which outlive the call.
+    let recorded = unsafe { ffi::flowhn_function_is_recorded(input_ptrs.as_ptr(), input_ptrs.len()) } != 0;
+    let mut ctx = ForwardCtx {
+        recorded,
+        needs_grad: inputs.iter().map(|t| t.requires_grad()).collect(),
+        saved: Vec::new(),
+        non_differentiable: Vec::new(),
+    };
+    let outputs = catch(|| tch::no_grad(|| function.forward(&mut ctx, inputs)))?;
+    if !recorded {
+        return Ok(outputs);
+    }
+
+    let mut non_differentiable = vec![0u8; outputs.len()];
+    for &idx in &ctx.non_differentiable {
+        *non_differentiable.get_mut(idx).ok_or_else(|| {
+            Error::invalid(F::NAME, format!("output {idx} was marked, but there are {} outputs", outputs.len()))
+        })? = 1;
+    }
+    let name = CString::new(F::NAME).map_err(|_| Error::invalid("apply", "a function's name contains a NUL byte"))?;
+    let output_ptrs: Vec<*const C_tensor> = outputs.iter().map(|t| t.as_ptr()).collect();
+    let saved_ptrs: Vec<*const C_tensor> = ctx.saved.iter().map(|t| t.as_ptr()).collect();
+    let mut result = vec![std::ptr::null_mut(); outputs.len()];
+    let table = FunctionTable { backward: backward_callback::<F>, drop: drop_callback::<F> };
+    let data = Box::into_raw(Box::new(function)).cast::<c_void>();
+    // SAFETY: every pointer refers to a vector that outlives the call, with the length given beside it. The node takes
+    // ownership of `data`, also on failure, and frees it through `drop_callback::<F>`, which knows its type.
+    // On success each entry of `result` is a heap tensor that nobody else owns.
+    unsafe {
+        ffi::status(ffi::flowhn_function_attach(
+            name.as_ptr(),
+            input_ptrs.as_ptr(),
+            input_ptrs.len(),
+            output_ptrs.as_ptr(),
+            output_ptrs.len(),
+            non_differentiable.as_ptr(),
+            saved_ptrs.as_ptr(),
+            saved_ptrs.len(),
+            table,
+            data,
+            result.as_mut_ptr(),
+        ))?;
+        Ok(result.into_iter().map(|tensor| Tensor::from_ptr(tensor)).collect())
+    }
+}
+
+/// Frees the function of a node.
+///
+/// # Safety
+/// `data` came from `Box::<F>::into_raw` in [`apply`] and is not used afterwards.
+unsafe extern "C" fn drop_callback<F: Function>(data: *mut c_void) {
+    // SAFETY: by the contract above.
+    let function = unsafe { Box::from_raw(data.cast::<F>()) };
+    // A destructor that panics must not unwind into C++; there is nobody left to tell.
+    let _ = panic::catch_unwind(AssertUnwindSafe(|| drop(function)));
+}
+
+/// Runs the backward of a node and reports failure as a malloc'ed message.
+///
+/// # Safety
+/// `data` points to a live `F` that no other thread uses (the node holds its mutex); each array has the length given
+/// beside it and holds live tensors; `out` has `n_out` null entries.
+unsafe extern "C" fn backward_callback<F: Function>(
+    data: *mut c_void,
+    saved: *mut *mut C_tensor,
+    n_saved: usize,
+    grads: *mut *mut C_tensor,
+    n_grads: usize,
+    needs_grad: *const u8,
+    out: *mut *mut C_tensor,
+    n_out: usize,
+    error: *mut *mut c_char,
+) -> c_int {
+    let outcome = catch(|| {
+        // SAFETY: by the contract above. `clone_from_ptr` makes handles of our own, so C++ keeps its tensors.
+        let (function, ctx, grads) = unsafe {
+            let handles = |tensors: *mut *mut C_tensor, n: usize| -> Vec<Tensor> {
+                (0..n).map(|i| Tensor::clone_from_ptr(*tensors.add(i))).collect()
+            };
+            let ctx = BackwardCtx {
+                saved: handles(saved, n_saved),
+                needs_grad: (0..n_out).map(|i| *needs_grad.add(i) != 0).collect(),
+            };
+            (&*data.cast::<F>(), ctx, handles(grads, n_grads))
+        };
+        let gradients = tch::no_grad(|| function.backward(&ctx, &grads))?;
+        if gradients.len() != n_out {
+            let message = format!("backward returned {} gradients for {n_out} inputs", gradients.len());
+            return Err(Error::invalid(F::NAME, message));
+        }
+        for (i, gradient) in gradients.into_iter().enumerate() {
+            if let Some(mut gradient) = gradient {
+                let tensor = gradient.as_mut_ptr();
+                std::mem::forget(gradient);
+                // SAFETY: `out` has `n_out` entries; the node takes the tensor over.
+                unsafe { *out.add(i) = tensor };
+            }
+        }
+        Ok(())
+    });
+    match outcome {
+        Ok(()) => 0,
+        Err(cause) => {
+            let message = CString::new(cause.to_string().replace('\0', " ")).unwrap_or_default();
+            // SAFETY: `error` is a valid place for one pointer; the node frees what `strdup` allocates.
+            unsafe { *error = libc::strdup(message.as_ptr()) };
+            1
+        }
+    }
+}

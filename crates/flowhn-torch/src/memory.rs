@@ -1,0 +1,129 @@
+//! What a CUDA device has, and what libtorch's caching allocator has taken of it.
+
+use std::ffi::c_int;
+
+#[cfg(any(not(flowhn_cuda), doc))]
+use crate::Error;
+use crate::Result;
+use crate::ffi::{self, RawMemory};
+
+/// Bytes that libtorch's caching allocator holds on one device.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[non_exhaustive]
+pub struct MemoryStats {
+    /// Bytes of living tensors.
+    pub allocated_bytes: u64,
+    /// Most bytes of living tensors since the last [`MemoryStats::reset_peak`].
+    pub allocated_peak_bytes: u64,
+    /// Bytes taken from the driver, living tensors and cache together.
+    pub reserved_bytes: u64,
+    /// Most bytes taken from the driver since the last reset.
+    pub reserved_peak_bytes: u64,
+    /// How often an allocation failed for good.
+    pub n_ooms: u64,
+    /// How often an allocation succeeded only after the cache was emptied.
+    pub n_alloc_retries: u64,
+    /// Free bytes of the device.
+    pub free_bytes: u64,
+    /// All bytes of the device.
+    pub total_bytes: u64,
+}
+
+impl MemoryStats {
+    /// The numbers of `device_idx`, now.
+    ///
+    /// # Errors
+    /// [`Error::Torch`] where there is no such device.
+    pub fn of(device_idx: usize) -> Result<Self> {
+        let mut raw = RawMemory::default();
+        // SAFETY: `raw` is a place for the struct the shim fills.
+        ffi::status(unsafe { ffi::flowhn_memory_stats(device_idx as c_int, &mut raw) })?;
+        let bytes = |value: i64| u64::try_from(value).unwrap_or(0);
+        Ok(Self {
+            allocated_bytes: bytes(raw.allocated),
+            allocated_peak_bytes: bytes(raw.allocated_peak),
+            reserved_bytes: bytes(raw.reserved),
+            reserved_peak_bytes: bytes(raw.reserved_peak),
+            n_ooms: bytes(raw.n_ooms),
+            n_alloc_retries: bytes(raw.n_alloc_retries),
+            free_bytes: bytes(raw.free),
+            total_bytes: bytes(raw.total),
+        })
+    }
+
+    /// Starts the peaks of `device_idx` anew.
+    ///
+    /// # Errors
+    /// [`Error::Torch`] where there is no such device.
+    pub fn reset_peak(device_idx: usize) -> Result<()> {
+        // SAFETY: plain values cross the border.
+        ffi::status(unsafe { ffi::flowhn_memory_reset_peak(device_idx as c_int) })
+    }
+
+    /// Gives cached memory back to the driver.
+    ///
+    /// # Errors
+    /// [`Error::Torch`] where there is no CUDA.
+    pub fn empty_cache() -> Result<()> {
+        // SAFETY: nothing crosses the border.
+        ffi::status(unsafe { ffi::flowhn_memory_empty_cache() })
+    }
+}
+
+/// What one CUDA device is.
+#[derive(Clone, Debug, PartialEq, Eq)]
+#[non_exhaustive]
+pub struct DeviceProperties {
+    /// The product's name.
+    pub name: String,
+    /// Number of streaming multiprocessors.
+    pub n_multiprocessors: u32,
+    /// Compute capability, ten times major plus minor: 90 for an H100.
+    pub compute_capability: u32,
+    /// All bytes of device memory.
+    pub total_bytes: u64,
+    /// Shared memory that one block may opt in to, in bytes.
+    pub shared_bytes_per_block: u64,
+}
+
+impl DeviceProperties {
+    /// The properties of `device_idx`.
+    ///
+    /// # Errors
+    /// [`Error::Invalid`] in a build without CUDA, [`Error::Torch`] where there is no such device.
+    #[cfg(flowhn_cuda)]
+    pub fn of(device_idx: usize) -> Result<Self> {
+        let mut name = [0 as std::ffi::c_char; 256];
+        let (mut n_multiprocessors, mut capability, mut total, mut shared) = (0, 0, 0, 0);
+        // SAFETY: each pointer is a place for what the shim writes; the name's buffer is zeroed and one byte longer than what
+        // the shim copies, so it ends in NUL.
+        let name = unsafe {
+            ffi::status(ffi::flowhn_cuda_properties(
+                device_idx as c_int,
+                name.as_mut_ptr(),
+                name.len(),
+                &mut n_multiprocessors,
+                &mut capability,
+                &mut total,
+                &mut shared,
+            ))?;
+            std::ffi::CStr::from_ptr(name.as_ptr())
+        };
+        Ok(Self {
+            name: name.to_string_lossy().into_owned(),
+            n_multiprocessors: n_multiprocessors as u32,
+            compute_capability: capability as u32,
+            total_bytes: total as u64,
+            shared_bytes_per_block: shared as u64,
+        })
+    }
+
+    /// The properties of `device_idx`.
+    ///
+    /// # Errors
+    /// [`Error::Invalid`]: this build has no CUDA.
+    #[cfg(not(flowhn_cuda))]
+    pub fn of(_device_idx: usize) -> Result<Self> {
+        Err(Error::invalid("device_properties", "this build has no CUDA: install a CUDA build of PyTorch and rebuild"))
+    }
+}

@@ -1,0 +1,206 @@
+//! Streams and events of an accelerator, through libtorch's device-generic interface.
+
+use std::ffi::{c_int, c_void};
+use std::marker::PhantomData;
+
+use tch::Tensor;
+
+use crate::Result;
+use crate::ffi::{self, RawStream};
+
+/// A queue of work on one CUDA device. libtorch owns the streams; this is a name for one.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Stream(RawStream);
+
+impl Stream {
+    /// The stream that operators of this thread use on `device_idx`.
+    ///
+    /// # Errors
+    /// [`crate::Error::Torch`] where there is no such device.
+    pub fn current(device_idx: usize) -> Result<Self> {
+        Self::query(|out| {
+            // SAFETY: `out` is a place for one stream.
+            unsafe { ffi::flowhn_stream_current(device_idx as c_int, out) }
+        })
+    }
+
+    /// The default stream of `device_idx`.
+    ///
+    /// # Errors
+    /// [`crate::Error::Torch`] where there is no such device.
+    pub fn default_of(device_idx: usize) -> Result<Self> {
+        Self::query(|out| {
+            // SAFETY: `out` is a place for one stream.
+            unsafe { ffi::flowhn_stream_default(device_idx as c_int, out) }
+        })
+    }
+
+    /// A stream of libtorch's pool for `device_idx`.
+    ///
+    /// # Errors
+    /// [`crate::Error::Torch`] where there is no such device.
+    pub fn from_pool(device_idx: usize, priority: Priority) -> Result<Self> {
+        Self::query(|out| {
+            // SAFETY: `out` is a place for one stream.
+            unsafe { ffi::flowhn_stream_from_pool(device_idx as c_int, c_int::from(priority == Priority::High), out) }
+        })
+    }
+
+    /// Makes this the current stream of the calling thread until the guard is dropped.
+    ///
+    /// # Errors
+    /// [`crate::Error::Torch`] if the stream's device is gone.
+    pub fn enter(self) -> Result<StreamGuard> {
+        // SAFETY: `out` is a place for one stream.
+        let previous = Self::query(|out| unsafe { ffi::flowhn_stream_exchange(self.0, out) })?;
+        Ok(StreamGuard { previous, _not_send: PhantomData })
+    }
+
+    /// Waits on the host until all work of the stream is done.
+    ///
+    /// # Errors
+    /// [`crate::Error::Torch`] with the first error of the work that ran.
+    pub fn synchronize(self) -> Result<()> {
+        // SAFETY: plain values cross the border.
+        ffi::status(unsafe { ffi::flowhn_stream_synchronize(self.0) })
+    }
+
+    /// Whether all work of the stream is done.
+    ///
+    /// # Errors
+    /// [`crate::Error::Torch`] with the first error of the work that ran.
+    pub fn is_idle(self) -> Result<bool> {
+        let mut idle = 0;
+        // SAFETY: `idle` is a place for one int.
+        ffi::status(unsafe { ffi::flowhn_stream_query(self.0, &mut idle) })?;
+        Ok(idle != 0)
+    }
+
+    /// Makes later work of this stream wait for `event`.
+    ///
+    /// # Errors
+    /// [`crate::Error::Torch`] if the event belongs to another kind of device.
+    pub fn wait(self, event: &Event) -> Result<()> {
+        // SAFETY: the event lives as long as `event`.
+        ffi::status(unsafe { ffi::flowhn_event_block(event.0, self.0) })
+    }
+
+    /// The `cudaStream_t`, for libraries that launch kernels themselves. It stays libtorch's.
+    ///
+    /// # Errors
+    /// [`crate::Error::Torch`] where the backend has no native handle.
+    pub fn native_handle(self) -> Result<*mut c_void> {
+        let mut out = std::ptr::null_mut();
+        // SAFETY: `out` is a place for one pointer.
+        ffi::status(unsafe { ffi::flowhn_stream_native(self.0, &mut out) })?;
+        Ok(out)
+    }
+
+    fn query(fill: impl FnOnce(*mut RawStream) -> c_int) -> Result<Self> {
+        let mut raw = RawStream { id: 0, device_index: 0, device_type: 0 };
+        ffi::status(fill(&mut raw))?;
+        Ok(Self(raw))
+    }
+}
+
+/// How urgently the device serves a stream.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Priority {
+    /// As the default stream.
+    Normal,
+    /// Before normal streams.
+    High,
+}
+
+/// Restores the thread's previous stream when dropped.
+#[derive(Debug)]
+#[must_use = "the stream is current only while the guard lives"]
+pub struct StreamGuard {
+    previous: Stream,
+    /// The current stream is a property of the thread.
+    _not_send: PhantomData<*const ()>,
+}
+
+impl Drop for StreamGuard {
+    fn drop(&mut self) {
+        let mut ignored = self.previous.0;
+        // SAFETY: plain values cross the border. A failure means that the device is gone, which the next operator reports.
+        unsafe { ffi::flowhn_stream_exchange(self.previous.0, &mut ignored) };
+    }
+}
+
+/// Tells the allocator that `tensor` is also used on `stream`, so that its memory is not reused before that work is done.
+///
+/// # Errors
+/// [`crate::Error::Torch`] if the tensor is not on the stream's kind of device.
+pub fn record_stream(tensor: &Tensor, stream: Stream) -> Result<()> {
+    // SAFETY: the tensor outlives the call.
+    ffi::status(unsafe { ffi::flowhn_record_stream(tensor.as_ptr(), stream.0) })
+}
+
+/// A mark in a stream.
+#[derive(Debug)]
+pub struct Event(*mut c_void);
+
+// SAFETY: c10::Event has no thread affinity; `&self` methods only query or wait.
+unsafe impl Send for Event {}
+
+impl Event {
+    /// A new event; with `timing` it can measure, without it is cheaper.
+    ///
+    /// # Errors
+    /// [`crate::Error::Torch`] where there is no CUDA.
+    pub fn new(timing: bool) -> Result<Self> {
+        let mut out = std::ptr::null_mut();
+        // SAFETY: `out` is a place for one pointer, owned by the value made here.
+        ffi::status(unsafe { ffi::flowhn_event_new(c_int::from(timing), &mut out) })?;
+        Ok(Self(out))
+    }
+
+    /// Marks the present end of `stream`.
+    ///
+    /// # Errors
+    /// [`crate::Error::Torch`] if the stream is on another device than earlier records.
+    pub fn record(&mut self, stream: Stream) -> Result<()> {
+        // SAFETY: the event is alive, `&mut` keeps others away.
+        ffi::status(unsafe { ffi::flowhn_event_record(self.0, stream.0) })
+    }
+
+    /// Waits on the host until the mark is reached.
+    ///
+    /// # Errors
+    /// [`crate::Error::Torch`] with the first error of the work before it.
+    pub fn synchronize(&self) -> Result<()> {
+        // SAFETY: the event is alive.
+        ffi::status(unsafe { ffi::flowhn_event_synchronize(self.0) })
+    }
+
+    /// Whether the mark is reached.
+    ///
+    /// # Errors
+    /// [`crate::Error::Torch`] with the first error of the work before it.
+    pub fn is_done(&self) -> Result<bool> {
+        let mut done = 0;
+        // SAFETY: the event is alive, `done` a place for one int.
+        ffi::status(unsafe { ffi::flowhn_event_query(self.0, &mut done) })?;
+        Ok(done != 0)
+    }
+
+    /// Milliseconds on the device between this mark and `end`; both need timing and must be reached.
+    ///
+    /// # Errors
+    /// [`crate::Error::Torch`] if either was made without timing or is not reached.
+    pub fn elapsed_ms(&self, end: &Self) -> Result<f64> {
+        let mut out = 0.;
+        // SAFETY: both events are alive, `out` is a place for one double.
+        ffi::status(unsafe { ffi::flowhn_event_elapsed_ms(self.0, end.0, &mut out) })?;
+        Ok(out)
+    }
+}
+
+impl Drop for Event {
+    fn drop(&mut self) {
+        // SAFETY: made by `flowhn_event_new`, freed once.
+        unsafe { ffi::flowhn_event_free(self.0) };
+    }
+}
