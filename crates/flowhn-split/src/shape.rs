@@ -1,0 +1,408 @@
+//! Shapes of branches, blocks and models, and the parameters they have.
+
+use serde::{Deserialize, Serialize};
+
+use crate::{Branch, Error, Result, Sharing};
+
+/// What attention's queries see besides their own window.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum Bridge {
+    /// Nothing: keys and values come from attention's own tokens.
+    #[default]
+    None,
+    /// Keys and values of every earlier token of the block's input.
+    Kv,
+}
+
+/// Grouped-query attention without biases. `n_heads * d_head` may differ from `d_model`.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, Serialize, Deserialize)]
+pub struct AttnShape {
+    /// Query heads.
+    pub n_heads: usize,
+    /// Key and value heads; divides `n_heads`.
+    pub n_kv_heads: usize,
+    /// Width of a head.
+    pub d_head: usize,
+    /// What the queries see.
+    pub bridge: Bridge,
+}
+
+impl AttnShape {
+    /// Width of all query heads.
+    pub fn d_q(&self) -> usize {
+        self.n_heads * self.d_head
+    }
+
+    /// Width of all key heads, and of all value heads.
+    pub fn d_kv(&self) -> usize {
+        self.n_kv_heads * self.d_head
+    }
+
+    /// Parameters of the mixer: q, k, v and o projections.
+    pub fn params(&self, d_model: usize) -> u64 {
+        product(&[2, d_model, self.d_q() + self.d_kv()])
+    }
+}
+
+/// A state-space mixer.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, Serialize, Deserialize)]
+#[serde(tag = "mixer", rename_all = "lowercase")]
+pub enum SsmShape {
+    /// Selective scan with a diagonal state for each channel.
+    Mamba1 {
+        /// Width of the scan.
+        d_inner: usize,
+        /// State entries of a channel.
+        d_state: usize,
+        /// Taps of the causal convolution.
+        d_conv: usize,
+        /// Width of the low-rank step size.
+        dt_rank: usize,
+        /// Whether the low-rank step, B and C are normalised, as in Jamba.
+        inner_norms: bool,
+    },
+    /// State-space duality: one decay for each head.
+    Mamba2 {
+        /// Width of the scan.
+        d_inner: usize,
+        /// State entries of a channel.
+        d_state: usize,
+        /// Taps of the causal convolution.
+        d_conv: usize,
+        /// Width of a head; divides `d_inner`.
+        d_head: usize,
+        /// Groups of heads that share B and C; divides the number of heads.
+        n_groups: usize,
+    },
+}
+
+impl SsmShape {
+    /// Width of the scan.
+    pub fn d_inner(&self) -> usize {
+        match *self {
+            SsmShape::Mamba1 { d_inner, .. } | SsmShape::Mamba2 { d_inner, .. } => d_inner,
+        }
+    }
+
+    /// State entries of a channel.
+    pub fn d_state(&self) -> usize {
+        match *self {
+            SsmShape::Mamba1 { d_state, .. } | SsmShape::Mamba2 { d_state, .. } => d_state,
+        }
+    }
+
+    /// Taps of the causal convolution.
+    pub fn d_conv(&self) -> usize {
+        match *self {
+            SsmShape::Mamba1 { d_conv, .. } | SsmShape::Mamba2 { d_conv, .. } => d_conv,
+        }
+    }
+
+    /// Channels of the causal convolution: Mamba-2 convolves B and C too.
+    pub fn conv_channels(&self) -> usize {
+        match *self {
+            SsmShape::Mamba1 { d_inner, .. } => d_inner,
+            SsmShape::Mamba2 { d_inner, d_state, n_groups, .. } => d_inner + 2 * n_groups * d_state,
+        }
+    }
+
+    /// The weight matrices that every token meets, as (inputs, outputs).
+    pub fn matrices(&self, d_model: usize) -> Vec<(usize, usize)> {
+        match *self {
+            SsmShape::Mamba1 { d_inner, d_state, dt_rank, .. } => {
+                vec![(d_model, 2 * d_inner), (d_inner, dt_rank + 2 * d_state), (dt_rank, d_inner), (d_inner, d_model)]
+            }
+            SsmShape::Mamba2 { d_inner, d_state, d_head, n_groups, .. } => {
+                let d_in_proj = 2 * d_inner + 2 * n_groups * d_state + d_inner / d_head.max(1);
+                vec![(d_model, d_in_proj), (d_inner, d_model)]
+            }
+        }
+    }
+
+    /// Parameters of the mixer: matrices; convolution with bias; for Mamba-1 `A_log` for each
+    /// channel and state, `D`, the bias of `dt_proj` and the inner norms; for Mamba-2 `A_log`,
+    /// `D` and `dt_bias` for each head and the gated norm.
+    pub fn params(&self, d_model: usize) -> u64 {
+        let matrices: u64 = self.matrices(d_model).iter().map(|&(k, n)| product(&[k, n])).sum();
+        let conv = product(&[self.conv_channels(), self.d_conv() + 1]);
+        let rest = match *self {
+            SsmShape::Mamba1 { d_inner, d_state, dt_rank, inner_norms, .. } => {
+                let norms = if inner_norms { dt_rank + 2 * d_state } else { 0 };
+                product(&[d_inner, d_state + 2]) + norms as u64
+            }
+            SsmShape::Mamba2 { d_inner, d_head, .. } => (3 * (d_inner / d_head.max(1)) + d_inner) as u64,
+        };
+        matrices + conv + rest
+    }
+}
+
+/// A SwiGLU MLP without biases; a `d_ff` of 0 leaves out the MLP and its norm.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, Serialize, Deserialize)]
+pub struct MlpShape {
+    /// Width of the hidden layer.
+    pub d_ff: usize,
+}
+
+impl MlpShape {
+    /// Parameters: gate, up and down projections and the norm before them.
+    pub fn params(&self, d_model: usize) -> u64 {
+        if self.d_ff == 0 {
+            return 0;
+        }
+        product(&[3, d_model, self.d_ff]) + d_model as u64
+    }
+}
+
+/// How the flow block joins the branches' changes.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum Fusion {
+    /// Merge by position, or the sum where both branches read a token.
+    None,
+    /// A projection that starts as the identity.
+    #[default]
+    Proj,
+    /// A gate computed from the branches' changes; as large as the projection.
+    Gated,
+}
+
+/// The form of a block.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum BlockForm {
+    /// The released block: each branch has its own residuals and MLP; `branch_proj`, then norm
+    /// and `final_proj`.
+    Released,
+    /// Branches return changes; one MLP for all tokens after the fusion.
+    Flow(Fusion),
+}
+
+/// The matrices that join the branches, and what comes with them.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub struct FuseShape {
+    /// Features that go into the joining matrix: `2 d_model` where both branches read every
+    /// token, else `d_model`; 0 when there is no such matrix.
+    pub d_in: usize,
+    /// Whether the norm and the square `final_proj` of the released block follow.
+    pub final_proj: bool,
+}
+
+impl FuseShape {
+    /// Parameters.
+    pub fn params(&self, d_model: usize) -> u64 {
+        let last = if self.final_proj { product(&[d_model, d_model + 1]) } else { 0 };
+        product(&[self.d_in, d_model]) + last
+    }
+}
+
+/// One block: both branches, the MLP and the form. What a block really has depends on how its
+/// policy shares the tokens; see [`Sharing`].
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, Serialize, Deserialize)]
+pub struct BlockShape {
+    /// Width of the residual stream.
+    pub d_model: usize,
+    /// The attention mixer.
+    pub attn: AttnShape,
+    /// The state-space mixer.
+    pub ssm: SsmShape,
+    /// The MLP: one in each branch of a released block, one for all tokens in a flow block.
+    pub mlp: MlpShape,
+    /// The form of the block.
+    pub form: BlockForm,
+}
+
+/// Parameters of a block, by part.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash, Serialize, Deserialize)]
+pub struct BlockParams {
+    /// Attention: mixer and norm, in a released block also its MLP.
+    pub attn: u64,
+    /// SSM: likewise.
+    pub ssm: u64,
+    /// What joins the branches; `final_proj` and its norm belong here.
+    pub fuse: u64,
+    /// The shared MLP of a flow block with its norm.
+    pub mlp: u64,
+    /// The sum.
+    pub total: u64,
+}
+
+impl BlockShape {
+    /// The joining matrices under this sharing. A flow block with one branch has none: its fusion
+    /// is the residual addition.
+    pub fn fuse(&self, sharing: Sharing) -> FuseShape {
+        let d_in = match sharing {
+            Sharing::Parallel => 2 * self.d_model,
+            Sharing::Split | Sharing::AttnOnly | Sharing::SsmOnly => self.d_model,
+        };
+        let one_way = matches!(sharing, Sharing::AttnOnly | Sharing::SsmOnly);
+        match self.form {
+            BlockForm::Released => FuseShape { d_in, final_proj: true },
+            BlockForm::Flow(Fusion::Proj | Fusion::Gated) if !one_way => FuseShape { d_in, final_proj: false },
+            BlockForm::Flow(_) => FuseShape { d_in: 0, final_proj: false },
+        }
+    }
+
+    /// The parameters under this sharing: a branch that the block does not have counts nothing.
+    pub fn params(&self, sharing: Sharing) -> BlockParams {
+        let d_model = self.d_model;
+        let mlp = self.mlp.params(d_model);
+        let (own_mlp, shared_mlp) = match self.form {
+            BlockForm::Released => (mlp, 0),
+            BlockForm::Flow(_) => (0, mlp),
+        };
+        let branch = |branch, mixer: u64| {
+            if sharing.has(branch) { mixer + d_model as u64 + own_mlp } else { 0 }
+        };
+        let attn = branch(Branch::Attn, self.attn.params(d_model));
+        let ssm = branch(Branch::Ssm, self.ssm.params(d_model));
+        let fuse = self.fuse(sharing).params(d_model);
+        BlockParams { attn, ssm, fuse, mlp: shared_mlp, total: attn + ssm + fuse + shared_mlp }
+    }
+
+    /// Checks that the sizes fit together.
+    ///
+    /// # Errors
+    /// [`Error::Shape`], naming the size at fault.
+    pub fn check(&self) -> Result<()> {
+        positive("model.d_model", self.d_model)?;
+        positive("model.attn.n_heads", self.attn.n_heads)?;
+        positive("model.attn.d_head", self.attn.d_head)?;
+        positive("model.ssm.d_inner", self.ssm.d_inner())?;
+        positive("model.ssm.d_state", self.ssm.d_state())?;
+        positive("model.ssm.d_conv", self.ssm.d_conv())?;
+        let n_heads = self.attn.n_heads;
+        divides("model.attn.n_kv_heads", self.attn.n_kv_heads, "model.attn.n_heads", n_heads)?;
+        match self.ssm {
+            SsmShape::Mamba1 { dt_rank, .. } => positive("model.ssm.dt_rank", dt_rank),
+            SsmShape::Mamba2 { d_inner, d_head, n_groups, .. } => {
+                divides("model.ssm.d_head", d_head, "model.ssm.d_inner", d_inner)?;
+                let what = "the number of SSM heads, d_inner / d_head";
+                divides("model.ssm.n_groups", n_groups, what, d_inner / d_head)
+            }
+        }
+    }
+}
+
+/// A language model: embedding, blocks, final norm, head.
+#[derive(Clone, Debug, PartialEq, Eq, Hash, Serialize, Deserialize)]
+pub struct ModelShape {
+    /// Number of tokens in the vocabulary.
+    pub vocab_size: usize,
+    /// Width of the residual stream, the same in all blocks.
+    pub d_model: usize,
+    /// Whether the head shares the embedding's weights.
+    pub tie_embeddings: bool,
+    /// The blocks.
+    pub blocks: Vec<BlockShape>,
+}
+
+impl ModelShape {
+    /// Parameters outside the blocks: embedding, final norm, and the head unless it is tied.
+    pub fn outer_params(&self) -> u64 {
+        let table = product(&[self.vocab_size, self.d_model]);
+        let tables = if self.tie_embeddings { 1 } else { 2 };
+        tables * table + self.d_model as u64
+    }
+
+    /// Checks that the sizes fit together.
+    ///
+    /// # Errors
+    /// [`Error::Shape`], naming the size at fault.
+    pub fn check(&self) -> Result<()> {
+        positive("model.vocab_size", self.vocab_size)?;
+        positive("model.n_layers", self.blocks.len())?;
+        for block in &self.blocks {
+            block.check()?;
+            if block.d_model != self.d_model {
+                let want = format!("all blocks need the model's d_model of {}", self.d_model);
+                return Err(Error::Shape { name: "model.d_model", got: block.d_model, want });
+            }
+        }
+        Ok(())
+    }
+}
+
+/// The product of sizes as a count.
+pub(crate) fn product(sizes: &[usize]) -> u64 {
+    sizes.iter().map(|&size| size as u64).product()
+}
+
+fn positive(name: &'static str, got: usize) -> Result<()> {
+    match got {
+        0 => Err(Error::Shape { name, got, want: "it must be at least 1".to_owned() }),
+        _ => Ok(()),
+    }
+}
+
+fn divides(name: &'static str, got: usize, of: &str, whole: usize) -> Result<()> {
+    positive(name, got)?;
+    if whole.is_multiple_of(got) {
+        return Ok(());
+    }
+    Err(Error::Shape { name, got, want: format!("it must divide {of}, which is {whole}") })
+}
+
+#[cfg(test)]
+pub(crate) mod tests {
+    use super::*;
+
+    /// The released script's defaults, about 135M parameters.
+    pub(crate) fn released_135m() -> BlockShape {
+        BlockShape {
+            d_model: 768,
+            attn: AttnShape { n_heads: 32, n_kv_heads: 8, d_head: 24, bridge: Bridge::None },
+            ssm: SsmShape::Mamba1 { d_inner: 1536, d_state: 16, d_conv: 4, dt_rank: 48, inner_norms: true },
+            mlp: MlpShape { d_ff: 2048 },
+            form: BlockForm::Released,
+        }
+    }
+
+    pub(crate) fn mamba2(d_inner: usize) -> SsmShape {
+        SsmShape::Mamba2 { d_inner, d_state: 128, d_conv: 4, d_head: 64, n_groups: 1 }
+    }
+
+    #[test]
+    fn branches_that_are_not_there_have_no_parameters() {
+        let block = released_135m();
+        let split = block.params(Sharing::Split);
+        let attn_only = block.params(Sharing::AttnOnly);
+        assert_eq!(attn_only.ssm, 0);
+        assert_eq!(attn_only.attn, split.attn);
+        assert_eq!(block.params(Sharing::SsmOnly).attn, 0);
+        let parallel = block.params(Sharing::Parallel);
+        assert_eq!(parallel.fuse - split.fuse, 768 * 768);
+    }
+
+    #[test]
+    fn mamba_2_parameters_by_hand() {
+        // in_proj 768 x (3072 + 256 + 24), conv 1792 x 5, A_log D dt_bias 72, norm 1536, out_proj.
+        let want = 768 * 3352 + 1792 * 5 + 72 + 1536 + 1536 * 768;
+        assert_eq!(mamba2(1536).params(768), want);
+    }
+
+    #[test]
+    fn a_flow_block_shares_its_mlp() {
+        let mut block = released_135m();
+        block.form = BlockForm::Flow(Fusion::None);
+        let params = block.params(Sharing::Split);
+        assert_eq!(params.mlp, 3 * 768 * 2048 + 768);
+        assert_eq!(params.attn, block.attn.params(768) + 768);
+        assert_eq!(params.fuse, 0);
+        block.form = BlockForm::Flow(Fusion::Proj);
+        assert_eq!(block.params(Sharing::Parallel).fuse, 2 * 768 * 768);
+        assert_eq!(block.params(Sharing::SsmOnly).fuse, 0);
+    }
+
+    #[test]
+    fn impossible_shapes_are_named() {
+        let mut block = released_135m();
+        block.attn.n_kv_heads = 7;
+        let message = block.check().unwrap_err().to_string();
+        let want = "model.attn.n_kv_heads is 7: it must divide model.attn.n_heads, which is 32";
+        assert_eq!(message, want);
+        block.attn.n_kv_heads = 8;
+        block.ssm = SsmShape::Mamba2 { d_inner: 96, d_state: 8, d_conv: 4, d_head: 64, n_groups: 1 };
+        assert!(block.check().unwrap_err().to_string().starts_with("model.ssm.d_head is 64"));
+    }
+}
