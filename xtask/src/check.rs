@@ -19,7 +19,6 @@ struct Step {
 
 /// All steps, those that find most mistakes soonest first.
 const STEPS: &[Step] = &[
-    Step { name: "setup", run: setup::run },
     Step { name: "tidy", run: tidy::run },
     Step { name: "fmt", run: |repo| run(cargo(repo).args(["fmt", "--all", "--check"])) },
     Step { name: "clippy", run: clippy },
@@ -32,6 +31,7 @@ const STEPS: &[Step] = &[
 /// Runs every step, or those that are named, and stops at the first that fails.
 pub fn command(repo: &Repo, args: Vec<OsString>) -> Result<ExitCode> {
     let steps = chosen(&args)?;
+    setup::run(repo)?;
     let started = Instant::now();
     let mut done = Vec::new();
     for step in steps {

@@ -1,7 +1,7 @@
 //! Small crates outside the workspace, each using one of ours as a stranger would: from its documentation alone.
 
 use std::fs;
-use std::path::PathBuf;
+use std::path::Path;
 use std::process::Command;
 
 use crate::cargo::{cargo, output, run};
@@ -51,13 +51,14 @@ pub fn check(repo: &Repo) -> Result<()> {
                     .help(format!("`cargo tree --invert {name}` in {} shows through whom", dir.display())));
             }
         }
+        run(here(repo, &dir, outside.libtorch).args(["fmt", "--check"]))?;
         run(here(repo, &dir, outside.libtorch).arg("test"))?;
     }
     Ok(())
 }
 
 /// Cargo in that crate, in the build directory of the workspace.
-fn here(repo: &Repo, dir: &PathBuf, libtorch: Libtorch) -> Command {
+fn here(repo: &Repo, dir: &Path, libtorch: Libtorch) -> Command {
     let mut command = cargo(repo);
     command.current_dir(dir).env("CARGO_TARGET_DIR", repo.target());
     if libtorch == Libtorch::Forbidden {
