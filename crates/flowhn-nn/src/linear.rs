@@ -1,0 +1,60 @@
+//! The affine map of all projections.
+
+use std::fmt::Display;
+
+use tch::Tensor;
+
+use flowhn_torch::Result;
+
+use crate::{Decay, Init, Path, Weight};
+
+/// Whether a [`Linear`] adds a bias.
+#[derive(Clone, Debug, PartialEq)]
+pub enum Bias {
+    /// No bias.
+    None,
+    /// A bias with these initial values.
+    Init(Init),
+}
+
+/// `y = x W^T + b` with `W: [d_out, d_in]`, in the type of `x`.
+#[derive(Debug)]
+pub struct Linear {
+    weight: Weight,
+    bias: Option<Weight>,
+}
+
+impl Linear {
+    /// Registers `name.weight`, and `name.bias` if there is one; the bias is not decayed.
+    ///
+    /// # Errors
+    /// [`flowhn_torch::Error::Invalid`] if the name is taken or the initial values do not fit.
+    pub fn new(path: &mut Path, name: impl Display, d_in: i64, d_out: i64, init: Init, bias: Bias) -> Result<Self> {
+        let mut path = path.push(name);
+        let weight = path.weight("weight", &[d_out, d_in], init, Decay::Yes)?;
+        let bias = match bias {
+            Bias::None => None,
+            Bias::Init(init) => Some(path.weight("bias", &[d_out], init, Decay::No)?),
+        };
+        Ok(Self { weight, bias })
+    }
+
+    /// Maps `[.., d_in]` to `[.., d_out]`.
+    ///
+    /// # Errors
+    /// [`flowhn_torch::Error::Torch`] if the last axis is not `d_in`.
+    pub fn forward(&self, x: &Tensor) -> Result<Tensor> {
+        let bias = self.bias.as_ref().map(|bias| bias.to(x.kind()));
+        Ok(x.f_linear(&self.weight.to(x.kind()), bias.as_ref())?)
+    }
+
+    /// The weight, `[d_out, d_in]`.
+    pub fn weight(&self) -> &Weight {
+        &self.weight
+    }
+
+    /// The bias, `[d_out]`.
+    pub fn bias(&self) -> Option<&Weight> {
+        self.bias.as_ref()
+    }
+}
