@@ -6,6 +6,7 @@
 mod init;
 mod linear;
 mod params;
+pub mod simd;
 
 pub use flowhn_torch::{Error, Result};
 pub use init::Init;
