@@ -1,0 +1,61 @@
+//! Argument checks that the operations share.
+
+use flowhn_torch::{Error, Result, check};
+use tch::{Device, Kind, Tensor};
+
+/// The type that states, decays and sums are kept in: f64 for f64 inputs, f32 for all others.
+pub(crate) fn state_kind(kind: Kind) -> Kind {
+    if kind == Kind::Double { Kind::Double } else { Kind::Float }
+}
+
+/// Checks the arguments of one operation against the dtype and device of its main input.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct Checker {
+    op: &'static str,
+    kind: Kind,
+    device: Device,
+}
+
+impl Checker {
+    /// Takes dtype and device from the main input and refuses dtypes that no operation here supports.
+    pub(crate) fn new(op: &'static str, arg: &'static str, main: &Tensor) -> Result<Self> {
+        check::kind(op, arg, main, &[Kind::BFloat16, Kind::Float, Kind::Double])?;
+        Ok(Self { op, kind: main.kind(), device: main.device() })
+    }
+
+    /// A tensor of activations: in the dtype of the main input, or in that of the state.
+    pub(crate) fn activation(&self, arg: &'static str, tensor: &Tensor, want: &[i64]) -> Result<()> {
+        check::shape(self.op, arg, tensor, want)?;
+        check::kind(self.op, arg, tensor, &[self.kind, state_kind(self.kind)])?;
+        check::device(self.op, arg, tensor, self.device)
+    }
+
+    /// A tensor in the dtype of the state: decays, initial states.
+    pub(crate) fn state(&self, arg: &'static str, tensor: &Tensor, want: &[i64]) -> Result<()> {
+        check::shape(self.op, arg, tensor, want)?;
+        check::kind(self.op, arg, tensor, &[state_kind(self.kind)])?;
+        check::device(self.op, arg, tensor, self.device)
+    }
+
+    /// A mask of resets.
+    pub(crate) fn reset(&self, arg: &'static str, tensor: &Tensor, want: &[i64]) -> Result<()> {
+        check::shape(self.op, arg, tensor, want)?;
+        check::kind(self.op, arg, tensor, &[Kind::Bool])?;
+        check::device(self.op, arg, tensor, self.device)
+    }
+
+    /// The number of dimensions of an argument; returns its sizes.
+    pub(crate) fn dims<const N: usize>(&self, arg: &'static str, tensor: &Tensor, want: &str) -> Result<[i64; N]> {
+        check::dims(self.op, arg, tensor, want)
+    }
+
+    /// The error for a device without a path.
+    pub(crate) fn no_path(&self, arg: &'static str) -> Error {
+        Error::Device {
+            op: self.op,
+            arg,
+            got: self.device,
+            want: "the CPU: this operation has no CUDA kernel yet; move the arguments to Device::Cpu".to_owned(),
+        }
+    }
+}
