@@ -1,0 +1,170 @@
+//! The `[model]` section as it is written: nearly every key has a default.
+
+use std::fmt;
+
+use flowhn_split::{AttnFrac, Bridge, Cycle, Fusion, Policy, Window};
+use serde::{Deserialize, Deserializer, Serialize, Serializer, de};
+
+/// The form of all blocks.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum BlockKind {
+    /// The block of the authors' released script: branches with their own residuals and MLPs, two projections.
+    Released,
+    /// Ours: branches return changes, the fusion starts as the identity, one MLP follows.
+    #[default]
+    Flow,
+}
+
+/// The state-space mixer.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum Mixer {
+    /// Selective scan.
+    #[default]
+    Mamba1,
+    /// State-space duality.
+    Mamba2,
+}
+
+/// How weights start.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum InitKind {
+    /// Step sizes log-uniform in `[0.001, 0.1]`, as in Mamba; residual outputs scaled by depth.
+    #[default]
+    Mamba,
+    /// As the authors' script: every matrix normal with standard deviation 0.02, biases zero.
+    Released,
+}
+
+/// One policy for every block, or a list with one for each.
+#[derive(Clone, Debug, PartialEq)]
+pub struct PolicyList(pub Vec<Policy>);
+
+/// The `[model]` section.
+#[derive(Clone, Debug, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct RawModel {
+    pub(super) vocab_size: usize,
+    pub(super) d_model: usize,
+    pub(super) d_ff: usize,
+    pub(super) n_layers: usize,
+    pub(super) seq_len: usize,
+    #[serde(default)]
+    pub(super) block: BlockKind,
+    pub(super) fusion: Option<Fusion>,
+    #[serde(default = "rms_norm_eps")]
+    pub(super) rms_norm_eps: f64,
+    #[serde(default)]
+    pub(super) tie_embeddings: bool,
+    #[serde(default)]
+    pub(super) init: InitKind,
+    pub(super) padding_idx: Option<usize>,
+    pub(super) attn: RawAttn,
+    #[serde(default)]
+    pub(super) ssm: RawSsm,
+    #[serde(default)]
+    pub(super) split: RawSplit,
+}
+
+#[derive(Clone, Debug, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub(super) struct RawAttn {
+    pub(super) n_heads: usize,
+    pub(super) n_kv_heads: Option<usize>,
+    pub(super) d_head: Option<usize>,
+    #[serde(default)]
+    pub(super) rope: bool,
+    #[serde(default = "rope_theta")]
+    pub(super) rope_theta: f64,
+    #[serde(default)]
+    pub(super) bridge: Bridge,
+}
+
+#[derive(Clone, Debug, Default, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub(super) struct RawSsm {
+    #[serde(default)]
+    pub(super) mixer: Mixer,
+    pub(super) d_inner: Option<usize>,
+    pub(super) d_state: Option<usize>,
+    pub(super) d_conv: Option<usize>,
+    pub(super) dt_rank: Option<usize>,
+    pub(super) inner_norms: Option<bool>,
+    pub(super) d_head: Option<usize>,
+    pub(super) n_groups: Option<usize>,
+    pub(super) chunk_len: Option<usize>,
+}
+
+#[derive(Clone, Debug, Serialize, Deserialize)]
+#[serde(deny_unknown_fields, default)]
+pub(super) struct RawSplit {
+    pub(super) policy: PolicyList,
+    pub(super) first_blocks: Vec<Policy>,
+    pub(super) attn_frac: AttnFrac,
+    pub(super) window: Window,
+    pub(super) released: bool,
+    pub(super) tile: usize,
+    pub(super) chunk_len: usize,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub(super) cycle: Option<Cycle>,
+}
+
+impl Default for RawSplit {
+    fn default() -> Self {
+        Self {
+            policy: PolicyList(Policy::all().find(|policy| policy.name() == "cyclic_split").into_iter().collect()),
+            first_blocks: Vec::new(),
+            attn_frac: AttnFrac::Flops,
+            window: Window::Last,
+            released: false,
+            tile: 64,
+            chunk_len: 64,
+            cycle: None,
+        }
+    }
+}
+
+fn rms_norm_eps() -> f64 {
+    1e-6
+}
+
+fn rope_theta() -> f64 {
+    10_000.
+}
+
+impl Serialize for PolicyList {
+    fn serialize<S: Serializer>(&self, serializer: S) -> Result<S::Ok, S::Error> {
+        match self.0.as_slice() {
+            [one] => one.serialize(serializer),
+            list => list.serialize(serializer),
+        }
+    }
+}
+
+impl<'de> Deserialize<'de> for PolicyList {
+    fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
+        struct OneOrMore;
+        impl<'de> de::Visitor<'de> for OneOrMore {
+            type Value = PolicyList;
+
+            fn expecting(&self, f: &mut fmt::Formatter) -> fmt::Result {
+                f.write_str("the name of a split policy, or a list with one name for each block")
+            }
+
+            fn visit_str<E: de::Error>(self, name: &str) -> Result<PolicyList, E> {
+                Policy::named(name).map(|policy| PolicyList(vec![policy])).map_err(E::custom)
+            }
+
+            fn visit_seq<A: de::SeqAccess<'de>>(self, mut seq: A) -> Result<PolicyList, A::Error> {
+                let mut list = Vec::new();
+                while let Some(policy) = seq.next_element()? {
+                    list.push(policy);
+                }
+                Ok(PolicyList(list))
+            }
+        }
+        deserializer.deserialize_any(OneOrMore)
+    }
+}
