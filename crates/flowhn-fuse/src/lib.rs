@@ -1,1 +1,21 @@
-//! x
+//! Where the two branches of a parallel hybrid block part and meet again: gather and merge of routed tokens, and the fusion
+//! modules that turn two branches' outputs into one.
+//!
+//! A [`Route`] says which tokens of a sequence one branch reads. [`split`] hands both branches their tokens (views where a
+//! branch owns one span), [`merge`] puts the outputs back in order with one copy, and a [`Fusion`] does what follows.
+//!
+//! The names of the pairs are the interface that fused device kernels fill later: [`merge_residual`] is merge, then the residual add.
+#![forbid(unsafe_code)]
+#![deny(missing_docs)]
+
+mod fusion;
+mod gather;
+mod merge;
+mod pieces;
+mod route;
+
+pub use flowhn_torch::{Error, Result};
+pub use fusion::{FUSIONS, FuseShape, Fusion, FusionKind, FusionSpec, Topology};
+pub use gather::{gather, split};
+pub use merge::{merge, merge_residual};
+pub use route::Route;

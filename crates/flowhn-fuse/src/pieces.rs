@@ -1,0 +1,105 @@
+//! The copies behind gather and merge, outside autograd.
+//!
+//! With few spans on a CPU, whole spans are copied; with many, or on a device where every span would be a launch of its own,
+//! tokens are copied by index.
+
+// b batch, l seq_len, n and m tokens of one branch, d features
+
+use std::ops::Range;
+
+use tch::{Device, Tensor};
+
+use flowhn_torch::Result;
+
+use crate::Route;
+
+/// Up to this many spans a CPU copies span by span.
+const MAX_SPANS: usize = 64;
+
+/// One span of the sequence, of `x_bld`, as a view.
+pub(crate) fn span_of(x_bld: &Tensor, span: &Range<usize>) -> Result<Tensor> {
+    Ok(x_bld.f_narrow(1, span.start as i64, span.len() as i64)?)
+}
+
+/// The route's tokens of `x_bld`: a view if they are neighbours, a copy if not.
+pub(crate) fn take(x_bld: &Tensor, route: &Route) -> Result<Tensor> {
+    match route.spans() {
+        [] => span_of(x_bld, &(0..0)),
+        [span] => span_of(x_bld, span),
+        spans if by_span(x_bld, spans.len()) => {
+            let views = spans.iter().map(|span| span_of(x_bld, span)).collect::<Result<Vec<Tensor>>>()?;
+            Ok(Tensor::f_cat(&views, 1)?)
+        }
+        _ => Ok(x_bld.f_index_select(1, route.positions_tensor())?),
+    }
+}
+
+/// Writes the tokens of a branch to their places in `out_bld`.
+pub(crate) fn put(out_bld: &mut Tensor, x_bnd: &Tensor, route: &Route) -> Result<()> {
+    if by_span(out_bld, route.spans().len()) {
+        for (place, tokens) in places(route) {
+            span_of(out_bld, place)?.f_copy_(&span_of(x_bnd, &tokens)?)?;
+        }
+    } else {
+        let _ = out_bld.f_index_copy_(1, route.positions_tensor(), x_bnd)?;
+    }
+    Ok(())
+}
+
+/// The tokens of two branches in order, when the routes partition the sequence: one copy.
+pub(crate) fn interleave(a_bnd: &Tensor, s_bmd: &Tensor, attn: &Route, ssm: &Route) -> Result<Tensor> {
+    if by_span(a_bnd, attn.spans().len() + ssm.spans().len()) {
+        let mut parts: Vec<(usize, Tensor)> = Vec::with_capacity(attn.spans().len() + ssm.spans().len());
+        for (x, route) in [(a_bnd, attn), (s_bmd, ssm)] {
+            for (place, tokens) in places(route) {
+                parts.push((place.start, span_of(x, &tokens)?));
+            }
+        }
+        parts.sort_by_key(|(start, _)| *start);
+        let parts: Vec<Tensor> = parts.into_iter().map(|(_, part)| part).collect();
+        return Ok(Tensor::f_cat(&parts, 1)?);
+    }
+    let mut out = empty_like_sequence(a_bnd, attn.seq_len())?;
+    put(&mut out, a_bnd, attn)?;
+    put(&mut out, s_bmd, ssm)?;
+    Ok(out)
+}
+
+/// Adds the tokens of a branch to `x_bld` at their places, into the same places of `out_bld`.
+pub(crate) fn put_sum(out_bld: &mut Tensor, x_bld: &Tensor, branch_bnd: &Tensor, route: &Route) -> Result<()> {
+    if by_span(out_bld, route.spans().len()) {
+        for (place, tokens) in places(route) {
+            let sum = span_of(branch_bnd, &tokens)?.f_add_out(&span_of(out_bld, place)?, &span_of(x_bld, place)?)?;
+            debug_assert_eq!(sum.size()[1], place.len() as i64);
+        }
+    } else {
+        put(out_bld, &take(x_bld, route)?.f_add(branch_bnd)?, route)?;
+    }
+    Ok(())
+}
+
+/// Zeros of the whole sequence with the branch's tokens at their places.
+pub(crate) fn scatter(x_bnd: &Tensor, route: &Route) -> Result<Tensor> {
+    let mut out = empty_like_sequence(x_bnd, route.seq_len())?.f_zero_()?;
+    put(&mut out, x_bnd, route)?;
+    Ok(out)
+}
+
+/// An unwritten tensor like `x_bnd`, for `seq_len` tokens.
+pub(crate) fn empty_like_sequence(x_bnd: &Tensor, seq_len: usize) -> Result<Tensor> {
+    let size = x_bnd.size();
+    Ok(Tensor::f_empty([size[0], seq_len as i64, size[2]], (x_bnd.kind(), x_bnd.device()))?)
+}
+
+/// Each span of a route with the range of its tokens among the branch's tokens.
+fn places(route: &Route) -> impl Iterator<Item = (&Range<usize>, Range<usize>)> {
+    route.spans().iter().scan(0, |start, place| {
+        let tokens = *start..*start + place.len();
+        *start = tokens.end;
+        Some((place, tokens))
+    })
+}
+
+fn by_span(x: &Tensor, n_spans: usize) -> bool {
+    n_spans <= 1 || (x.device() == Device::Cpu && n_spans <= MAX_SPANS)
+}
