@@ -1,6 +1,8 @@
 #![doc = include_str!("../README.md")]
 #![forbid(unsafe_code)]
 #![deny(missing_docs)]
+// A list with one range is what `ranges` returns for a branch in one piece.
+#![cfg_attr(test, allow(clippy::single_range_in_vec_init))]
 
 pub mod balance;
 mod bytes;
@@ -9,6 +11,7 @@ mod error;
 pub mod mixing;
 pub mod plan;
 pub mod policy;
+mod report;
 pub mod routing;
 mod settings;
 mod shape;
@@ -18,6 +21,7 @@ pub use cost::{BlockFlops, Flops, ModelFlops, ScoreCount};
 pub use error::{Error, Result};
 pub use plan::{BlockPlan, Branch, Owner, Span, SplitPlan};
 pub use policy::{POLICIES, Policy, Sharing, SplitPolicy, SplitRequest};
+pub use report::{BlockReport, PerToken, PlanReport};
 pub use routing::{BlockRoute, Routing, policy_per_block};
 pub use settings::{AttnFrac, Cycle, SplitSettings, Window};
 pub use shape::{

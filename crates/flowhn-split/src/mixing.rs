@@ -137,15 +137,15 @@ mod tests {
         let mut shares = Vec::new();
         for plan in plans {
             let before = heard.clone();
-            for to in 0..seq_len {
-                for from in 0..to {
+            for (to, knows) in heard.iter_mut().enumerate() {
+                for (from, told) in before.iter().enumerate().take(to) {
                     let together = Branch::ALL.into_iter().any(|branch| {
                         let reads = |pos| plan.owner(pos).unwrap().includes(branch);
                         let bridged = branch == Branch::Attn && bridge == Bridge::Kv;
                         reads(to) && (reads(from) || bridged)
                     });
-                    for first in 0..seq_len {
-                        heard[to][first] |= together && before[from][first];
+                    for (knows, told) in knows.iter_mut().zip(told) {
+                        *knows |= together && *told;
                     }
                 }
             }

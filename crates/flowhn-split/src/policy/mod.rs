@@ -229,8 +229,11 @@ fn window_plan(seq_len: usize, start: usize, n_attn: usize) -> Result<BlockPlan>
 }
 
 fn unknown(name: &str) -> Error {
-    let nearest =
-        POLICIES.iter().map(|policy| policy.name()).min_by_key(|valid| edit_distance(name, valid)).unwrap_or_default();
+    let distance = |valid: &&str| {
+        let common = name.chars().zip(valid.chars()).take_while(|(a, b)| a == b).count();
+        (edit_distance(name, valid), std::cmp::Reverse(common))
+    };
+    let nearest = POLICIES.iter().map(|policy| policy.name()).min_by_key(distance).unwrap_or_default();
     let valid: Vec<&str> = POLICIES.iter().map(|policy| policy.name()).collect();
     Error::UnknownPolicy { name: name.to_owned(), nearest, valid: valid.join(", ") }
 }
@@ -283,7 +286,7 @@ mod tests {
             ("fac", "fac_split"),
             ("nosplit", "no_split"),
             ("circular_split", "cyclic_split"),
-            ("mamba_all", "ssm_all"),
+            ("smm_all", "ssm_all"),
             ("attention_all", "attn_all"),
         ] {
             match Policy::named(name) {
