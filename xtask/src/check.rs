@@ -85,9 +85,7 @@ fn clippy(repo: &Repo) -> Result<()> {
 }
 
 fn docs(repo: &Repo) -> Result<()> {
-    run(cargo(repo)
-        .args(["doc", "--workspace", "--no-deps", "--document-private-items"])
-        .env("RUSTDOCFLAGS", "--deny warnings"))
+    run(cargo(repo).args(["doc", "--workspace", "--no-deps"]).env("RUSTDOCFLAGS", "--deny warnings"))
 }
 
 /// Plans every config that ships: a file that the program refuses has no place in the repository.

@@ -7,7 +7,8 @@
 use std::fs;
 use std::os::unix::fs::{PermissionsExt as _, symlink};
 use std::path::{Path, PathBuf};
-use std::process::{Command, Output};
+use std::process::{Command, Output, Stdio};
+use std::sync::{Mutex, MutexGuard, PoisonError};
 
 /// Answers what setup asks of a Python, makes environments, and installs a torch of empty files.
 ///
@@ -41,15 +42,20 @@ case "$*" in
 esac
 "#;
 
+/// A program being written must not be inherited by a process that another test starts just then: nobody could run it.
+static ONE_AT_A_TIME: Mutex<()> = Mutex::new(());
+
 /// A machine that has just what a test gives it.
 struct Machine {
     dir: tempfile::TempDir,
+    _turn: MutexGuard<'static, ()>,
 }
 
 impl Machine {
     /// A machine with a C++ compiler and a Python, and a fresh checkout.
     fn new() -> Self {
-        let machine = Self { dir: tempfile::tempdir().expect("a scratch directory") };
+        let turn = ONE_AT_A_TIME.lock().unwrap_or_else(PoisonError::into_inner);
+        let machine = Self { dir: tempfile::tempdir().expect("a scratch directory"), _turn: turn };
         fs::create_dir_all(machine.path("checkout/xtask")).expect("a scratch directory");
         fs::create_dir_all(machine.path("bin")).expect("a scratch directory");
         // What the scripts themselves are made of.
@@ -297,7 +303,7 @@ fn libtorch_of_the_users_choice_is_linked() {
 #[test]
 fn two_setups_at_a_time_install_once() {
     let machine = Machine::new();
-    let other = machine.command().spawn().expect("xtask starts");
+    let other = machine.command().stderr(Stdio::null()).spawn().expect("xtask starts");
     machine.setup().done();
     let other = other.wait_with_output().expect("it ends");
     assert!(other.status.success());
