@@ -35,14 +35,17 @@ const EDGES: &[(&str, &[&str])] = &[
 /// The crate that may hold unsafe code, and so cannot forbid it.
 const UNSAFE_HOME: &str = "flowhn-torch";
 
+/// Lines of text that an introduction has at the very least.
+const README_LINES: usize = 3;
+
 /// Each crate introduces itself, and denies what all deny.
 pub fn manners(tree: &Tree) -> Vec<Finding> {
     let mut findings = Vec::new();
     for name in names(tree) {
         let dir = format!("crates/{name}");
         let readme = format!("{dir}/README.md");
-        if tree.file(&readme).is_none_or(|file| file.text.trim().is_empty()) {
-            findings.push(Finding::new(readme, 0, "missing or empty"));
+        if tree.file(&readme).is_none_or(|file| n_text_lines(&file.text) < README_LINES) {
+            findings.push(Finding::new(readme, 0, "missing, or little more than a title"));
         }
         for root in [format!("{dir}/src/lib.rs"), format!("{dir}/src/main.rs")] {
             let Some(file) = tree.file(&root) else {
@@ -88,6 +91,10 @@ pub fn one_way(tree: &Tree) -> Vec<Finding> {
         }
     }
     findings
+}
+
+fn n_text_lines(markdown: &str) -> usize {
+    markdown.lines().map(str::trim).filter(|line| !line.is_empty() && !line.starts_with('#')).count()
 }
 
 /// Names of the crates, from their manifests' places.
@@ -141,21 +148,23 @@ mod tests {
     #[test]
     fn every_crate_has_manners() {
         let good = "//! Docs.\n#![forbid(unsafe_code)]\n#![deny(missing_docs)]\n";
+        let readme = "# A crate\n\nWhat it is.\nWhat it does.\n\nHow to use it.\n";
         let tree = Tree::of(&[
             ("crates/flowhn-nn/Cargo.toml", ""),
-            ("crates/flowhn-nn/README.md", "# flowhn-nn"),
+            ("crates/flowhn-nn/README.md", readme),
             ("crates/flowhn-nn/src/lib.rs", good),
             ("crates/flowhn-torch/Cargo.toml", ""),
-            ("crates/flowhn-torch/README.md", "# flowhn-torch"),
+            ("crates/flowhn-torch/README.md", readme),
             ("crates/flowhn-torch/src/lib.rs", "#![deny(missing_docs)]"),
             ("crates/flowhn-ssm/Cargo.toml", ""),
+            ("crates/flowhn-ssm/README.md", "# flowhn-ssm\n\nScans.\n"),
             ("crates/flowhn-ssm/src/lib.rs", "// #![forbid(unsafe_code)]\n#![deny(missing_docs)]"),
         ]);
         let found: Vec<_> = manners(&tree).iter().map(ToString::to_string).collect();
         assert_eq!(
             found,
             [
-                "crates/flowhn-ssm/README.md: missing or empty",
+                "crates/flowhn-ssm/README.md: missing, or little more than a title",
                 "crates/flowhn-ssm/src/lib.rs: lacks #![forbid(unsafe_code)]"
             ]
         );
