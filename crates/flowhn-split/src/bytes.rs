@@ -8,7 +8,7 @@
 use serde::{Deserialize, Serialize};
 
 use crate::shape::product;
-use crate::{AttnShape, BlockForm, BlockPlan, BlockShape, Branch, Bridge, MlpShape, Sharing, SsmShape};
+use crate::{AttnShape, BlockForm, BlockPlan, BlockShape, Branch, Bridge, Join, MlpShape, Sharing, SsmShape};
 
 /// The element in which activations and weights are moved.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash, Serialize, Deserialize)]
@@ -81,12 +81,17 @@ impl BlockShape {
         let fuse = self.fuse(sharing);
         // In units of d_model elements a token. A split gathers what each branch reads and merges
         // what it wrote; a sum of two reads both and writes one.
-        let routed = match sharing {
-            Sharing::Split => 4,
-            Sharing::Parallel if fuse.d_in == 0 => 3,
-            Sharing::Parallel | Sharing::AttnOnly | Sharing::SsmOnly => 0,
+        let routed = match (sharing, fuse.join) {
+            (Sharing::Split, _) => 4,
+            (Sharing::Parallel, Join::Plain | Join::Gates { .. }) => 3,
+            (Sharing::Parallel | Sharing::AttnOnly | Sharing::SsmOnly, _) => 0,
         };
-        let joined = if fuse.d_in == 0 { 0 } else { fuse.d_in / self.d_model + 1 };
+        let joined = match fuse.join {
+            Join::Plain => 0,
+            Join::Proj { n_inputs } => n_inputs + 1,
+            // The matrix reads and writes; the product reads two and writes one.
+            Join::Gates { n_passed } => 5 * n_passed,
+        };
         // The residual; then norm, projection and residual of the released block.
         let added = if fuse.final_proj { 3 + 2 + 2 + 3 } else { 3 };
         product(&[seq_len, self.d_model, routed + joined + added])

@@ -104,8 +104,8 @@ impl MlpShape {
 impl FuseShape {
     /// FLOPs of the joining matrices for `n_tokens` tokens.
     pub fn flops(&self, d_model: usize, n_tokens: usize) -> u64 {
-        let last = if self.final_proj { d_model } else { 0 };
-        product(&[2, n_tokens, d_model, self.d_in + last])
+        let squares = self.squares() + usize::from(self.final_proj);
+        product(&[2, n_tokens, squares, d_model, d_model])
     }
 }
 

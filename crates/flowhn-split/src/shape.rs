@@ -163,7 +163,7 @@ pub enum Fusion {
     /// A projection that starts as the identity.
     #[default]
     Proj,
-    /// A gate computed from the branches' changes; as large as the projection.
+    /// A gate for each branch, computed from its change by a square matrix with bias.
     Gated,
 }
 
@@ -181,18 +181,48 @@ pub enum BlockForm {
 /// The matrices that join the branches, and what comes with them.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub struct FuseShape {
-    /// Features that go into the joining matrix: `2 d_model` where both branches read every
-    /// token, else `d_model`; 0 when there is no such matrix.
-    pub d_in: usize,
+    /// What stands at the join.
+    pub join: Join,
     /// Whether the norm and the square `final_proj` of the released block follow.
     pub final_proj: bool,
+}
+
+/// What stands where the branches join.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub enum Join {
+    /// Nothing learned.
+    Plain,
+    /// One matrix without bias from `n_inputs * d_model` features to `d_model`: 2 where both
+    /// branches read every token, else 1.
+    Proj {
+        /// Inputs of `d_model` features.
+        n_inputs: usize,
+    },
+    /// A square matrix with bias in each of the two branches.
+    Gates {
+        /// Gates that a token passes: 2 where both branches read every token, else 1.
+        n_passed: usize,
+    },
 }
 
 impl FuseShape {
     /// Parameters.
     pub fn params(&self, d_model: usize) -> u64 {
+        let join = match self.join {
+            Join::Plain => 0,
+            Join::Proj { n_inputs } => product(&[n_inputs, d_model, d_model]),
+            Join::Gates { .. } => product(&[2, d_model, d_model + 1]),
+        };
         let last = if self.final_proj { product(&[d_model, d_model + 1]) } else { 0 };
-        product(&[self.d_in, d_model]) + last
+        join + last
+    }
+
+    /// Square blocks of the join that a token meets.
+    pub(crate) fn squares(&self) -> usize {
+        match self.join {
+            Join::Plain => 0,
+            Join::Proj { n_inputs: n } | Join::Gates { n_passed: n } => n,
+        }
     }
 }
 
@@ -231,15 +261,20 @@ impl BlockShape {
     /// The joining matrices under this sharing. A flow block with one branch has none: its fusion
     /// is the residual addition.
     pub fn fuse(&self, sharing: Sharing) -> FuseShape {
-        let d_in = match sharing {
-            Sharing::Parallel => 2 * self.d_model,
-            Sharing::Split | Sharing::AttnOnly | Sharing::SsmOnly => self.d_model,
+        let inputs = match sharing {
+            Sharing::Parallel => 2,
+            Sharing::Split | Sharing::AttnOnly | Sharing::SsmOnly => 1,
         };
         let one_way = matches!(sharing, Sharing::AttnOnly | Sharing::SsmOnly);
+        let join = match self.form {
+            BlockForm::Released | BlockForm::Flow(Fusion::Proj) => Join::Proj { n_inputs: inputs },
+            BlockForm::Flow(Fusion::Gated) => Join::Gates { n_passed: inputs },
+            BlockForm::Flow(Fusion::None) => Join::Plain,
+        };
         match self.form {
-            BlockForm::Released => FuseShape { d_in, final_proj: true },
-            BlockForm::Flow(Fusion::Proj | Fusion::Gated) if !one_way => FuseShape { d_in, final_proj: false },
-            BlockForm::Flow(_) => FuseShape { d_in: 0, final_proj: false },
+            BlockForm::Released => FuseShape { join, final_proj: true },
+            BlockForm::Flow(_) if one_way => FuseShape { join: Join::Plain, final_proj: false },
+            BlockForm::Flow(_) => FuseShape { join, final_proj: false },
         }
     }
 
@@ -392,6 +427,10 @@ pub(crate) mod tests {
         block.form = BlockForm::Flow(Fusion::Proj);
         assert_eq!(block.params(Sharing::Parallel).fuse, 2 * 768 * 768);
         assert_eq!(block.params(Sharing::SsmOnly).fuse, 0);
+        block.form = BlockForm::Flow(Fusion::Gated);
+        assert_eq!(block.params(Sharing::Split).fuse, 2 * 768 * 769);
+        assert_eq!(block.fuse(Sharing::Split).join, Join::Gates { n_passed: 1 });
+        assert_eq!(block.fuse(Sharing::AttnOnly).join, Join::Plain);
     }
 
     #[test]
