@@ -59,3 +59,11 @@ impl Checker {
         }
     }
 }
+
+/// Refuses sizes below 1 by name.
+pub(crate) fn check_sizes(op: &'static str, sizes: &[(&str, i64)]) -> Result<()> {
+    match sizes.iter().find(|(_, size)| *size < 1) {
+        None => Ok(()),
+        Some((name, size)) => Err(Error::invalid(op, format!("{name} is {size}, expected at least 1"))),
+    }
+}

@@ -5,7 +5,7 @@ use flowhn_torch::Result;
 use tch::{Device, Tensor};
 
 use crate::args::Checker;
-use crate::reference;
+use crate::{cpu, reference};
 
 /// How the step sizes are made from `dt_ble`, after the bias is added.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
@@ -113,7 +113,8 @@ pub struct SelectiveScanOutput {
 pub fn selective_scan(args: &SelectiveScan) -> Result<SelectiveScanOutput> {
     let checker = check(args)?;
     match args.x_ble.device() {
-        Device::Cpu => reference::selective_scan(args),
+        Device::Cpu if args.x_ble.numel() == 0 => reference::selective_scan(args),
+        Device::Cpu => cpu::scan::selective_scan(args),
         _ => Err(checker.no_path("x_ble")),
     }
 }

@@ -1,0 +1,154 @@
+//! The mixer of Mamba-1, with the inner norms that Jamba adds.
+
+use flowhn_nn::{Bias, Decay, Init, Linear, Path, RmsNorm, Weight};
+use flowhn_torch::{Result, check};
+use tch::Tensor;
+
+use super::init::SsmInit;
+use super::state::SsmState;
+use crate::args::{check_sizes, state_kind};
+use crate::conv::{CausalConv1d, causal_conv1d};
+use crate::scan::{SelectiveScan, selective_scan};
+
+/// Sizes of a [`Mamba1`].
+#[derive(Clone, Debug, PartialEq)]
+pub struct Mamba1Config {
+    /// Width of the model.
+    pub d_model: i64,
+    /// Channels of conv and scan, twice `d_model` in Mamba; any width will do.
+    pub d_inner: i64,
+    /// State elements of a channel, 16 in Mamba.
+    pub d_state: i64,
+    /// Taps of the convolution, 4 in Mamba.
+    pub d_conv: i64,
+    /// Rank of the map that makes step sizes, `ceil(d_model / 16)` in Mamba.
+    pub dt_rank: i64,
+    /// With a value, RMSNorms with this epsilon on the low-rank step sizes, B and C, as in Jamba.
+    pub inner_norm_eps: Option<f64>,
+}
+
+/// `out_proj(scan(silu(conv(u))) silu(z))` with `(u, z) = in_proj(x)` (Gu and Dao, arXiv 2312.00752, section 3.4).
+#[derive(Debug)]
+pub struct Mamba1 {
+    config: Mamba1Config,
+    in_proj: Linear,
+    conv_weight_ek: Weight,
+    conv_bias_e: Weight,
+    x_proj: Linear,
+    inner_norms: Option<[RmsNorm; 3]>,
+    dt_weight_er: Weight,
+    dt_bias_e: Weight,
+    a_log_en: Weight,
+    d_e: Weight,
+    out_proj: Linear,
+}
+
+impl Mamba1 {
+    /// Registers `in_proj.weight conv1d.{weight,bias} x_proj.weight {dt,b,c}_norm.weight dt_proj.{weight,bias} A_log D
+    /// out_proj.weight` under `path`; the inner norms only where the config asks for them.
+    ///
+    /// # Errors
+    /// [`Error::Invalid`](crate::Error::Invalid) if a size is not positive or a name is taken.
+    pub fn new(path: &mut Path, config: &Mamba1Config, init: SsmInit) -> Result<Self> {
+        let Mamba1Config { d_model, d_inner, d_state, d_conv, dt_rank, inner_norm_eps } = *config;
+        check_sizes(
+            "Mamba1",
+            &[
+                ("d_model", d_model),
+                ("d_inner", d_inner),
+                ("d_state", d_state),
+                ("d_conv", d_conv),
+                ("dt_rank", dt_rank),
+            ],
+        )?;
+        let in_proj = Linear::new(path, "in_proj", d_model, 2 * d_inner, init.linear(d_model), Bias::None)?;
+        let mut conv = path.push("conv1d");
+        let conv_weight_ek = conv.weight("weight", &[d_inner, d_conv], init.conv_weight(d_conv), Decay::Yes)?;
+        let conv_bias_e = conv.weight("bias", &[d_inner], init.conv_bias(d_conv), Decay::No)?;
+        let x_proj = Linear::new(path, "x_proj", d_inner, dt_rank + 2 * d_state, init.linear(d_inner), Bias::None)?;
+        let inner_norms = match inner_norm_eps {
+            None => None,
+            Some(eps) => Some([
+                RmsNorm::new(path, "dt_norm", dt_rank, eps)?,
+                RmsNorm::new(path, "b_norm", d_state, eps)?,
+                RmsNorm::new(path, "c_norm", d_state, eps)?,
+            ]),
+        };
+        let mut dt_proj = path.push("dt_proj");
+        let dt_weight_er = dt_proj.weight("weight", &[d_inner, dt_rank], init.linear(dt_rank), Decay::Yes)?;
+        let dt_bias = init.dt_bias(&dt_proj, "bias", d_inner)?;
+        let dt_bias_e = dt_proj.weight("bias", &[d_inner], dt_bias, Decay::No)?;
+        let a_log = (0..d_inner).flat_map(|_| (1..=d_state).map(|n| (n as f32).ln())).collect();
+        Ok(Self {
+            config: config.clone(),
+            in_proj,
+            conv_weight_ek,
+            conv_bias_e,
+            x_proj,
+            inner_norms,
+            dt_weight_er,
+            dt_bias_e,
+            a_log_en: path.weight("A_log", &[d_inner, d_state], Init::Values(a_log), Decay::No)?,
+            d_e: path.weight("D", &[d_inner], Init::Ones, Decay::No)?,
+            out_proj: Linear::new(path, "out_proj", d_inner, d_model, init.linear(d_inner), Bias::None)?,
+        })
+    }
+
+    /// The sizes.
+    pub fn config(&self) -> &Mamba1Config {
+        &self.config
+    }
+
+    /// As [`SsmMixer::forward`](super::SsmMixer::forward).
+    ///
+    /// # Errors
+    /// As there.
+    pub fn forward(
+        &self,
+        x_bld: &Tensor,
+        reset_bl: Option<&Tensor>,
+        mut state: Option<&mut SsmState>,
+    ) -> Result<Tensor> {
+        let Mamba1Config { d_model, d_inner, d_state, dt_rank, .. } = self.config;
+        let [batch, seq_len, _] = check::dims("Mamba1", "x_bld", x_bld, "[batch, seq_len, d_model]")?;
+        check::shape("Mamba1", "x_bld", x_bld, &[batch, seq_len, d_model])?;
+        let (kind, state_kind) = (x_bld.kind(), state_kind(x_bld.kind()));
+
+        let uz = self.in_proj.forward(x_bld)?;
+        let (u_ble, z_ble) = (uz.narrow(2, 0, d_inner), uz.narrow(2, d_inner, d_inner));
+        let window = state.as_ref().map(|state| state.conv_bje.to_kind(state_kind));
+        let conv = causal_conv1d(&CausalConv1d {
+            bias_e: Some(&self.conv_bias_e.to(state_kind)),
+            initial_state_bje: window.as_ref(),
+            reset_bl,
+            ..CausalConv1d::new(&u_ble, &self.conv_weight_ek.to(state_kind))
+        })?;
+
+        let u_ble = conv.y_ble;
+        let dt_b_c = self.x_proj.forward(&u_ble)?;
+        let mut dt_blr = dt_b_c.narrow(2, 0, dt_rank);
+        let mut b_bln = dt_b_c.narrow(2, dt_rank, d_state);
+        let mut c_bln = dt_b_c.narrow(2, dt_rank + d_state, d_state);
+        if let Some([dt_norm, b_norm, c_norm]) = &self.inner_norms {
+            dt_blr = dt_norm.forward(&dt_blr)?;
+            b_bln = b_norm.forward(&b_bln)?;
+            c_bln = c_norm.forward(&c_bln)?;
+        }
+        let dt_ble = dt_blr.f_linear(&self.dt_weight_er.to(kind), None::<&Tensor>)?;
+
+        let before = state.as_ref().map(|state| state.scan.to_kind(state_kind));
+        let scan = selective_scan(&SelectiveScan {
+            d_e: Some(&self.d_e.to(state_kind)),
+            z_ble: Some(&z_ble),
+            dt_bias_e: Some(&self.dt_bias_e.to(state_kind)),
+            initial_state_ben: before.as_ref(),
+            reset_bl,
+            ..SelectiveScan::new(&u_ble, &dt_ble, &-self.a_log_en.to(state_kind).exp(), &b_bln, &c_bln)
+        })?;
+        if let Some(state) = &mut state {
+            state.conv_bje = conv.final_state_bje;
+            state.scan = scan.final_state_ben;
+        }
+        self.out_proj.forward(&scan.y_ble)
+    }
+}

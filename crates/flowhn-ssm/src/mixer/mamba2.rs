@@ -1,0 +1,170 @@
+//! The mixer of Mamba-2.
+
+use flowhn_nn::{Bias, Decay, Init, Linear, Path, Weight, gated_rms_norm};
+use flowhn_torch::{Error, Result, check};
+use tch::Tensor;
+
+use super::init::SsmInit;
+use super::state::SsmState;
+use crate::args::{check_sizes, state_kind};
+use crate::conv::{CausalConv1d, causal_conv1d};
+use crate::ssd::{Ssd, ssd};
+
+/// Sizes of a [`Mamba2`].
+#[derive(Clone, Debug, PartialEq)]
+pub struct Mamba2Config {
+    /// Width of the model.
+    pub d_model: i64,
+    /// Heads; `n_heads * d_head` is the inner width, twice `d_model` in Mamba-2, but any width will do.
+    pub n_heads: i64,
+    /// Channels of a head, 64 in Mamba-2.
+    pub d_head: i64,
+    /// State elements of a channel, 128 in Mamba-2.
+    pub d_state: i64,
+    /// Groups of heads that share B and C; must divide `n_heads`.
+    pub n_groups: i64,
+    /// Taps of the convolution, 4 in Mamba-2.
+    pub d_conv: i64,
+    /// Tokens that SSD computes together, 256 in Mamba-2.
+    pub chunk_len: usize,
+    /// Epsilon of the gated norm before the output projection.
+    pub norm_eps: f64,
+    /// Equal groups of channels that the gated norm normalises apart: 1 as in `transformers`, `n_groups` as in `mamba_ssm`.
+    pub norm_groups: i64,
+}
+
+impl Mamba2Config {
+    /// Channels inside the mixer.
+    pub fn d_inner(&self) -> i64 {
+        self.n_heads * self.d_head
+    }
+
+    /// Channels of the convolution: the input, B and C.
+    pub fn conv_channels(&self) -> i64 {
+        self.d_inner() + 2 * self.n_groups * self.d_state
+    }
+}
+
+/// `out_proj(norm(ssd(silu(conv(x, B, C)), dt) silu(z)))` with `(z, x, B, C, dt) = in_proj(x)` (Dao and Gu, arXiv 2405.21060,
+/// section 7).
+#[derive(Debug)]
+pub struct Mamba2 {
+    config: Mamba2Config,
+    in_proj: Linear,
+    conv_weight_ek: Weight,
+    conv_bias_e: Weight,
+    dt_bias_h: Weight,
+    a_log_h: Weight,
+    d_h: Weight,
+    norm_weight_e: Weight,
+    out_proj: Linear,
+}
+
+impl Mamba2 {
+    /// Registers `in_proj.weight conv1d.{weight,bias} dt_bias A_log D norm.weight out_proj.weight` under `path`.
+    ///
+    /// # Errors
+    /// [`Error::Invalid`] if a size is not positive, groups do not divide what they group, or a name is taken.
+    pub fn new(path: &mut Path, config: &Mamba2Config, init: SsmInit) -> Result<Self> {
+        let Mamba2Config { d_model, n_heads, d_head, d_state, n_groups, d_conv, norm_groups, .. } = *config;
+        check_sizes(
+            "Mamba2",
+            &[
+                ("d_model", d_model),
+                ("n_heads", n_heads),
+                ("d_head", d_head),
+                ("d_state", d_state),
+                ("n_groups", n_groups),
+                ("d_conv", d_conv),
+                ("chunk_len", config.chunk_len as i64),
+                ("norm_groups", norm_groups),
+            ],
+        )?;
+        let (d_inner, conv_channels) = (config.d_inner(), config.conv_channels());
+        if n_heads % n_groups != 0 {
+            return Err(Error::invalid("Mamba2", format!("n_groups {n_groups} does not divide n_heads {n_heads}")));
+        }
+        if d_inner % norm_groups != 0 {
+            let message = format!("norm_groups {norm_groups} does not divide the inner width {d_inner}");
+            return Err(Error::invalid("Mamba2", message));
+        }
+        let in_width = d_inner + conv_channels + n_heads;
+        let in_proj = Linear::new(path, "in_proj", d_model, in_width, init.linear(d_model), Bias::None)?;
+        let mut conv = path.push("conv1d");
+        let conv_weight_ek = conv.weight("weight", &[conv_channels, d_conv], init.conv_weight(d_conv), Decay::Yes)?;
+        let conv_bias_e = conv.weight("bias", &[conv_channels], init.conv_bias(d_conv), Decay::No)?;
+        let dt_bias = init.dt_bias(path, "dt_bias", n_heads)?;
+        let a_log = (1..=n_heads).map(|h| (h as f32).ln()).collect();
+        Ok(Self {
+            config: config.clone(),
+            in_proj,
+            conv_weight_ek,
+            conv_bias_e,
+            dt_bias_h: path.weight("dt_bias", &[n_heads], dt_bias, Decay::No)?,
+            a_log_h: path.weight("A_log", &[n_heads], Init::Values(a_log), Decay::No)?,
+            d_h: path.weight("D", &[n_heads], Init::Ones, Decay::No)?,
+            norm_weight_e: path.push("norm").weight("weight", &[d_inner], Init::Ones, Decay::No)?,
+            out_proj: Linear::new(path, "out_proj", d_inner, d_model, init.linear(d_inner), Bias::None)?,
+        })
+    }
+
+    /// The sizes.
+    pub fn config(&self) -> &Mamba2Config {
+        &self.config
+    }
+
+    /// As [`SsmMixer::forward`](super::SsmMixer::forward).
+    ///
+    /// # Errors
+    /// As there.
+    pub fn forward(
+        &self,
+        x_bld: &Tensor,
+        reset_bl: Option<&Tensor>,
+        mut state: Option<&mut SsmState>,
+    ) -> Result<Tensor> {
+        let Mamba2Config { d_model, n_heads, d_head, d_state, n_groups, .. } = self.config;
+        let [batch, seq_len, _] = check::dims("Mamba2", "x_bld", x_bld, "[batch, seq_len, d_model]")?;
+        check::shape("Mamba2", "x_bld", x_bld, &[batch, seq_len, d_model])?;
+        let (d_inner, conv_channels) = (self.config.d_inner(), self.config.conv_channels());
+        let state_kind = state_kind(x_bld.kind());
+
+        let projected = self.in_proj.forward(x_bld)?;
+        let z_ble = projected.narrow(2, 0, d_inner);
+        let xbc_ble = projected.narrow(2, d_inner, conv_channels);
+        let dt_blh = projected.narrow(2, d_inner + conv_channels, n_heads);
+        let window = state.as_ref().map(|state| state.conv_bje.to_kind(state_kind));
+        let conv = causal_conv1d(&CausalConv1d {
+            bias_e: Some(&self.conv_bias_e.to(state_kind)),
+            initial_state_bje: window.as_ref(),
+            reset_bl,
+            ..CausalConv1d::new(&xbc_ble, &self.conv_weight_ek.to(state_kind))
+        })?;
+
+        let x_blhp = conv.y_ble.narrow(2, 0, d_inner).unflatten(2, [n_heads, d_head]);
+        let group = |start: i64| conv.y_ble.narrow(2, start, n_groups * d_state).unflatten(2, [n_groups, d_state]);
+        let (b_blgn, c_blgn) = (group(d_inner), group(d_inner + n_groups * d_state));
+        let before = state.as_ref().map(|state| state.scan.to_kind(state_kind));
+        let out = ssd(&Ssd {
+            d_h: Some(&self.d_h.to(state_kind)),
+            dt_bias_h: Some(&self.dt_bias_h.to(state_kind)),
+            initial_state_bhpn: before.as_ref(),
+            reset_bl,
+            chunk_len: self.config.chunk_len,
+            ..Ssd::new(&x_blhp, &dt_blh, &-self.a_log_h.to(state_kind).exp(), &b_blgn, &c_blgn)
+        })?;
+        if let Some(state) = &mut state {
+            state.conv_bje = conv.final_state_bje;
+            state.scan = out.final_state_bhpn;
+        }
+        let y_ble = out.y_blhp.flatten(2, 3);
+        let weight_e = self.norm_weight_e.to(x_bld.kind());
+        self.out_proj.forward(&gated_rms_norm(
+            &y_ble,
+            &z_ble,
+            &weight_e,
+            self.config.norm_eps,
+            self.config.norm_groups,
+        )?)
+    }
+}
