@@ -1,1 +1,22 @@
-//! x
+//! Grouped-query causal attention over any subset of a sequence's tokens: rotary embedding by absolute position, packed
+//! documents, sliding windows, a key-value cache, and the mixer that puts them together.
+//!
+//! [`attention`] is the operation, [`Mask`] says who may see whom, [`rotary`] turns queries and keys, [`KvCache`] remembers
+//! keys and values, and [`AttnMixer`] is the branch's layer with its parameters.
+#![forbid(unsafe_code)]
+#![deny(missing_docs)]
+
+mod attention;
+mod cache;
+mod mask;
+mod mixer;
+mod positions;
+mod rotary;
+
+pub use attention::attention;
+pub use cache::KvCache;
+pub use flowhn_torch::{Error, Result};
+pub use mask::{Mask, Order};
+pub use mixer::{AttnConfig, AttnContext, AttnInit, AttnMixer, Bridge, Rope};
+pub use positions::Positions;
+pub use rotary::{RotaryTable, rotary};

@@ -4,6 +4,7 @@
 
 use tch::Tensor;
 
+use flowhn_nn::RmsNorm;
 use flowhn_torch::{BackwardCtx, Error, ForwardCtx, Function, Result, apply, check};
 
 use crate::{Route, pieces};
@@ -38,6 +39,17 @@ pub fn gather(x_bld: &Tensor, route: &Route) -> Result<Tensor> {
         return pieces::take(&x_bld.detach(), route);
     }
     one(apply(Gather { route: route.clone() }, &[x_bld])?)
+}
+
+/// [`gather`], then the norm that opens the branch; the slot of a kernel that does both in one pass.
+///
+/// # Shapes
+/// As [`gather`]; the norm is over `d`.
+///
+/// # Errors
+/// Those of [`gather`] and of the norm.
+pub fn gather_norm(x_bld: &Tensor, route: &Route, norm: &RmsNorm) -> Result<Tensor> {
+    norm.forward(&gather(x_bld, route)?)
 }
 
 /// Both branches' tokens at once: `(gather(x, attn), gather(x, ssm))`, with one merged gradient instead of two padded ones

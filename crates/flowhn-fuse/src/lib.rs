@@ -4,7 +4,8 @@
 //! A [`Route`] says which tokens of a sequence one branch reads. [`split`] hands both branches their tokens (views where a
 //! branch owns one span), [`merge`] puts the outputs back in order with one copy, and a [`Fusion`] does what follows.
 //!
-//! The names of the pairs are the interface that fused device kernels fill later: [`merge_residual`] is merge, then the residual add.
+//! The names of the pairs are the interface that fused device kernels fill later: [`gather_norm`] (gather, then the branch's
+//! first norm) and [`merge_residual`] (merge, then the residual add).
 #![forbid(unsafe_code)]
 #![deny(missing_docs)]
 
@@ -16,6 +17,6 @@ mod route;
 
 pub use flowhn_torch::{Error, Result};
 pub use fusion::{FUSIONS, FuseShape, Fusion, FusionKind, FusionSpec, Topology};
-pub use gather::{gather, split};
+pub use gather::{gather, gather_norm, split};
 pub use merge::{merge, merge_residual};
 pub use route::Route;

@@ -1,0 +1,192 @@
+//! Who may see whom.
+
+// b batch, n queries, m keys
+
+use std::borrow::Cow;
+use std::ops::Range;
+
+use tch::{Device, Kind, Tensor};
+
+use flowhn_torch::{Error, Result, check};
+
+use crate::Positions;
+
+/// How queries and keys stand to each other in time.
+#[derive(Clone, Copy, Debug)]
+pub enum Order<'a> {
+    /// The queries are the keys: query `i` sees keys `0..=i`.
+    Causal,
+    /// The queries are the last of the keys, as when decoding: query `i` of `n` sees the first `m - n + i + 1` of `m` keys.
+    CausalTail,
+    /// A query sees the keys at its own position and before it.
+    Positions {
+        /// Positions of the queries.
+        q: &'a Positions,
+        /// Positions of the keys.
+        k: &'a Positions,
+    },
+}
+
+/// Which keys each query sees: those of an [`Order`], within its own document, within a sliding window.
+///
+/// ```
+/// use flowhn_attn::Mask;
+/// use tch::Tensor;
+/// let segments_bn = Tensor::from_slice(&[0i64, 0, 1, 1, 1]).view([1, 5]);
+/// let mask = Mask::causal().with_segments(&segments_bn, &segments_bn).with_window(2);
+/// # let _ = mask;
+/// ```
+#[derive(Clone, Copy, Debug)]
+pub struct Mask<'a> {
+    order: Order<'a>,
+    segments: Option<(&'a Tensor, &'a Tensor)>,
+    window: Option<usize>,
+}
+
+impl<'a> Mask<'a> {
+    /// A mask of this order alone.
+    pub fn new(order: Order<'a>) -> Self {
+        Self { order, segments: None, window: None }
+    }
+
+    /// [`Order::Causal`].
+    pub fn causal() -> Self {
+        Self::new(Order::Causal)
+    }
+
+    /// [`Order::CausalTail`].
+    pub fn causal_tail() -> Self {
+        Self::new(Order::CausalTail)
+    }
+
+    /// [`Order::Positions`].
+    pub fn positions(q: &'a Positions, k: &'a Positions) -> Self {
+        Self::new(Order::Positions { q, k })
+    }
+
+    /// A query also sees only keys with its own segment id: `[batch, n]` and `[batch, m]`, i64, on the device of the keys.
+    #[must_use]
+    pub fn with_segments(self, q_segments_bn: &'a Tensor, k_segments_bm: &'a Tensor) -> Self {
+        Self { segments: Some((q_segments_bn, k_segments_bm)), ..self }
+    }
+
+    /// A query also sees only keys less than `window` positions before it; 1 leaves a query its own position.
+    #[must_use]
+    pub fn with_window(self, window: usize) -> Self {
+        Self { window: Some(window), ..self }
+    }
+
+    /// What the mask comes to for `n` queries and `m` keys, both not 0, as far as the host can say.
+    pub(crate) fn resolve(&self, op: &'static str, sizes: [i64; 3], device: Device) -> Result<Visible> {
+        let [batch, n, m] = sizes;
+        let window = self.checked_window(op)?;
+        self.check_segments(op, sizes, device)?;
+        let (q, k) = self.host_positions(op, n, m)?;
+        let (first, last) = (q[0], q[q.len() - 1]);
+        // Positions increase, so the keys that any query sees are neighbours.
+        let start = window.map_or(0, |window| k.partition_point(|&key| key <= first - window));
+        let end = k.partition_point(|&key| key <= last);
+        if start >= end {
+            return Ok(Visible { keys: start..start, pattern: Pattern::All });
+        }
+        let keys = start..end;
+        let window_is_idle = window.is_none_or(|window| last - k[start] < window);
+        let pattern = match self.segments {
+            None if window_is_idle && k[end - 1] <= first => Pattern::All,
+            None if window_is_idle && *q == k[keys.clone()] => Pattern::Causal,
+            _ => Pattern::Dense(self.dense(batch, n, m, &keys, window.filter(|_| !window_is_idle), device)?),
+        };
+        Ok(Visible { keys, pattern })
+    }
+
+    fn checked_window(&self, op: &'static str) -> Result<Option<i64>> {
+        match self.window {
+            Some(0) => Err(Error::invalid(op, "a window of 0 positions shows nothing; use 1 or more, or no window")),
+            // A window past any position is no window.
+            Some(window) => Ok(i64::try_from(window).ok().filter(|&window| window < i64::MAX / 2)),
+            None => Ok(None),
+        }
+    }
+
+    fn check_segments(&self, op: &'static str, [batch, n, m]: [i64; 3], device: Device) -> Result<()> {
+        let Some((q_segments, k_segments)) = self.segments else { return Ok(()) };
+        for (arg, segments, len) in [("q_segments_bn", q_segments, n), ("k_segments_bm", k_segments, m)] {
+            check::shape(op, arg, segments, &[batch, len])?;
+            check::kind(op, arg, segments, &[Kind::Int64])?;
+            check::device(op, arg, segments, device)?;
+        }
+        Ok(())
+    }
+
+    /// Positions of queries and keys, with the keys' indices in place of positions where the order has none.
+    fn host_positions(&self, op: &'static str, n: i64, m: i64) -> Result<(Cow<'a, [i64]>, Cow<'a, [i64]>)> {
+        match self.order {
+            Order::Causal if n != m => {
+                Err(Error::invalid(op, format!("{n} queries and {m} keys; a causal mask needs as many of either")))
+            }
+            Order::CausalTail if n > m => {
+                Err(Error::invalid(op, format!("{n} queries cannot be the last of {m} keys")))
+            }
+            Order::Causal | Order::CausalTail => Ok(((m - n..m).collect(), (0..m).collect())),
+            Order::Positions { q, k } => {
+                for (what, positions, len) in [("queries", q, n), ("keys", k, m)] {
+                    if positions.len() as i64 != len {
+                        let message = format!("{} positions for {len} {what}", positions.len());
+                        return Err(Error::invalid(op, message));
+                    }
+                }
+                Ok((Cow::Borrowed(q.host()), Cow::Borrowed(k.host())))
+            }
+        }
+    }
+
+    /// The mask spelled out on the device, for the keys that are visible at all.
+    fn dense(
+        &self,
+        batch: i64,
+        n: i64,
+        m: i64,
+        keys: &Range<usize>,
+        window: Option<i64>,
+        device: Device,
+    ) -> Result<Tensor> {
+        let (q_n, k_m) = match self.order {
+            Order::Causal | Order::CausalTail => {
+                let count = |from: i64| Tensor::f_arange_start(from, m, (Kind::Int64, device));
+                (count(m - n)?, count(0)?)
+            }
+            Order::Positions { q, k } => (q.tensor()?, k.tensor()?),
+        };
+        let (start, len) = (keys.start as i64, keys.len() as i64);
+        let (q_n1, k_1m) = (q_n.f_unsqueeze(1)?, k_m.f_narrow(0, start, len)?.f_unsqueeze(0)?);
+        let mut seen_nm = k_1m.f_le_tensor(&q_n1)?;
+        if let Some(window) = window {
+            seen_nm = seen_nm.f_logical_and(&k_1m.f_gt_tensor(&q_n1.f_sub_scalar(window)?)?)?;
+        }
+        let Some((q_segments_bn, k_segments_bm)) = self.segments else {
+            return Ok(seen_nm.f_view([1, 1, n, len])?);
+        };
+        let k_segments_bm = k_segments_bm.f_narrow(1, start, len)?;
+        let same_bnm = q_segments_bn.f_unsqueeze(2)?.f_eq_tensor(&k_segments_bm.f_unsqueeze(1)?)?;
+        Ok(same_bnm.f_logical_and(&seen_nm)?.f_view([batch, 1, n, len])?)
+    }
+}
+
+/// What a mask comes to.
+#[derive(Debug)]
+pub(crate) struct Visible {
+    /// The keys that some query may see; the others need not be read.
+    pub keys: Range<usize>,
+    /// Which of those keys each query sees.
+    pub pattern: Pattern,
+}
+
+#[derive(Debug)]
+pub(crate) enum Pattern {
+    /// All of them.
+    All,
+    /// Query `i` the keys up to `i`.
+    Causal,
+    /// Those with `true`: bool, `[batch or 1, 1, n, keys]`.
+    Dense(Tensor),
+}
