@@ -3,6 +3,7 @@
 //! Work is cut into tasks by sizes alone, never by the number of threads, and every sum across tasks runs in a fixed order: the
 //! same inputs give the same bits on any number of threads.
 
+pub(crate) mod conv;
 pub(crate) mod scan;
 mod scan_tile;
 mod view;

@@ -1,6 +1,6 @@
 //! The mixer of Mamba-2.
 
-use flowhn_nn::{Bias, Decay, Init, Linear, Path, Weight, gated_rms_norm};
+use flowhn_nn::{Bias, Decay, Init, Linear, Path, RmsNorm, Weight};
 use flowhn_torch::{Error, Result, check};
 use tch::Tensor;
 
@@ -56,7 +56,7 @@ pub struct Mamba2 {
     dt_bias_h: Weight,
     a_log_h: Weight,
     d_h: Weight,
-    norm_weight_e: Weight,
+    norm: RmsNorm,
     out_proj: Linear,
 }
 
@@ -103,7 +103,7 @@ impl Mamba2 {
             dt_bias_h: path.weight("dt_bias", &[n_heads], dt_bias, Decay::No)?,
             a_log_h: path.weight("A_log", &[n_heads], Init::Values(a_log), Decay::No)?,
             d_h: path.weight("D", &[n_heads], Init::Ones, Decay::No)?,
-            norm_weight_e: path.push("norm").weight("weight", &[d_inner], Init::Ones, Decay::No)?,
+            norm: RmsNorm::new(path, "norm", d_inner, config.norm_eps)?,
             out_proj: Linear::new(path, "out_proj", d_inner, d_model, init.linear(d_inner), Bias::None)?,
         })
     }
@@ -157,14 +157,7 @@ impl Mamba2 {
             state.conv_bje = conv.final_state_bje;
             state.scan = out.final_state_bhpn;
         }
-        let y_ble = out.y_blhp.flatten(2, 3);
-        let weight_e = self.norm_weight_e.to(x_bld.kind());
-        self.out_proj.forward(&gated_rms_norm(
-            &y_ble,
-            &z_ble,
-            &weight_e,
-            self.config.norm_eps,
-            self.config.norm_groups,
-        )?)
+        let y_ble = self.norm.forward_gated(&out.y_blhp.flatten(2, 3), &z_ble, self.config.norm_groups)?;
+        self.out_proj.forward(&y_ble)
     }
 }
