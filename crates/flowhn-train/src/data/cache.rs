@@ -31,8 +31,8 @@ pub struct PrepareOptions {
 
 /// Turns text files into a [`Dataset`], tokenising those that the cache does not hold yet.
 ///
-/// A shard is kept under a hash of the file's contents, the ending that says how to read it, the tokenizer and the
-/// format's version, so an edited file or another tokenizer gets a shard of its own and nothing goes stale. A cached
+/// A shard is kept under the file's name and a hash of its contents, the ending that says how to read it, the tokenizer
+/// and the format's version, so an edited file or another tokenizer gets a shard of its own and nothing goes stale. A cached
 /// shard that is damaged is built again, which [`Event::Rebuilding`] reports. Processes that want the same shard at once
 /// wait for the one that builds it; a build that is killed leaves no shard.
 ///

@@ -48,6 +48,13 @@ impl fmt::Display for RowProvenance {
     }
 }
 
+impl fmt::Debug for TrainLoader {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let ahead = matches!(self.feed, Feed::Ahead(_));
+        f.debug_struct("TrainLoader").field("state", &self.state).field("reads_ahead", &ahead).finish_non_exhaustive()
+    }
+}
+
 impl TrainLoader {
     /// Starts at the first batch.
     ///

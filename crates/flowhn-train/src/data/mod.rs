@@ -17,7 +17,8 @@
 //!     .eot_id() .vocab_size() .fingerprint() .check_vocab_size(model_vocab) .check_fingerprint(stored, "checkpoint")
 //! train_tokenizer(&[PathBuf], vocab_size, out, &ReadOptions) -> Result<TrainedTokenizer>
 //! prepare(&[PathBuf], &Tokenizer, &PrepareOptions, &dyn Progress) -> Result<Dataset>
-//! Dataset: .n_tokens() .n_documents() .text_bytes() .vocab_size() .eot_id() .fingerprint() .split(valid_frac)
+//! Dataset: .n_tokens() .n_documents() .text_bytes() .vocab_size() .check_vocab_size(model_vocab) .eot_id()
+//!     .tokenizer() .fingerprint() .split(valid_frac) -> Result<(Dataset, Dataset)>
 //! TrainLoader::new(&Dataset, &LoaderOptions) / ::resume(&Dataset, &LoaderOptions, &SamplerState) -> Result<TrainLoader>
 //!     .next_batch() -> Result<Batch>   .state() -> &SamplerState   .provenance(&Batch) -> Vec<RowProvenance>
 //! ValidationSet::new(&Dataset, seq_len, batch_size, max_windows: Option<u64>) -> Result<ValidationSet>
@@ -25,6 +26,40 @@
 //! Batch { batch_size, seq_len, inputs, targets, segments: Vec<i64>, n_targets, text_bytes, rows }
 //! Score::default().add(nats_sum, n_targets, text_bytes); .nats_per_token() .bits_per_byte()
 //! Unigram::fit(&Dataset, vocab_size) -> Result<Unigram>;  .score(&ValidationSet) -> Result<Score>
+//! ```
+//!
+//! # Example
+//!
+//! ```
+//! use flowhn_train::data::*;
+//! # let dir = tempfile::tempdir()?;
+//! # let file = |name: &str| dir.path().join(name);
+//! # std::fs::write(file("train.jsonl"), "{\"text\": \"one two three\"}\n".repeat(20))?;
+//! # std::fs::write(file("valid.txt"), "three two one")?;
+//! train_tokenizer(&[file("train.jsonl")], 260, &file("tokenizer.json"), &ReadOptions::default())?;
+//! let tokenizer = Tokenizer::load(&file("tokenizer.json"))?;
+//! tokenizer.check_vocab_size(260)?;
+//!
+//! let options = PrepareOptions { cache_dir: file("cache"), read: ReadOptions::default() };
+//! let train = prepare(&[file("train.jsonl")], &tokenizer, &options, &())?;
+//! let valid = prepare(&[file("valid.txt")], &tokenizer, &options, &())?;
+//!
+//! let options = LoaderOptions { seq_len: 8, batch_size: 2, seed: 0, prefetch: 2 };
+//! let mut loader = TrainLoader::new(&train, &options)?;
+//! let batch = loader.next_batch()?;
+//! assert_eq!(batch.inputs.len(), 2 * 8);
+//! assert_eq!(batch.inputs[1], batch.targets[0]);
+//!
+//! // A checkpoint keeps the state; what follows is then the same as if nothing had happened.
+//! let state = loader.state().clone();
+//! let mut resumed = TrainLoader::resume(&train, &options, &state)?;
+//! assert_eq!(resumed.next_batch()?, loader.next_batch()?);
+//!
+//! let valid = ValidationSet::new(&valid, 8, 2, None)?;
+//! assert_eq!(valid.text_bytes(), "three two one".len() as u64);
+//! let baseline = Unigram::fit(&train, 260)?.score(&valid)?;
+//! assert!(baseline.bits_per_byte() > 0.0);
+//! # Ok::<(), Box<dyn std::error::Error>>(())
 //! ```
 //!
 //! # The token stream

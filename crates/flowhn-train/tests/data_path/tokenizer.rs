@@ -194,6 +194,15 @@ fn training_is_deterministic_and_covers_every_byte() {
 }
 
 #[test]
+fn the_shipped_tokenizer_is_what_training_makes() {
+    let dir = dir();
+    let out = dir.path().join("tokenizer.json");
+    let report = train_tokenizer(&[tiny("train.jsonl")], 4096, &out, &ReadOptions::default()).unwrap();
+    assert_eq!((report.n_documents, report.text_bytes), (491, 2_505_856));
+    assert!(std::fs::read(out).unwrap() == std::fs::read(tiny("tokenizer.json")).unwrap());
+}
+
+#[test]
 fn training_refuses_what_it_cannot_do() {
     let dir = dir();
     let out = dir.path().join("out.json");

@@ -2,6 +2,7 @@
 
 mod lines;
 
+use std::fmt;
 use std::fs::File;
 use std::io::{BufRead, BufReader, Read};
 use std::path::{Path, PathBuf};
@@ -85,12 +86,13 @@ impl Documents {
     /// [`Error::Missing`], [`Error::NotAFile`], [`Error::UnknownFormat`], [`Error::Empty`], [`Error::Binary`] for a file
     /// that starts like another format, [`Error::Compressed`], [`Error::Io`].
     pub fn open(path: &Path, options: ReadOptions) -> Result<Self> {
-        let file = File::open(path).map_err(Error::io(path, "open"))?;
-        let metadata = file.metadata().map_err(Error::io(path, "read"))?;
+        // Opening a pipe would wait for a writer, so the kind of file is looked at first.
+        let metadata = std::fs::metadata(path).map_err(Error::io(path, "open"))?;
         if !metadata.is_file() {
             return Err(Error::NotAFile { path: path.to_owned() });
         }
         let (format, compressed) = format_of(path)?;
+        let file = File::open(path).map_err(Error::io(path, "open"))?;
         let bytes_read = Arc::new(AtomicU64::new(0));
         let mut reader = BufReader::with_capacity(1 << 16, Counted { file, bytes_read: Arc::clone(&bytes_read) });
         let first = reader.fill_buf().map_err(Error::io(path, "read"))?;
@@ -176,6 +178,16 @@ impl Documents {
 
     fn read_text(&mut self) -> Result<Option<Document>> {
         Ok(self.lines.rest()?.map(|text| Document { text, line: 1 }))
+    }
+}
+
+impl fmt::Debug for Documents {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("Documents")
+            .field("path", &self.path)
+            .field("format", &self.format)
+            .field("n_documents", &self.n_documents)
+            .finish_non_exhaustive()
     }
 }
 

@@ -3,6 +3,7 @@
 mod format;
 mod write;
 
+use std::fmt;
 use std::ops::Range;
 use std::path::{Path, PathBuf};
 
@@ -56,6 +57,12 @@ pub struct Shard {
     map: MappedFile,
     header: Header,
     layout: Layout,
+}
+
+impl fmt::Debug for Shard {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("Shard").field("path", &self.path).field("header", &self.header).finish_non_exhaustive()
+    }
 }
 
 impl Shard {
@@ -162,6 +169,7 @@ impl Shard {
         short + long
     }
 
+    /// The tokens of 255 bytes and more, each with its count.
     fn long_counts(&self) -> impl Iterator<Item = (u64, u64)> {
         let entries = self.map[self.layout.long_counts.clone()].as_chunks::<16>().0;
         entries.iter().map(|entry| {

@@ -1,3 +1,4 @@
+use std::fmt;
 use std::fs::File;
 use std::io::{BufWriter, Read, Seek, SeekFrom, Write};
 use std::path::Path;
@@ -24,6 +25,16 @@ pub struct ShardWriter {
     n_tokens: u64,
     text_bytes: u64,
     buffer: Vec<u8>,
+}
+
+impl fmt::Debug for ShardWriter {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("ShardWriter")
+            .field("path", &self.file.target())
+            .field("meta", &self.meta)
+            .field("n_tokens", &self.n_tokens)
+            .finish_non_exhaustive()
+    }
 }
 
 impl ShardWriter {

@@ -4,6 +4,7 @@ mod alphabet;
 mod stream;
 mod train;
 
+use std::fmt;
 use std::path::{Path, PathBuf};
 
 use rayon::prelude::*;
@@ -251,6 +252,17 @@ impl Tokenizer {
             Some(&id) => Err(Error::UnknownToken { id, vocab_size: self.vocab_size }),
             None => Ok(()),
         }
+    }
+}
+
+impl fmt::Debug for Tokenizer {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("Tokenizer")
+            .field("path", &self.path)
+            .field("vocab_size", &self.vocab_size)
+            .field("eot_id", &self.eot_id)
+            .field("fingerprint", &self.fingerprint)
+            .finish_non_exhaustive()
     }
 }
 

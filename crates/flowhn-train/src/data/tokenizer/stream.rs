@@ -5,6 +5,7 @@ use crate::data::Result;
 ///
 /// The concatenation of everything [`push`](StreamDecoder::push) and [`finish`](StreamDecoder::finish) return is what
 /// [`Tokenizer::decode`] makes of the same ids, for byte-level tokenizers.
+#[derive(Debug)]
 pub struct StreamDecoder<'a> {
     tokenizer: &'a Tokenizer,
     /// Byte-level: an incomplete UTF-8 sequence, at most three bytes.
