@@ -1,3 +1,28 @@
-//! x
+#![doc = include_str!("../README.md")]
+#![forbid(unsafe_code)]
+#![deny(missing_docs)]
 
+mod batch;
+pub mod checkpoint;
+pub mod config;
 pub mod data;
+mod error;
+pub mod estimate;
+pub mod eval;
+pub mod generate;
+pub mod metrics;
+pub mod observe;
+pub mod optim;
+pub mod peak;
+pub mod plot;
+pub mod run_dir;
+pub mod schedule;
+mod step;
+pub mod storage;
+mod summary;
+mod trainer;
+
+pub use config::RunConfig;
+pub use error::{Error, Result};
+pub use summary::Summary;
+pub use trainer::{Outcome, TrainOptions, Trainer};

@@ -1,0 +1,121 @@
+//! What a run will need, told before it starts.
+
+use flowhn_model::ModelConfig;
+use flowhn_split::{Element, ModelFlops, ScoreCount, Sharing};
+use serde::Serialize;
+use tch::Device;
+
+use crate::config::{Dtype, RunConfig, TrainConfig};
+use crate::peak::MatmulRate;
+use crate::{Error, Result};
+
+/// Memory and time of a run, estimated from shapes and from the measured matmul rate.
+#[derive(Clone, Debug, PartialEq, Serialize)]
+pub struct Estimate {
+    /// Parameters of the model.
+    pub parameters: u64,
+    /// Memory that training needs.
+    pub memory: MemoryEstimate,
+    /// Bytes that are free on the device; `None` where the system does not tell.
+    pub available_bytes: Option<u64>,
+    /// Bytes of one checkpoint on disk.
+    pub checkpoint_bytes: u64,
+    /// Tokens of the whole run.
+    pub tokens: u64,
+    /// Forward and backward FLOPs of the model for a token, as routed at the training length, rounded down.
+    pub flops_per_token: u64,
+    /// Forward and backward FLOPs of the model in a step.
+    pub flops_per_step: u64,
+    /// The rate that MFU refers to.
+    pub matmul: MatmulRate,
+    /// Seconds that the run would take at that rate: a lower bound, which real steps exceed by 1 over their MFU.
+    pub least_seconds: f64,
+}
+
+/// Bytes of memory by what they hold.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize)]
+pub struct MemoryEstimate {
+    /// fp32 parameters, and their bf16 copies where the step computes in bf16.
+    pub parameters_bytes: u64,
+    /// fp32 gradients.
+    pub gradients_bytes: u64,
+    /// AdamW's two fp32 means.
+    pub optimizer_bytes: u64,
+    /// What a micro-batch's forward pass keeps for the backward pass.
+    pub activations_bytes: u64,
+    /// The sum. libtorch itself, token shards and workspaces come on top.
+    pub total_bytes: u64,
+}
+
+impl Estimate {
+    /// Estimates the run of a configuration whose model has `parameters` parameters.
+    ///
+    /// # Errors
+    /// [`Error::Model`] where the policies do not fit the blocks, which a checked configuration excludes.
+    pub fn new(config: &RunConfig, parameters: u64, matmul: MatmulRate, device: Device) -> Result<Self> {
+        let (model, train) = (&config.model, &config.train);
+        let memory = MemoryEstimate::new(model, train, parameters)?;
+        let tokens_per_step = (train.batch_size * train.grad_accum * model.seq_len) as u64;
+        let sequence = ModelFlops::new(&model.shape(), &model.routing()?, model.seq_len, ScoreCount::Causal)
+            .map_err(|error| Error::Model(error.into()))?
+            .training();
+        let flops_per_step = sequence * (train.batch_size * train.grad_accum) as u64;
+        Ok(Self {
+            parameters,
+            memory,
+            available_bytes: available_bytes(device),
+            // Weights and two means.
+            checkpoint_bytes: 3 * 4 * parameters,
+            tokens: tokens_per_step * train.steps,
+            flops_per_token: sequence / model.seq_len as u64,
+            flops_per_step,
+            least_seconds: flops_per_step as f64 * train.steps as f64 / matmul.flops_per_s,
+            matmul,
+        })
+    }
+
+    /// Whether the estimate exceeds what is free.
+    pub fn exceeds_memory(&self) -> bool {
+        self.available_bytes.is_some_and(|available| self.memory.total_bytes > available)
+    }
+}
+
+impl MemoryEstimate {
+    /// The bytes that training a model of `parameters` parameters needs.
+    ///
+    /// Activations follow from the traffic that `flowhn_split` counts for a forward pass: every intermediate result is written
+    /// once and read about once, and is kept, so half of the traffic that is not weights.
+    ///
+    /// # Errors
+    /// As [`Estimate::new`].
+    pub fn new(model: &ModelConfig, train: &TrainConfig, parameters: u64) -> Result<Self> {
+        let (element, copies) = match train.dtype {
+            Dtype::Fp32 => (Element::Fp32, 0),
+            Dtype::Bf16 => (Element::Bf16, 2),
+        };
+        let routing = model.routing()?;
+        let plan = routing.plan(model.seq_len).map_err(|error| Error::Model(error.into()))?;
+        let shape = model.block_shape();
+        let blocks = routing.blocks().iter().zip(plan.blocks()).map(|(route, plan)| {
+            let sharing: Sharing = route.sharing();
+            let weights = element.size_bytes() * shape.params(sharing).total;
+            shape.bytes(sharing, plan, element).total.saturating_sub(weights) / 2
+        });
+        // The embedding's output, the final norm's, and the head's input kept in its type.
+        let outer = 3 * element.size_bytes() * (model.seq_len * model.d_model) as u64;
+        let activations_bytes = train.batch_size as u64 * (blocks.sum::<u64>() + outer);
+        let (parameters_bytes, gradients_bytes, optimizer_bytes) =
+            ((4 + copies) * parameters, 4 * parameters, 8 * parameters);
+        let total_bytes = parameters_bytes + gradients_bytes + optimizer_bytes + activations_bytes;
+        Ok(Self { parameters_bytes, gradients_bytes, optimizer_bytes, activations_bytes, total_bytes })
+    }
+}
+
+fn available_bytes(device: Device) -> Option<u64> {
+    if let Device::Cuda(idx) = device {
+        return flowhn_torch::MemoryStats::of(idx).ok().map(|stats| stats.free_bytes);
+    }
+    let info = std::fs::read_to_string("/proc/meminfo").ok()?;
+    let line = info.lines().find_map(|line| line.strip_prefix("MemAvailable:"))?;
+    line.trim().strip_suffix("kB")?.trim().parse::<u64>().ok().map(|kib| kib * 1024)
+}

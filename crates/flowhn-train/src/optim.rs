@@ -1,0 +1,270 @@
+//! AdamW over all parameters in a handful of launches, and clipping by the global norm.
+
+use flowhn_nn::{Decay, Params};
+use flowhn_torch::op::{Arg, call};
+use flowhn_torch::{Error as TensorError, catch};
+use tch::{Device, Kind, Tensor};
+
+use crate::Result;
+
+/// Settings of [`AdamW`].
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub struct AdamWOptions {
+    /// Decay of the mean of gradients.
+    pub beta1: f64,
+    /// Decay of the mean of squared gradients.
+    pub beta2: f64,
+    /// Added to the root of the mean of squares.
+    pub eps: f64,
+    /// Decoupled weight decay of the parameters marked [`Decay::Yes`]; it is multiplied by the learning rate.
+    pub weight_decay: f64,
+    /// Gradients whose global L2 norm exceeds this are scaled down to it; 0 turns clipping off.
+    pub clip_norm: f64,
+}
+
+/// A parameter to optimise.
+#[derive(Debug)]
+pub struct Leaf {
+    /// Its name, under which its state is saved.
+    pub name: String,
+    /// The master weight, a leaf of autograd.
+    pub tensor: Tensor,
+    /// Whether weight decay applies.
+    pub decay: Decay,
+}
+
+/// AdamW (Loshchilov and Hutter, "Decoupled weight decay regularization", algorithm 2) through libtorch's fused operator.
+///
+/// Each parameter has its gradient from the start, as zeros, and keeps that tensor: a backward pass adds to it, so gradients
+/// accumulate over micro-batches, and [`AdamW::zero_grad`] zeroes it in place. All of them count in every step, also those
+/// that a backward pass did not reach.
+///
+/// The step counter, the clip factor and the norm stay on the device; nothing here waits for it.
+///
+/// ```
+/// use flowhn_nn::Decay;
+/// use flowhn_train::optim::{AdamW, AdamWOptions, Leaf};
+/// use tch::Tensor;
+/// let weight = Tensor::from_slice(&[3f32, -2.]).set_requires_grad(true);
+/// let leaf = Leaf { name: "w".to_owned(), tensor: weight.shallow_clone(), decay: Decay::No };
+/// let options = AdamWOptions { beta1: 0.9, beta2: 0.95, eps: 1e-8, weight_decay: 0.1, clip_norm: 1. };
+/// let mut optimizer = AdamW::new(vec![leaf], options)?;
+/// weight.square().sum(None).backward();
+/// let norm = optimizer.step(0.01)?;
+/// assert!((norm.double_value(&[]) - 52f64.sqrt()).abs() < 1e-5);
+/// // The first step of Adam moves each weight by the learning rate, against its gradient.
+/// assert!((weight.double_value(&[0]) - 2.99).abs() < 1e-6);
+/// # Ok::<(), flowhn_train::Error>(())
+/// ```
+#[derive(Debug)]
+pub struct AdamW {
+    options: AdamWOptions,
+    /// Parameters that decay and those that do not, in the order of the model.
+    groups: [Group; 2],
+    /// Updates done: a tensor of one element, on the parameters' device, that all parameters share.
+    step: Tensor,
+}
+
+#[derive(Debug, Default)]
+struct Group {
+    names: Vec<String>,
+    params: Vec<Tensor>,
+    grads: Vec<Tensor>,
+    exp_avg: Vec<Tensor>,
+    exp_avg_sq: Vec<Tensor>,
+}
+
+impl AdamW {
+    /// An optimiser of all parameters of a model.
+    ///
+    /// # Errors
+    /// As [`AdamW::new`].
+    pub fn of_params(params: &Params, options: AdamWOptions) -> Result<Self> {
+        let leaf = |param: &flowhn_nn::Param| Leaf {
+            name: param.name.clone(),
+            tensor: param.weight.master().shallow_clone(),
+            decay: param.decay,
+        };
+        Self::new(params.iter().map(leaf).collect(), options)
+    }
+
+    /// An optimiser of these parameters, all on one device and contiguous, with its means at zero.
+    ///
+    /// # Errors
+    /// [`crate::Error::Tensor`] where there is no parameter, or one is not a leaf that requires a gradient.
+    pub fn new(leaves: Vec<Leaf>, options: AdamWOptions) -> Result<Self> {
+        let Some(first) = leaves.first() else {
+            return Err(TensorError::invalid("adamw", "there are no parameters").into());
+        };
+        let device = first.tensor.device();
+        let mut groups = [Group::default(), Group::default()];
+        for Leaf { name, tensor, decay } in leaves {
+            if !tensor.requires_grad() || !tensor.is_leaf() || tensor.device() != device || !tensor.is_contiguous() {
+                let message = format!("{name} is not a contiguous leaf on {device:?} that requires a gradient");
+                return Err(TensorError::invalid("adamw", message).into());
+            }
+            let group = &mut groups[usize::from(decay == Decay::No)];
+            let zeros = || catch(|| Ok(tensor.detach().zeros_like()));
+            group.exp_avg.push(zeros()?);
+            group.exp_avg_sq.push(zeros()?);
+            group.grads.push(zero_gradient(&tensor)?);
+            group.names.push(name);
+            group.params.push(tensor);
+        }
+        let step = Tensor::zeros([], (Kind::Float, device));
+        Ok(Self { options, groups, step })
+    }
+
+    /// Clips the gradients, updates the parameters with learning rate `lr`, and returns the global L2 norm that the gradients
+    /// had before clipping, as an f32 scalar on the device. Gradients stay as they are afterwards, clipped.
+    ///
+    /// # Errors
+    /// [`crate::Error::Tensor`] if libtorch refuses.
+    pub fn step(&mut self, lr: f64) -> Result<Tensor> {
+        tch::no_grad(|| {
+            let norm = self.grad_norm()?;
+            if self.options.clip_norm > 0. {
+                self.scale_grads(&catch(|| Ok((self.options.clip_norm / (&norm + 1e-6)).clamp_max(1.)))?)?;
+            }
+            self.step = catch(|| Ok(self.step.g_add_scalar_(1.)))?;
+            let [decaying, others] = &self.groups;
+            self.update(decaying, lr, self.options.weight_decay)?;
+            self.update(others, lr, 0.)?;
+            Ok(norm)
+        })
+    }
+
+    /// Sets all gradients to zero, in place.
+    ///
+    /// # Errors
+    /// [`crate::Error::Tensor`] if libtorch refuses.
+    pub fn zero_grad(&mut self) -> Result<()> {
+        tch::no_grad(|| {
+            for group in self.groups.iter().filter(|group| !group.grads.is_empty()) {
+                call("aten::_foreach_zero_", "", &[Arg::Tensors(&refs(&group.grads))])?;
+            }
+            Ok(())
+        })
+    }
+
+    /// The state by name: `exp_avg.NAME` and `exp_avg_sq.NAME` of each parameter, and `step`. The tensors share storage with
+    /// the optimiser's.
+    pub fn state(&self) -> Vec<(String, Tensor)> {
+        let mut state = vec![("step".to_owned(), self.step.shallow_clone())];
+        for group in &self.groups {
+            for (idx, name) in group.names.iter().enumerate() {
+                state.push((format!("exp_avg.{name}"), group.exp_avg[idx].shallow_clone()));
+                state.push((format!("exp_avg_sq.{name}"), group.exp_avg_sq[idx].shallow_clone()));
+            }
+        }
+        state
+    }
+
+    /// Overwrites the state with one that [`AdamW::state`] gave, on whatever device it is.
+    ///
+    /// # Errors
+    /// A sentence that names the tensor that is missing, unknown or of another shape.
+    pub fn load_state(&mut self, saved: &[(String, Tensor)]) -> std::result::Result<(), String> {
+        let own = self.state();
+        if let Some((name, _)) = saved.iter().find(|(name, _)| !own.iter().any(|(known, _)| known == name)) {
+            return Err(format!("{name} belongs to no parameter of this model"));
+        }
+        for (name, mut tensor) in own {
+            let Some((_, values)) = saved.iter().find(|(saved, _)| *saved == name) else {
+                return Err(format!("it has no {name}"));
+            };
+            if values.size() != tensor.size() {
+                return Err(format!("{name} has shape {:?}, expected {:?}", values.size(), tensor.size()));
+            }
+            tch::no_grad(|| tensor.f_copy_(values)).map_err(|error| error.to_string())?;
+        }
+        Ok(())
+    }
+
+    /// The settings.
+    pub fn options(&self) -> &AdamWOptions {
+        &self.options
+    }
+
+    /// Where the state lives.
+    pub fn device(&self) -> Device {
+        self.step.device()
+    }
+
+    /// The global L2 norm of the parameters, read from the device: finite exactly if none of them is infinite or NaN, up to
+    /// the range of f32.
+    ///
+    /// # Errors
+    /// [`crate::Error::Tensor`] if libtorch refuses.
+    pub fn params_norm(&self) -> Result<f64> {
+        let norm = tch::no_grad(|| self.norm_of(|group| &group.params))?;
+        Ok(catch(|| Ok(norm.double_value(&[])))?)
+    }
+
+    fn grad_norm(&self) -> Result<Tensor> {
+        self.norm_of(|group| &group.grads)
+    }
+
+    fn norm_of(&self, tensors: impl Fn(&Group) -> &[Tensor]) -> Result<Tensor> {
+        let mut norms = Vec::new();
+        for list in self.groups.iter().map(tensors).filter(|list| !list.is_empty()) {
+            let parts = call("aten::_foreach_norm", "Scalar", &[Arg::Tensors(&refs(list)), Arg::Double(2.)])?;
+            norms.extend(parts.into_iter().flatten());
+        }
+        Ok(catch(|| Ok(Tensor::stack(&norms, 0).norm().to_kind(Kind::Float)))?)
+    }
+
+    fn scale_grads(&self, factor: &Tensor) -> Result<()> {
+        for group in self.groups.iter().filter(|group| !group.grads.is_empty()) {
+            call("aten::_foreach_mul_", "Tensor", &[Arg::Tensors(&refs(&group.grads)), Arg::Tensor(factor)])?;
+        }
+        Ok(())
+    }
+
+    fn update(&self, group: &Group, lr: f64, weight_decay: f64) -> Result<()> {
+        if group.params.is_empty() {
+            return Ok(());
+        }
+        let AdamWOptions { beta1, beta2, eps, .. } = self.options;
+        let steps = vec![&self.step; group.params.len()];
+        let args = [
+            Arg::Tensors(&refs(&group.params)),
+            Arg::Tensors(&refs(&group.grads)),
+            Arg::Tensors(&refs(&group.exp_avg)),
+            Arg::Tensors(&refs(&group.exp_avg_sq)),
+            // The running maxima of AMSGrad, which this is not.
+            Arg::Tensors(&[]),
+            Arg::Tensors(&steps),
+            Arg::Double(lr),
+            Arg::Double(beta1),
+            Arg::Double(beta2),
+            Arg::Double(weight_decay),
+            Arg::Double(eps),
+            Arg::Bool(false),
+            Arg::Bool(false),
+        ];
+        call("aten::_fused_adamw_", "", &args)?;
+        Ok(())
+    }
+}
+
+/// Gives the leaf a gradient of zeros and returns that tensor, to which every backward pass will add in place.
+fn zero_gradient(leaf: &Tensor) -> Result<Tensor> {
+    let grad = catch(|| {
+        let mut grad = leaf.grad();
+        if grad.defined() {
+            let _ = grad.zero_();
+        } else {
+            tch::with_grad(|| (leaf * 0.).sum(leaf.kind()).f_backward())?;
+            grad = leaf.grad();
+            // A weight that is not finite would make its zero a NaN.
+            let _ = grad.zero_();
+        }
+        Ok(grad)
+    })?;
+    Ok(grad)
+}
+
+fn refs(tensors: &[Tensor]) -> Vec<&Tensor> {
+    tensors.iter().collect()
+}

@@ -1,0 +1,90 @@
+//! The training step.
+
+use flowhn_model::Model;
+use flowhn_torch::catch;
+use tch::{Device, Kind, Tensor};
+
+use crate::Result;
+use crate::batch::DeviceBatch;
+use crate::data::{Batch, TrainLoader};
+use crate::optim::AdamW;
+use crate::schedule::LearningRate;
+
+/// What takes part in a step. Nothing in it waits for the device.
+pub(crate) struct Stepper {
+    pub(crate) model: Model,
+    pub(crate) optimizer: AdamW,
+    pub(crate) loader: TrainLoader,
+    pub(crate) learning_rate: LearningRate,
+    pub(crate) grad_accum: usize,
+    pub(crate) reset_documents: bool,
+    /// Steps done.
+    pub(crate) step: u64,
+    /// Steps whose loss and norm have not been read.
+    pub(crate) unread: Vec<Unread>,
+}
+
+/// A step's outcome, still on the device.
+pub(crate) struct Unread {
+    /// Steps done with it.
+    pub(crate) step: u64,
+    pub(crate) lr: f64,
+    loss: Tensor,
+    grad_norm: Tensor,
+    /// Its micro-batches without their tokens: where their rows come from.
+    pub(crate) batches: Vec<Batch>,
+}
+
+impl Stepper {
+    /// One update: micro-batches forward and backward, clip, AdamW.
+    ///
+    /// Every micro-batch has the same number of targets, so the mean of their means is the mean over the step.
+    pub(crate) fn train_step(&mut self) -> Result<()> {
+        let lr = self.learning_rate.at(self.step);
+        let device = self.device();
+        let mut loss = Tensor::zeros([], (Kind::Float, device));
+        let mut batches = Vec::with_capacity(self.grad_accum);
+        self.optimizer.zero_grad()?;
+        for _ in 0..self.grad_accum {
+            let batch = self.loader.next_batch()?;
+            let DeviceBatch { ids_bl, targets_bl, segments_bl } =
+                DeviceBatch::new(&batch, device, self.reset_documents)?;
+            let share = self.model.loss(&ids_bl, &targets_bl, segments_bl.as_ref())?;
+            loss = catch(|| {
+                let share = share / self.grad_accum as f64;
+                share.f_backward()?;
+                Ok(loss + share.detach())
+            })?;
+            batches.push(without_tokens(batch));
+        }
+        let grad_norm = self.optimizer.step(lr)?;
+        self.step += 1;
+        self.unread.push(Unread { step: self.step, lr, loss, grad_norm, batches });
+        Ok(())
+    }
+
+    /// Loss and gradient norm of each unread step, read from the device at once.
+    pub(crate) fn read(&mut self) -> Result<Vec<(Unread, f32, f32)>> {
+        let unread = std::mem::take(&mut self.unread);
+        if unread.is_empty() {
+            return Ok(Vec::new());
+        }
+        let on_device: Vec<&Tensor> = unread.iter().flat_map(|step| [&step.loss, &step.grad_norm]).collect();
+        let values: Vec<f32> = catch(|| Ok(Vec::try_from(Tensor::stack(&on_device, 0).to_device(Device::Cpu))?))?;
+        let pairs: Vec<(f32, f32)> = values.chunks_exact(2).map(|pair| (pair[0], pair[1])).collect();
+        Ok(unread.into_iter().zip(pairs).map(|(step, (loss, norm))| (step, loss, norm)).collect())
+    }
+
+    /// Tokens of a step.
+    pub(crate) fn tokens_per_step(&self, batch_size: usize) -> u64 {
+        (batch_size * self.grad_accum * self.model.config().seq_len) as u64
+    }
+
+    pub(crate) fn device(&self) -> Device {
+        self.model.device()
+    }
+}
+
+fn without_tokens(batch: Batch) -> Batch {
+    Batch { inputs: Vec::new(), targets: Vec::new(), segments: Vec::new(), ..batch }
+}

@@ -1,0 +1,164 @@
+//! Getting a run ready: text, model, optimiser, the checkpoint to go on from, and the logs.
+
+use std::fs;
+use std::sync::Mutex;
+
+use flowhn_model::Model;
+
+use super::{Clock, TrainOptions, Trainer};
+use crate::checkpoint::{self, Checkpoint, CheckpointProblem, OPTIMIZER_FILE};
+use crate::config::RunConfig;
+use crate::data::{
+    self, Dataset, LoaderOptions, PrepareOptions, ReadOptions, Tokenizer, TrainLoader, ValidationSet, prepare,
+};
+use crate::estimate::Estimate;
+use crate::metrics::{EventWriter, Log, read};
+use crate::observe::{Event, Observer};
+use crate::optim::AdamW;
+use crate::peak::MatmulRate;
+use crate::run_dir::{self, RunDir, Start};
+use crate::step::Stepper;
+use crate::{Error, Result};
+
+impl Trainer {
+    /// Gets a run ready: locks its directory, prepares the text, makes the model, and goes on from the newest usable
+    /// checkpoint where the run is resumed.
+    ///
+    /// # Errors
+    /// Those of the run directory ([`Error::RunExists`], [`Error::RunLocked`], ...), of the text ([`Error::Data`]), of the
+    /// configuration ([`Error::Setting`], [`Error::Model`]), and of the checkpoint ([`Error::Checkpoint`],
+    /// [`Error::NoCheckpoint`]).
+    pub fn new(config: &RunConfig, options: &TrainOptions, observer: &mut dyn Observer) -> Result<Self> {
+        config.data.check_for_training()?;
+        let run = RunDir::open(&config.run.dir, options.start, options.storage.clone())?;
+        let tokenizer = Tokenizer::load(&config.data.tokenizer)?;
+        tokenizer.check_vocab_size(config.model.vocab_size)?;
+        let checkpoint = find_checkpoint(&run, options.start, config, &tokenizer, observer)?;
+        let (train_data, valid) = load_data(config, &tokenizer, observer)?;
+
+        let mut model = Model::new(&config.model, options.device, config.train.seed)?;
+        model.set_compute_kind(config.train.dtype.kind());
+        let mut optimizer = AdamW::of_params(model.params(), config.train.optimizer())?;
+        let loader = loader(config, options, &train_data, checkpoint.as_ref())?;
+        if let Some(checkpoint) = &checkpoint {
+            checkpoint.load_into(model.params())?;
+            optimizer.load_state(&checkpoint.optimizer()?).map_err(|message| {
+                let problem = CheckpointProblem::Tensors { file: OPTIMIZER_FILE, message };
+                Error::checkpoint(checkpoint.path(), problem)
+            })?;
+        }
+        let matmul = MatmulRate::measure(options.device, config.train.dtype.kind())?;
+        let estimate = Estimate::new(config, model.params().n_elements(), matmul, options.device)?;
+        let before_s = checkpoint.as_ref().map_or(0., |checkpoint| checkpoint.progress().elapsed_s);
+        let step = checkpoint.as_ref().map(|checkpoint| checkpoint.progress().step);
+        let stepper = Stepper {
+            model,
+            optimizer,
+            loader,
+            learning_rate: config.train.learning_rate(),
+            grad_accum: config.train.grad_accum,
+            reset_documents: config.data.reset_documents,
+            step: step.unwrap_or(0),
+            unread: Vec::new(),
+        };
+
+        let (metrics, validation) = (run.file(run_dir::METRICS), run.file(run_dir::VALIDATION));
+        let trainer = Self {
+            steps_log: Log::open(&metrics, step)?,
+            valid_log: Log::open(&validation, step)?,
+            train_records: read(&metrics)?,
+            valid_records: read(&validation)?,
+            events: EventWriter::create(run.path(), step.unwrap_or(0))?,
+            config: config.clone(),
+            stepper,
+            tokenizer,
+            train_data,
+            valid,
+            estimate,
+            clock: Clock::new(before_s),
+            stop_at: options.stop_at,
+            run,
+        };
+        // These come last: with them, the directory holds a run.
+        let tokenizer = &config.data.tokenizer;
+        let text = fs::read(tokenizer).map_err(Error::io(tokenizer, "read"))?;
+        trainer.run.write(run_dir::TOKENIZER, &text)?;
+        trainer.run.write(run_dir::CONFIG, config.to_toml()?.as_bytes())?;
+        Ok(trainer)
+    }
+}
+
+fn find_checkpoint(
+    run: &RunDir,
+    start: Start,
+    config: &RunConfig,
+    tokenizer: &Tokenizer,
+    observer: &mut dyn Observer,
+) -> Result<Option<Checkpoint>> {
+    if start == Start::Fresh {
+        return Ok(None);
+    }
+    let latest = checkpoint::latest_valid(&run.checkpoints())?;
+    for error in &latest.skipped {
+        observer.event(Event::Skipped(error));
+    }
+    let Some(checkpoint) = latest.checkpoint else {
+        observer.event(Event::Resumed { checkpoint: None, step: 0 });
+        return Ok(None);
+    };
+    let progress = checkpoint.progress();
+    tokenizer.check_fingerprint(progress.tokenizer, &format!("checkpoint {}", checkpoint.path().display()))?;
+    checkpoint.check_config(config)?;
+    let n_threads = tch::get_num_threads().max(1) as usize;
+    if n_threads != progress.n_threads {
+        observer.event(Event::Warning(format!(
+            "the checkpoint was computed with {} threads, this process has {n_threads}: losses will differ from an \
+             uninterrupted run in their last digits",
+            progress.n_threads
+        )));
+    }
+    observer.event(Event::Resumed { checkpoint: Some(checkpoint.path()), step: progress.step });
+    Ok(Some(checkpoint))
+}
+
+fn load_data(
+    config: &RunConfig,
+    tokenizer: &Tokenizer,
+    observer: &mut dyn Observer,
+) -> Result<(Dataset, ValidationSet)> {
+    let observer = Mutex::new(observer);
+    let progress = |event: &data::Event<'_>| {
+        if let Ok(mut observer) = observer.lock() {
+            observer.event(Event::Data(event));
+        }
+    };
+    let section = &config.data;
+    let options = PrepareOptions { cache_dir: section.cache_dir.clone(), read: ReadOptions::default() };
+    let train = prepare(&section.train, tokenizer, &options, &progress)?;
+    let (train, valid) = match section.valid.is_empty() {
+        true => train.split(section.valid_frac)?,
+        false => (train, prepare(&section.valid, tokenizer, &options, &progress)?),
+    };
+    let batch_size = config.train.batch_size;
+    let max_windows = (config.train.eval_batches > 0).then(|| config.train.eval_batches * batch_size as u64);
+    let valid = ValidationSet::new(&valid, config.model.seq_len, batch_size, max_windows)?;
+    Ok((train, valid))
+}
+
+fn loader(
+    config: &RunConfig,
+    options: &TrainOptions,
+    train: &Dataset,
+    checkpoint: Option<&Checkpoint>,
+) -> Result<TrainLoader> {
+    let loader = LoaderOptions {
+        seq_len: config.model.seq_len,
+        batch_size: config.train.batch_size,
+        seed: config.train.seed,
+        prefetch: options.prefetch,
+    };
+    Ok(match checkpoint {
+        Some(checkpoint) => TrainLoader::resume(train, &loader, &checkpoint.progress().sampler)?,
+        None => TrainLoader::new(train, &loader)?,
+    })
+}
