@@ -1,9 +1,25 @@
-//! FlowHN models.
+//! FlowHN models: configuration, blocks that run attention and a state-space model side by side, the language model around
+//! them, and exact decoding.
 #![forbid(unsafe_code)]
 #![deny(missing_docs)]
 
+mod block;
+mod branch;
 pub mod config;
+mod decode;
 mod error;
+mod golden;
+mod init;
+mod layout;
+mod mixer;
+mod model;
+mod released;
+mod weights;
 
 pub use config::ModelConfig;
+pub use decode::Decoder;
 pub use error::{Error, Result};
+pub use golden::{GoldenReport, MAX_REL_GRAD, MAX_REL_OUTPUT, check_golden};
+pub use model::{IGNORE_INDEX, Input, Model, Output};
+pub use released::{ReleasedName, load_released, released_names};
+pub use weights::WeightFile;

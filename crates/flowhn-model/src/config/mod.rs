@@ -4,8 +4,8 @@ mod raw;
 mod strict;
 
 use flowhn_split::{
-    AttnShape, BlockForm, BlockShape, Bridge, Fusion, MlpShape, ModelShape, Policy, Routing, SplitSettings, SsmShape,
-    policy_per_block,
+    AttnShape, BlockForm, BlockShape, Bridge, Fusion, MlpShape, ModelShape, Policy, Routing, Sharing, SplitSettings,
+    SsmShape, policy_per_block,
 };
 
 pub use raw::{BlockKind, InitKind, Mixer, PolicyList, RawModel};
@@ -197,11 +197,10 @@ impl ModelConfig {
         let policies = policy_per_block(&self.first_blocks, &self.policy, self.n_layers)?;
         let settings: Vec<SplitSettings> = policies
             .into_iter()
-            // Blocks that send everything one way have no released form, and need none.
-            .map(|policy| SplitSettings {
-                policy,
-                released: self.split.released && policy.has_released_form(),
-                ..self.split.clone()
+            .map(|policy| {
+                // The script has no blocks that send everything one way; beside released ones they stay as they are.
+                let one_way = matches!(policy.sharing(), Sharing::AttnOnly | Sharing::SsmOnly);
+                SplitSettings { policy, released: self.split.released && !one_way, ..self.split.clone() }
             })
             .collect();
         Ok(Routing::new(self.seq_len, &settings, &vec![self.block_shape(); self.n_layers])?)
@@ -337,6 +336,7 @@ mod tests {
             ("[split]", "[ssm]\nn_groups = 2\n[split]", "model.ssm.n_groups"),
             ("[split]", "[ssm]\nmixer = \"mamba2\"\nd_head = 24\n[split]", "model.ssm.d_head"),
             ("seq_len = 256", "seq_len = 256\nblock = \"released\"\nfusion = \"none\"", "model.fusion"),
+            ("[split]", "[split]\nreleased = true", "cyclic_split has no released form"),
             ("seq_len = 256", "seq_len = 256\nrms_norm_eps = 0.0", "model.rms_norm_eps"),
             ("seq_len = 256", "seq_len = 256\npadding_idx = 97", "model.padding_idx"),
             ("vocab_size = 97", "vocab_sice = 97", "did you mean `vocab_size`"),

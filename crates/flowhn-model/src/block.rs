@@ -1,0 +1,192 @@
+//! One block: two branches side by side, their fusion, and what follows it.
+// b batch, l seq_len of the range, n tokens of a branch, d d_model
+
+use flowhn_attn::{AttnContext, KvCache};
+use flowhn_fuse::{FuseShape, Fusion, FusionKind, Topology, gather, split};
+use flowhn_nn::{Bias, Linear, Path, RmsNorm};
+use flowhn_split::{Branch, Bridge, Sharing};
+use flowhn_ssm::SsmState;
+use tch::{Device, Kind, Tensor};
+
+use crate::branch::{AttnBranch, MlpSublayer, SsmBranch};
+use crate::config::BlockKind;
+use crate::layout::{BlockLayout, Layout};
+use crate::{ModelConfig, Result, init, mixer};
+
+/// A FlowHN block. A branch that the policy gives nothing does not exist.
+#[derive(Debug)]
+pub(crate) struct Block {
+    attn: Option<AttnBranch>,
+    ssm: Option<SsmBranch>,
+    fusion: Fusion,
+    tail: BlockTail,
+    bridge: Bridge,
+}
+
+/// What follows the fusion.
+#[derive(Debug)]
+enum BlockTail {
+    /// `x + final_proj(norm(x))`.
+    Released { norm: RmsNorm, proj: Linear },
+    /// `x + MLP(norm(x))`, for all tokens.
+    Flow(Option<MlpSublayer>),
+}
+
+/// What decoding remembers of one block.
+#[derive(Debug)]
+pub(crate) struct BlockCache {
+    pub kv: Option<KvCache>,
+    pub ssm: Option<SsmState>,
+}
+
+impl BlockCache {
+    /// Bytes that the cache holds.
+    pub fn n_bytes(&self) -> u64 {
+        self.kv.as_ref().map_or(0, KvCache::n_bytes) + self.ssm.as_ref().map_or(0, SsmState::n_bytes)
+    }
+}
+
+impl Block {
+    pub fn new(path: &mut Path, config: &ModelConfig, sharing: Sharing) -> Result<Self> {
+        let released = config.block == BlockKind::Released;
+        let attn = match sharing.has(Branch::Attn) {
+            true => Some(AttnBranch::new(&mut path.push("attn"), config, released)?),
+            false => None,
+        };
+        let ssm = match sharing.has(Branch::Ssm) {
+            true => Some(SsmBranch::new(&mut path.push("ssm"), config, released)?),
+            false => None,
+        };
+        let shape = FuseShape { d_model: config.d_model as i64, topology: topology(sharing) };
+        let fusion = Fusion::new(&mut path.push("fusion"), fusion_kind(config, sharing), shape)?;
+        let tail = match config.block {
+            BlockKind::Released => {
+                let d_model = config.d_model as i64;
+                BlockTail::Released {
+                    norm: RmsNorm::new(path, "final_norm", d_model, config.rms_norm_eps)?,
+                    proj: Linear::new(path, "final_proj", d_model, d_model, init::linear(config, d_model), Bias::None)?,
+                }
+            }
+            BlockKind::Flow => BlockTail::Flow(MlpSublayer::new(&mut path.push("mlp"), config)?),
+        };
+        Ok(Self { attn, ssm, fusion, tail, bridge: config.attn.bridge })
+    }
+
+    /// What decoding remembers of the block before the first token.
+    pub fn cache(&self, batch: usize, config: &ModelConfig, device: Device) -> BlockCache {
+        BlockCache {
+            kv: self.attn.as_ref().map(|_| KvCache::new()),
+            ssm: self.ssm.as_ref().map(|_| SsmState::new(&mixer::ssm(config), batch, device)),
+        }
+    }
+
+    /// Runs block `block_idx` of the layout on `x_bld`; with a cache, goes on from the tokens it remembers.
+    pub fn forward(
+        &self,
+        x_bld: &Tensor,
+        block_idx: usize,
+        layout: &Layout,
+        segments_bl: Option<&Tensor>,
+        cache: Option<&mut BlockCache>,
+    ) -> Result<Tensor> {
+        let routes = &layout.blocks[block_idx];
+        let (kv, state) = match cache {
+            Some(cache) => (cache.kv.as_mut(), cache.ssm.as_mut()),
+            None => (None, None),
+        };
+        let (x_attn, x_ssm) = split(x_bld, &routes.attn, &routes.ssm)?;
+        let a_bnd = self.attend(x_bld, &x_attn, layout, routes, segments_bl, kv)?;
+        let s_bmd = self.scan(&x_ssm, routes, segments_bl, state)?;
+        let x_bld = self.fusion.forward_residual(x_bld, a_bnd.as_ref(), s_bmd.as_ref(), &routes.attn, &routes.ssm)?;
+        match &self.tail {
+            BlockTail::Released { norm, proj } => Ok(x_bld.f_add(&proj.forward(&norm.forward(&x_bld)?)?)?),
+            BlockTail::Flow(Some(mlp)) => mlp.forward(&x_bld),
+            BlockTail::Flow(None) => Ok(x_bld),
+        }
+    }
+
+    /// The attention branch on its tokens; over a bridge, keys and values come from every token of the range.
+    fn attend(
+        &self,
+        x_bld: &Tensor,
+        x_bnd: &Tensor,
+        layout: &Layout,
+        routes: &BlockLayout,
+        segments_bl: Option<&Tensor>,
+        cache: Option<&mut KvCache>,
+    ) -> Result<Option<Tensor>> {
+        let Some(branch) = &self.attn else { return Ok(None) };
+        let window_segments = gathered(segments_bl, &routes.attn)?;
+        let mut ctx = AttnContext::new(&routes.attn_positions);
+        if let Some(segments_bn) = &window_segments {
+            ctx = ctx.with_segments(segments_bn, segments_bl);
+        }
+        if self.bridge == Bridge::Kv {
+            let source_bld = branch.norm().forward(x_bld)?;
+            if routes.attn.is_empty() {
+                // Tokens that attention does not read still serve it as keys and values later.
+                if let Some(cache) = cache {
+                    branch.mixer().append_source(&source_bld, &layout.positions, segments_bl, cache)?;
+                }
+                return Ok(None);
+            }
+            let normed_bnd = gather(&source_bld, &routes.attn)?;
+            let ctx = ctx.with_source(&layout.positions);
+            return branch.forward(x_bnd, &normed_bnd, Some(&source_bld), &ctx, cache).map(Some);
+        }
+        if routes.attn.is_empty() {
+            return Ok(None);
+        }
+        let normed_bnd = branch.norm().forward(x_bnd)?;
+        branch.forward(x_bnd, &normed_bnd, None, &ctx, cache).map(Some)
+    }
+
+    /// The state-space branch on its tokens.
+    fn scan(
+        &self,
+        x_bnd: &Tensor,
+        routes: &BlockLayout,
+        segments_bl: Option<&Tensor>,
+        state: Option<&mut SsmState>,
+    ) -> Result<Option<Tensor>> {
+        let Some(branch) = self.ssm.as_ref().filter(|_| !routes.ssm.is_empty()) else { return Ok(None) };
+        let reset_bn = gathered(segments_bl, &routes.ssm)?.map(|segments| document_starts(&segments)).transpose()?;
+        branch.forward(x_bnd, reset_bn.as_ref(), state).map(Some)
+    }
+}
+
+/// The segments of a route's tokens.
+fn gathered(segments_bl: Option<&Tensor>, route: &flowhn_fuse::Route) -> Result<Option<Tensor>> {
+    let Some(segments_bl) = segments_bl else { return Ok(None) };
+    Ok(Some(gather(&segments_bl.f_unsqueeze(-1)?, route)?.f_squeeze_dim(-1)?))
+}
+
+/// True where a token's document differs from that of the branch's token before it. The first token continues whatever came
+/// before.
+fn document_starts(segments_bn: &Tensor) -> Result<Tensor> {
+    let n = segments_bn.size()[1];
+    let first = segments_bn.f_narrow(1, 0, 1)?.f_zeros_like()?.f_to_kind(Kind::Bool)?;
+    let changes = segments_bn.f_narrow(1, 1, n - 1)?.f_ne_tensor(&segments_bn.f_narrow(1, 0, n - 1)?)?;
+    Ok(Tensor::f_cat(&[first, changes], 1)?)
+}
+
+fn topology(sharing: Sharing) -> Topology {
+    match sharing {
+        Sharing::Parallel => Topology::Both,
+        Sharing::Split => Topology::Split,
+        Sharing::AttnOnly => Topology::AttnOnly,
+        Sharing::SsmOnly => Topology::SsmOnly,
+    }
+}
+
+/// The released block always projects. A flow block with one branch has nothing to fuse.
+fn fusion_kind(config: &ModelConfig, sharing: Sharing) -> FusionKind {
+    let one_way = matches!(sharing, Sharing::AttnOnly | Sharing::SsmOnly);
+    match (config.block, config.fusion) {
+        (BlockKind::Released, _) => FusionKind::BranchProj { std: init::STD },
+        (BlockKind::Flow, _) if one_way => FusionKind::None,
+        (BlockKind::Flow, flowhn_split::Fusion::None) => FusionKind::None,
+        (BlockKind::Flow, flowhn_split::Fusion::Proj) => FusionKind::Proj,
+        (BlockKind::Flow, flowhn_split::Fusion::Gated) => FusionKind::Gated,
+    }
+}

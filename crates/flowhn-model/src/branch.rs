@@ -1,0 +1,122 @@
+//! One branch of a block: norm, mixer and, in the released block, a residual and an MLP of its own.
+
+use flowhn_attn::{AttnContext, AttnInit, AttnMixer, KvCache};
+use flowhn_nn::{Path, RmsNorm, SwiGluMlp};
+use flowhn_ssm::{SsmMixer, SsmState};
+use tch::Tensor;
+
+use crate::{ModelConfig, Result, init, mixer};
+
+/// `x + MLP(norm(x))`.
+#[derive(Debug)]
+pub(crate) struct MlpSublayer {
+    norm: RmsNorm,
+    mlp: SwiGluMlp,
+}
+
+impl MlpSublayer {
+    /// Registers `norm.weight`, `gate_up_proj.weight` and `down_proj.weight`; there is none for a width of 0.
+    pub fn new(path: &mut Path, config: &ModelConfig) -> Result<Option<Self>> {
+        if config.d_ff == 0 {
+            return Ok(None);
+        }
+        let (d_model, d_ff) = (config.d_model as i64, config.d_ff as i64);
+        let norm = RmsNorm::new(path, "norm", d_model, config.rms_norm_eps)?;
+        let mlp = SwiGluMlp::new(path, d_model, d_ff, init::linear(config, d_model), init::linear(config, d_ff))?;
+        Ok(Some(Self { norm, mlp }))
+    }
+
+    pub fn forward(&self, x_bld: &Tensor) -> Result<Tensor> {
+        Ok(x_bld.f_add(&self.mlp.forward(&self.norm.forward(x_bld)?)?)?)
+    }
+}
+
+/// What the released block does with a mixer's output: adds the branch's input and runs the branch's MLP.
+/// In a flow block the output itself is the branch's change.
+#[derive(Debug)]
+pub(crate) struct BranchTail {
+    mlp: Option<MlpSublayer>,
+}
+
+impl BranchTail {
+    fn forward(&self, x_bnd: &Tensor, mixed_bnd: &Tensor) -> Result<Tensor> {
+        let h_bnd = x_bnd.f_add(mixed_bnd)?;
+        match &self.mlp {
+            Some(mlp) => mlp.forward(&h_bnd),
+            None => Ok(h_bnd),
+        }
+    }
+}
+
+/// The attention branch.
+#[derive(Debug)]
+pub(crate) struct AttnBranch {
+    norm: RmsNorm,
+    mixer: AttnMixer,
+    tail: Option<BranchTail>,
+}
+
+impl AttnBranch {
+    pub fn new(path: &mut Path, config: &ModelConfig, own_residual: bool) -> Result<Self> {
+        let norm = RmsNorm::new(path, "norm", config.d_model as i64, config.rms_norm_eps)?;
+        let (d_model, d_q) = (config.d_model as i64, config.attn.d_q() as i64);
+        let init = AttnInit { qkv: init::linear(config, d_model), out: init::linear(config, d_q) };
+        let mixer = AttnMixer::new(&mut path.push("mixer"), mixer::attn(config), init)?;
+        Ok(Self { norm, mixer, tail: tail(path, config, own_residual)? })
+    }
+
+    pub fn norm(&self) -> &RmsNorm {
+        &self.norm
+    }
+
+    pub fn mixer(&self) -> &AttnMixer {
+        &self.mixer
+    }
+
+    /// `x_bnd` are the window's tokens, `normed_bnd` the same after the norm; `source_bld` all normed tokens, for a bridge.
+    pub fn forward(
+        &self,
+        x_bnd: &Tensor,
+        normed_bnd: &Tensor,
+        source_bld: Option<&Tensor>,
+        ctx: &AttnContext,
+        cache: Option<&mut KvCache>,
+    ) -> Result<Tensor> {
+        let mixed_bnd = self.mixer.forward(normed_bnd, source_bld, ctx, cache)?;
+        match &self.tail {
+            Some(tail) => tail.forward(x_bnd, &mixed_bnd),
+            None => Ok(mixed_bnd),
+        }
+    }
+}
+
+/// The state-space branch.
+#[derive(Debug)]
+pub(crate) struct SsmBranch {
+    norm: RmsNorm,
+    mixer: SsmMixer,
+    tail: Option<BranchTail>,
+}
+
+impl SsmBranch {
+    pub fn new(path: &mut Path, config: &ModelConfig, own_residual: bool) -> Result<Self> {
+        let norm = RmsNorm::new(path, "norm", config.d_model as i64, config.rms_norm_eps)?;
+        let mixer = SsmMixer::new(&mut path.push("mixer"), &mixer::ssm(config), init::ssm(config))?;
+        Ok(Self { norm, mixer, tail: tail(path, config, own_residual)? })
+    }
+
+    pub fn forward(&self, x_bnd: &Tensor, reset_bn: Option<&Tensor>, state: Option<&mut SsmState>) -> Result<Tensor> {
+        let mixed_bnd = self.mixer.forward(&self.norm.forward(x_bnd)?, reset_bn, state)?;
+        match &self.tail {
+            Some(tail) => tail.forward(x_bnd, &mixed_bnd),
+            None => Ok(mixed_bnd),
+        }
+    }
+}
+
+fn tail(path: &mut Path, config: &ModelConfig, own_residual: bool) -> Result<Option<BranchTail>> {
+    if !own_residual {
+        return Ok(None);
+    }
+    Ok(Some(BranchTail { mlp: MlpSublayer::new(&mut path.push("mlp"), config)? }))
+}

@@ -1,0 +1,83 @@
+//! Decoding with caches: feeding a text in any pieces gives the logits of the whole.
+
+use tch::Tensor;
+
+use crate::block::BlockCache;
+use crate::model::Input;
+use crate::{Error, Model, Result};
+
+/// A batch of sequences that grow together, with what each block remembers of them.
+///
+/// Each block keeps keys and values of the positions attention read, and the convolution window and state of those the SSM
+/// read. Tokens are routed by absolute position, as in training.
+#[derive(Debug)]
+pub struct Decoder<'a> {
+    model: &'a Model,
+    batch: usize,
+    position: usize,
+    caches: Vec<BlockCache>,
+    /// Set while blocks are being fed; a failure in between leaves caches of different lengths.
+    broken: bool,
+}
+
+impl Model {
+    /// A decoder for `batch` sequences, before their first token.
+    ///
+    /// # Errors
+    /// [`Error::Input`] for a model planned by the released script's own form, whose routing changes with the length.
+    pub fn decoder(&self, batch: usize) -> Result<Decoder<'_>> {
+        if self.routing().blocks().iter().any(|route| route.settings().released) {
+            let message = "`released = true` plans anew at every length, so earlier tokens would change branches: \
+                           decode with the figure's form, or run the whole sequence";
+            return Err(Error::Input(message.to_owned()));
+        }
+        if batch == 0 {
+            return Err(Error::Input("a decoder needs at least one sequence".to_owned()));
+        }
+        Ok(Decoder { model: self, batch, position: 0, caches: self.caches(batch), broken: false })
+    }
+}
+
+impl Decoder<'_> {
+    /// Feeds the next tokens, `[batch, m]` with any `m >= 1`, and returns the logits after the last, `[batch, vocab_size]`.
+    ///
+    /// # Errors
+    /// [`Error::Input`] if the ids do not fit; [`Error::Tensor`] if an operation fails, after which the decoder is unusable.
+    pub fn feed(&mut self, ids_bm: &Tensor) -> Result<Tensor> {
+        let logits_bmv = self.feed_all(ids_bm)?;
+        Ok(logits_bmv.f_select(1, -1)?)
+    }
+
+    /// As [`Decoder::feed`], with the logits after every fed token, `[batch, m, vocab_size]`.
+    ///
+    /// # Errors
+    /// As [`Decoder::feed`].
+    pub fn feed_all(&mut self, ids_bm: &Tensor) -> Result<Tensor> {
+        if self.broken {
+            return Err(Error::Input("an earlier feed failed half-way: start a new decoder".to_owned()));
+        }
+        if ids_bm.dim() != 2 || ids_bm.size()[0] != self.batch as i64 {
+            return Err(Error::Input(format!("ids have shape {:?}, expected [{}, m]", ids_bm.size(), self.batch)));
+        }
+        let input = Input::new(ids_bm).at(self.position);
+        self.model.check_input(&input)?;
+        self.broken = true;
+        let logits_bmv = tch::no_grad(|| {
+            let x_bmd = self.model.run(&input, Some(&mut self.caches), |_| ())?;
+            self.model.logits_of(&x_bmd)
+        })?;
+        self.broken = false;
+        self.position += ids_bm.size()[1] as usize;
+        Ok(logits_bmv)
+    }
+
+    /// Number of tokens fed so far.
+    pub fn position(&self) -> usize {
+        self.position
+    }
+
+    /// Bytes that the caches hold.
+    pub fn cache_bytes(&self) -> u64 {
+        self.caches.iter().map(BlockCache::n_bytes).sum()
+    }
+}

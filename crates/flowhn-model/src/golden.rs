@@ -1,0 +1,162 @@
+//! Golden files: outputs and gradients of the authors' released model on small random weights, checked against ours.
+//!
+//! A file holds `input_ids`, `logits`, `hidden.i`, weights `w.NAME` and gradients `g.NAME` of the mean next-token loss, under
+//! released names, and the shapes and the mode (A to D) as JSON in its metadata.
+
+use std::collections::HashMap;
+use std::path::{Path, PathBuf};
+
+use serde::{Deserialize, Serialize};
+use tch::{Device, Kind, Tensor};
+
+use crate::config::{ModelConfig, RawModel, from_table};
+use crate::model::Input;
+use crate::released::{load_released, released_names};
+use crate::weights::WeightFile;
+use crate::{Error, Model, Result};
+
+/// Most that logits and hidden states may differ, relative to the tensor's largest value.
+pub const MAX_REL_OUTPUT: f64 = 1e-5;
+/// Most that a gradient may differ, relative to the tensor's largest value.
+pub const MAX_REL_GRAD: f64 = 1e-4;
+
+/// What a check of one file found.
+#[derive(Clone, Debug, Serialize)]
+pub struct GoldenReport {
+    /// The file, as given.
+    pub file: PathBuf,
+    /// Largest relative error of the logits.
+    pub max_rel_logits: f64,
+    /// Largest relative error of a hidden state.
+    pub max_rel_hidden: f64,
+    /// Largest relative error of a gradient.
+    pub max_rel_grad: f64,
+    /// Whether all are within [`MAX_REL_OUTPUT`] and [`MAX_REL_GRAD`].
+    pub pass: bool,
+}
+
+/// The `config` of a file's metadata.
+#[derive(Debug, Deserialize)]
+struct GoldenConfig {
+    mode: String,
+    vocab_size: usize,
+    d_model: usize,
+    d_ff: usize,
+    n_layers: usize,
+    n_heads: usize,
+    n_kv_heads: usize,
+    seq_len: usize,
+    d_state: usize,
+    dt_rank: usize,
+    d_conv: usize,
+    expand: usize,
+    rms_norm_eps: f64,
+    #[serde(default)]
+    rope: bool,
+}
+
+/// Runs the model of a golden file on `device` and compares.
+///
+/// # Errors
+/// [`Error::Weights`] if the file is not a golden file of the released model; those of the model.
+pub fn check_golden(path: &Path, device: Device) -> Result<GoldenReport> {
+    let fail = |message: String| Error::Weights { path: path.to_owned(), message };
+    let file = WeightFile::read(path)?;
+    let text = file.metadata.get("config").ok_or_else(|| fail("its metadata has no `config`".to_owned()))?;
+    let config: GoldenConfig = serde_json::from_str(text)
+        .map_err(|error| fail(format!("its `config` is not that of a released FlowHN model: {error}")))?;
+    let model = Model::new(&config.model().map_err(|error| fail(error.to_string()))?, device, 0)?;
+    let tensor = |name: &str| file.tensors.get(name).ok_or_else(|| fail(format!("it has no `{name}`")));
+
+    let weights: HashMap<String, Tensor> = file
+        .tensors
+        .iter()
+        .filter_map(|(name, tensor)| Some((name.strip_prefix("w.")?.to_owned(), tensor.shallow_clone())))
+        .collect();
+    load_released(&model, &weights).map_err(|error| fail(error.to_string()))?;
+
+    let ids = tensor("input_ids")?.to_device(device);
+    let output = model.forward(&Input::new(&ids))?;
+    let logits = output.logits;
+    let max_rel_logits = max_rel(&logits, tensor("logits")?);
+    let mut max_rel_hidden = 0f64;
+    for (i, hidden) in output.hidden.iter().enumerate() {
+        max_rel_hidden = worst(max_rel_hidden, max_rel(hidden, tensor(&format!("hidden.{i}"))?));
+    }
+
+    // The loss of the file: position t predicts token t + 1, the last position predicts nothing.
+    let seq_len = ids.size()[1];
+    let targets = ids.narrow(1, 1, seq_len - 1).f_constant_pad_nd([0, 1]).map_err(Error::from)?;
+    let targets = targets.index_fill(1, &Tensor::from_slice(&[seq_len - 1]).to_device(device), -100);
+    model.loss(&ids, &targets, None)?.f_backward()?;
+    let mut max_rel_grad = 0f64;
+    for name in released_names(&model)? {
+        let want = tensor(&format!("g.{}", name.released))?;
+        let param = model.params().get(&name.ours).ok_or_else(|| fail(format!("no parameter `{}`", name.ours)))?;
+        let grad = param.weight.master().grad();
+        let grad = if grad.defined() { grad } else { param.weight.master().zeros_like() };
+        let piece = name.rows.map_or_else(|| grad.shallow_clone(), |(start, len)| grad.narrow(0, start, len));
+        max_rel_grad = worst(max_rel_grad, max_rel(&piece.reshape(want.size()), want));
+    }
+
+    let pass = max_rel_logits <= MAX_REL_OUTPUT && max_rel_hidden <= MAX_REL_OUTPUT && max_rel_grad <= MAX_REL_GRAD;
+    Ok(GoldenReport { file: path.to_owned(), max_rel_logits, max_rel_hidden, max_rel_grad, pass })
+}
+
+impl GoldenConfig {
+    /// The configuration of the model that the file is about. Modes: A no_split, B ae_split, C fa_split, D fac_split.
+    fn model(&self) -> Result<ModelConfig> {
+        let policy = match self.mode.as_str() {
+            "A" => "no_split",
+            "B" => "ae_split",
+            "C" => "fa_split",
+            "D" => "fac_split",
+            other => return Err(Error::Input(format!("mode `{other}` is none of A, B, C, D"))),
+        };
+        let text = format!(
+            "vocab_size = {}\nd_model = {}\nd_ff = {}\nn_layers = {}\nseq_len = {}\nblock = \"released\"\n\
+             init = \"released\"\nrms_norm_eps = {}\npadding_idx = 0\n\
+             [attn]\nn_heads = {}\nn_kv_heads = {}\nrope = {}\n\
+             [ssm]\nd_inner = {}\nd_state = {}\nd_conv = {}\ndt_rank = {}\n\
+             [split]\npolicy = \"{policy}\"\nreleased = true\n",
+            self.vocab_size,
+            self.d_model,
+            self.d_ff,
+            self.n_layers,
+            self.seq_len,
+            format_args!("{:e}", self.rms_norm_eps),
+            self.n_heads,
+            self.n_kv_heads,
+            self.rope,
+            self.expand * self.d_model,
+            self.d_state,
+            self.d_conv,
+            self.dt_rank,
+        );
+        let table = text.parse().map_err(|error: toml::de::Error| Error::Input(error.to_string()))?;
+        ModelConfig::check(from_table::<RawModel>(table)?)
+    }
+}
+
+/// Largest difference relative to the largest absolute value of `want`; infinite if the shapes differ or a value is NaN.
+fn max_rel(got: &Tensor, want: &Tensor) -> f64 {
+    if got.size() != want.size() {
+        return f64::INFINITY;
+    }
+    if want.numel() == 0 {
+        return 0.;
+    }
+    let to_double = |tensor: &Tensor| tensor.detach().to_device(Device::Cpu).to_kind(Kind::Double);
+    let (got, want) = (to_double(got), to_double(want));
+    let scale = want.abs().max().double_value(&[]);
+    let error = (got - want).abs().max().double_value(&[]);
+    match () {
+        _ if error.is_nan() => f64::INFINITY,
+        _ if error == 0. => 0.,
+        _ => error / scale,
+    }
+}
+
+fn worst(a: f64, b: f64) -> f64 {
+    if b > a { b } else { a }
+}

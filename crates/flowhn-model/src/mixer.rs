@@ -1,0 +1,49 @@
+//! From the sizes of a configuration to those that the mixers' crates take.
+
+use flowhn_attn::{AttnConfig, Bridge, Rope};
+use flowhn_split::SsmShape;
+use flowhn_ssm::{Mamba1Config, Mamba2Config, SsmConfig};
+
+use crate::ModelConfig;
+
+/// The attention mixer.
+pub(crate) fn attn(config: &ModelConfig) -> AttnConfig {
+    AttnConfig {
+        d_model: config.d_model as i64,
+        n_heads: config.attn.n_heads as i64,
+        n_kv_heads: config.attn.n_kv_heads as i64,
+        d_head: config.attn.d_head as i64,
+        rope: config.rope_theta.map(|theta| Rope { theta }),
+        bridge: match config.attn.bridge {
+            flowhn_split::Bridge::None => Bridge::None,
+            flowhn_split::Bridge::Kv => Bridge::Kv,
+        },
+        window: None,
+    }
+}
+
+/// The state-space mixer.
+pub(crate) fn ssm(config: &ModelConfig) -> SsmConfig {
+    let d_model = config.d_model as i64;
+    match config.ssm {
+        SsmShape::Mamba1 { d_inner, d_state, d_conv, dt_rank, inner_norms } => SsmConfig::Mamba1(Mamba1Config {
+            d_model,
+            d_inner: d_inner as i64,
+            d_state: d_state as i64,
+            d_conv: d_conv as i64,
+            dt_rank: dt_rank as i64,
+            inner_norm_eps: inner_norms.then_some(config.rms_norm_eps),
+        }),
+        SsmShape::Mamba2 { d_inner, d_state, d_conv, d_head, n_groups } => SsmConfig::Mamba2(Mamba2Config {
+            d_model,
+            n_heads: (d_inner / d_head) as i64,
+            d_head: d_head as i64,
+            d_state: d_state as i64,
+            n_groups: n_groups as i64,
+            d_conv: d_conv as i64,
+            chunk_len: config.ssd_chunk_len,
+            norm_groups: 1,
+            norm_eps: config.rms_norm_eps,
+        }),
+    }
+}

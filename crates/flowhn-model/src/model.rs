@@ -1,0 +1,298 @@
+//! The language model: embedding, blocks, final norm, head.
+// b batch, l seq_len, d d_model, t tokens of the batch, v vocab_size
+
+use std::cell::RefCell;
+use std::collections::HashMap;
+use std::ops::Range;
+use std::rc::Rc;
+
+use flowhn_nn::{Bias, Embedding, Init, Linear, Params, RmsNorm, Weight, linear_cross_entropy, token_losses};
+use flowhn_split::{ModelShape, Routing, SplitPlan};
+use flowhn_torch::catch;
+use tch::{Device, Kind, Tensor};
+
+use crate::block::{Block, BlockCache};
+use crate::layout::Layout;
+use crate::{Error, ModelConfig, Result, init};
+
+/// Targets with this value count nothing.
+pub const IGNORE_INDEX: i64 = -100;
+
+/// How many layouts a model keeps; training and evaluation need one or two.
+const MAX_LAYOUTS: usize = 8;
+
+/// A FlowHN language model with its parameters.
+#[derive(Debug)]
+pub struct Model {
+    config: ModelConfig,
+    routing: Routing,
+    params: Params,
+    compute_kind: Kind,
+    embed: Embedding,
+    blocks: Vec<Block>,
+    norm: RmsNorm,
+    head: Head,
+    layouts: RefCell<HashMap<Range<usize>, Rc<Layout>>>,
+}
+
+/// The LM head's matrix `[vocab_size, d_model]`: its own or the embedding's.
+#[derive(Debug)]
+enum Head {
+    Own(Linear),
+    Tied(Weight),
+}
+
+impl Head {
+    fn weight(&self) -> &Weight {
+        match self {
+            Self::Own(linear) => linear.weight(),
+            Self::Tied(weight) => weight,
+        }
+    }
+}
+
+/// A batch of sequences.
+#[derive(Clone, Copy, Debug)]
+pub struct Input<'a> {
+    /// Token ids, i64 `[batch, seq_len]`.
+    pub ids_bl: &'a Tensor,
+    /// Documents of packed sequences, i64 `[batch, seq_len]`: equal within one, different between neighbours.
+    pub segments_bl: Option<&'a Tensor>,
+    /// Absolute position of the first token; it decides the routing and rotary angles.
+    pub offset: usize,
+}
+
+impl<'a> Input<'a> {
+    /// Sequences of one document each, from position 0.
+    pub fn new(ids_bl: &'a Tensor) -> Self {
+        Self { ids_bl, segments_bl: None, offset: 0 }
+    }
+
+    /// The same with documents.
+    pub fn with_segments(self, segments_bl: Option<&'a Tensor>) -> Self {
+        Self { segments_bl, ..self }
+    }
+
+    /// The same from another position on.
+    pub fn at(self, offset: usize) -> Self {
+        Self { offset, ..self }
+    }
+}
+
+/// What a forward pass returns.
+#[derive(Debug)]
+pub struct Output {
+    /// `[batch, seq_len, vocab_size]`.
+    pub logits: Tensor,
+    /// The embeddings, then the output of each block: `[batch, seq_len, d_model]`.
+    pub hidden: Vec<Tensor>,
+}
+
+impl Model {
+    /// Makes a model with initial weights that follow from `seed`.
+    ///
+    /// # Errors
+    /// [`Error::Split`] or [`Error::Tensor`] if the configuration's sizes do not fit or the device refuses.
+    pub fn new(config: &ModelConfig, device: Device, seed: u64) -> Result<Self> {
+        let routing = config.routing()?;
+        let mut params = Params::new(device, seed);
+        let mut root = params.root();
+        let (vocab_size, d_model) = (config.vocab_size as i64, config.d_model as i64);
+        let std = Init::Normal { std: init::STD };
+        let padding_idx = config.padding_idx.map(|idx| idx as i64);
+        let embed = Embedding::new(&mut root, "embed", vocab_size, d_model, std.clone(), padding_idx)?;
+        let mut blocks = Vec::with_capacity(config.n_layers);
+        for (block_idx, route) in routing.blocks().iter().enumerate() {
+            blocks.push(Block::new(&mut root.push("layers").push(block_idx), config, route.sharing())?);
+        }
+        let norm = RmsNorm::new(&mut root, "norm", d_model, config.rms_norm_eps)?;
+        let head = match config.tie_embeddings {
+            true => Head::Tied(embed.weight().clone()),
+            false => Head::Own(Linear::new(&mut root, "lm_head", d_model, vocab_size, std, Bias::None)?),
+        };
+        init::scale_residual_outputs(config, &params)?;
+        Ok(Self {
+            config: config.clone(),
+            routing,
+            params,
+            compute_kind: Kind::Float,
+            embed,
+            blocks,
+            norm,
+            head,
+            layouts: RefCell::default(),
+        })
+    }
+
+    /// The configuration.
+    pub fn config(&self) -> &ModelConfig {
+        &self.config
+    }
+
+    /// The parameters, f32 masters.
+    pub fn params(&self) -> &Params {
+        &self.params
+    }
+
+    /// Where the parameters live.
+    pub fn device(&self) -> Device {
+        self.params.device()
+    }
+
+    /// The shape that costs follow from.
+    pub fn shape(&self) -> ModelShape {
+        self.config.shape()
+    }
+
+    /// Who reads which token.
+    pub fn routing(&self) -> &Routing {
+        &self.routing
+    }
+
+    /// The plan of the first `seq_len` tokens.
+    ///
+    /// # Errors
+    /// [`Error::Split`] for no tokens.
+    pub fn plan(&self, seq_len: usize) -> Result<SplitPlan> {
+        Ok(self.routing.plan(seq_len)?)
+    }
+
+    /// Chooses the type of activations, f32 or bf16; parameters stay f32.
+    pub fn set_compute_kind(&mut self, kind: Kind) {
+        self.compute_kind = kind;
+    }
+
+    /// Logits and hidden states of a batch.
+    ///
+    /// # Errors
+    /// [`Error::Input`] for ids that are no tokens or shapes that do not fit; [`Error::Tensor`] if an operation fails.
+    pub fn forward(&self, input: &Input) -> Result<Output> {
+        let mut hidden = Vec::with_capacity(self.blocks.len() + 1);
+        let x_bld = self.run(input, None, |x_bld| hidden.push(x_bld.shallow_clone()))?;
+        Ok(Output { logits: self.logits_of(&x_bld)?, hidden })
+    }
+
+    /// Logits `[batch, seq_len, vocab_size]` of sequences from position 0.
+    ///
+    /// # Errors
+    /// As [`Model::forward`].
+    pub fn logits(&self, ids_bl: &Tensor, segments_bl: Option<&Tensor>) -> Result<Tensor> {
+        let x_bld = self.run(&Input::new(ids_bl).with_segments(segments_bl), None, |_| ())?;
+        self.logits_of(&x_bld)
+    }
+
+    /// Mean cross-entropy in nats, a scalar f32 that stays on the device, over the targets that are not [`IGNORE_INDEX`].
+    ///
+    /// # Errors
+    /// As [`Model::forward`].
+    pub fn loss(&self, ids_bl: &Tensor, targets_bl: &Tensor, segments_bl: Option<&Tensor>) -> Result<Tensor> {
+        let (x_td, targets_t) = self.before_head(ids_bl, targets_bl, segments_bl)?;
+        let weight_vd = self.head.weight().to(x_td.kind());
+        catch(|| linear_cross_entropy(&x_td, &weight_vd, &targets_t, IGNORE_INDEX)).map_err(Error::from)
+    }
+
+    /// Cross-entropy of each target in nats, f32 `[batch, seq_len]`, 0 where it is [`IGNORE_INDEX`]; no gradient.
+    ///
+    /// # Errors
+    /// As [`Model::forward`].
+    pub fn token_losses(&self, ids_bl: &Tensor, targets_bl: &Tensor, segments_bl: Option<&Tensor>) -> Result<Tensor> {
+        tch::no_grad(|| {
+            let (x_td, targets_t) = self.before_head(ids_bl, targets_bl, segments_bl)?;
+            let weight_vd = self.head.weight().to(x_td.kind());
+            let losses_t = catch(|| token_losses(&x_td, &weight_vd, &targets_t, IGNORE_INDEX))?;
+            Ok(losses_t.f_view(targets_bl.size().as_slice())?)
+        })
+    }
+
+    /// Normed hidden states as rows `[batch * seq_len, d_model]`, and the targets in the same order.
+    fn before_head(
+        &self,
+        ids_bl: &Tensor,
+        targets_bl: &Tensor,
+        segments_bl: Option<&Tensor>,
+    ) -> Result<(Tensor, Tensor)> {
+        if targets_bl.size() != ids_bl.size() {
+            let (ids, targets) = (ids_bl.size(), targets_bl.size());
+            return Err(Error::Input(format!(
+                "the targets have shape {targets:?}, the ids {ids:?}: give each id a target"
+            )));
+        }
+        let x_bld = self.run(&Input::new(ids_bl).with_segments(segments_bl), None, |_| ())?;
+        let x_bld = self.norm.forward(&x_bld)?;
+        Ok((x_bld.f_reshape([-1, self.config.d_model as i64])?, targets_bl.f_reshape([-1])?))
+    }
+
+    /// Runs embedding and blocks; `visit` sees the stream before the first and after each block. With caches, goes on from them.
+    pub(crate) fn run(
+        &self,
+        input: &Input,
+        mut caches: Option<&mut [BlockCache]>,
+        mut visit: impl FnMut(&Tensor),
+    ) -> Result<Tensor> {
+        let seq_len = self.check_input(input)?;
+        let layout = self.layout(input.offset..input.offset + seq_len)?;
+        let outcome = catch(|| {
+            let mut inner = || -> Result<Tensor> {
+                let mut x_bld = self.embed.forward(input.ids_bl, self.compute_kind)?;
+                visit(&x_bld);
+                for (block_idx, block) in self.blocks.iter().enumerate() {
+                    let cache = caches.as_deref_mut().map(|caches| &mut caches[block_idx]);
+                    x_bld = block.forward(&x_bld, block_idx, &layout, input.segments_bl, cache)?;
+                    visit(&x_bld);
+                }
+                Ok(x_bld)
+            };
+            Ok(inner())
+        });
+        outcome?
+    }
+
+    pub(crate) fn logits_of(&self, x_bld: &Tensor) -> Result<Tensor> {
+        let x_bld = self.norm.forward(x_bld)?;
+        Ok(x_bld.f_linear(&self.head.weight().to(x_bld.kind()), None::<&Tensor>)?)
+    }
+
+    /// Empty caches for a batch.
+    pub(crate) fn caches(&self, batch: usize) -> Vec<BlockCache> {
+        self.blocks.iter().map(|block| block.cache(batch, &self.config, self.device())).collect()
+    }
+
+    pub(crate) fn check_input(&self, input: &Input) -> Result<usize> {
+        let (size, kind) = (input.ids_bl.size(), input.ids_bl.kind());
+        let (2, Kind::Int64) = (size.len(), kind) else {
+            return Err(Error::Input(format!("ids are {kind:?} of shape {size:?}, expected i64 [batch, seq_len]")));
+        };
+        if size.contains(&0) {
+            return Err(Error::Input(format!("ids have shape {size:?}: a batch needs at least one token")));
+        }
+        if let Some(segments) = input.segments_bl.filter(|segments| segments.size() != size) {
+            return Err(Error::Input(format!("segments have shape {:?}, the ids {size:?}", segments.size())));
+        }
+        // On an accelerator the check would make the host wait; there, data is checked when it is read.
+        if input.ids_bl.device() == Device::Cpu {
+            let (low, high) = (input.ids_bl.f_min()?.int64_value(&[]), input.ids_bl.f_max()?.int64_value(&[]));
+            let vocab_size = self.config.vocab_size as i64;
+            if let Some(id) = [low, high].into_iter().find(|id| !(0..vocab_size).contains(id)) {
+                return Err(Error::Input(format!("token id {id} is outside the vocabulary of {vocab_size} tokens")));
+            }
+        }
+        Ok(size[1] as usize)
+    }
+
+    fn layout(&self, range: Range<usize>) -> Result<Rc<Layout>> {
+        if let Some(layout) = self.layouts.borrow().get(&range) {
+            return Ok(Rc::clone(layout));
+        }
+        let plan = self.routing.plan_range(range.clone())?;
+        let layout = Rc::new(Layout::new(&plan, range.clone(), self.device())?);
+        let mut layouts = self.layouts.borrow_mut();
+        // Decoding visits each range once; only layouts from the start are asked for again.
+        if range.start == 0 {
+            if layouts.len() == MAX_LAYOUTS {
+                layouts.clear();
+            }
+            layouts.insert(range, Rc::clone(&layout));
+        }
+        Ok(layout)
+    }
+}
