@@ -186,7 +186,7 @@ impl Tokenizer {
             return self.encode_piece(text);
         }
         let pieces: Vec<Encoded> =
-            pieces(text).into_par_iter().map(|piece| self.encode_piece(piece)).collect::<Result<_>>()?;
+            pieces(text, PIECE_BYTES).into_par_iter().map(|piece| self.encode_piece(piece)).collect::<Result<_>>()?;
         let mut all = Encoded::default();
         for piece in pieces {
             all.ids.extend(piece.ids);
@@ -300,16 +300,16 @@ impl TokenBytes {
     }
 }
 
-/// Cuts a text before spaces that stand between two ASCII letters, about every [`PIECE_BYTES`].
+/// Cuts a text before spaces that stand between two ASCII letters, about every `piece_bytes`.
 ///
 /// GPT-2's splitting never lets a match run across such a point: a run of letters ends at the space, and the space
 /// opens the next word. So the words, and with them the tokens, are those of the whole text.
-fn pieces(text: &str) -> Vec<&str> {
+fn pieces(text: &str, piece_bytes: usize) -> Vec<&str> {
     let bytes = text.as_bytes();
     let mut pieces = Vec::new();
     let mut start = 0;
-    while bytes.len() - start > PIECE_BYTES {
-        let cut = (start + PIECE_BYTES..bytes.len() - 1)
+    while bytes.len() - start > piece_bytes {
+        let cut = (start + piece_bytes..bytes.len() - 1)
             .find(|&i| bytes[i] == b' ' && bytes[i - 1].is_ascii_alphabetic() && bytes[i + 1].is_ascii_alphabetic());
         let Some(cut) = cut else { break };
         pieces.push(&text[start..cut]);
@@ -321,18 +321,38 @@ fn pieces(text: &str) -> Vec<&str> {
 
 #[cfg(test)]
 mod tests {
+    use std::sync::LazyLock;
+
+    use proptest::prelude::*;
+
     use super::*;
 
-    #[test]
-    fn pieces_are_the_text_and_begin_with_a_word() {
-        let text = "word, another word\n\n  and é more. ".repeat(40_000);
-        let pieces = pieces(&text);
-        assert!(pieces.len() > 3);
-        assert_eq!(pieces.concat(), text);
-        for piece in &pieces[1..] {
-            assert!(piece.starts_with(" w") || piece.starts_with(" a") || piece.starts_with(" m"), "{:?}", &piece[..4]);
+    static SHIPPED: LazyLock<Tokenizer> = LazyLock::new(|| {
+        Tokenizer::load(&Path::new(env!("CARGO_MANIFEST_DIR")).join("../../data/tiny/tokenizer.json")).unwrap()
+    });
+
+    proptest! {
+        #[test]
+        fn cutting_wherever_it_is_allowed_changes_no_token(
+            text in "([a-zA-Z]{1,4}|don't|[0-9]{1,3}| {1,3}|[\t\n\u{A0}]|[.,'<|>é日🙂]){0,80}",
+            piece_bytes in 1usize..20,
+        ) {
+            prop_assert!(SHIPPED.cuttable);
+            let pieces = pieces(&text, piece_bytes);
+            prop_assert_eq!(pieces.concat(), &text[..]);
+            let cut: Vec<u32> = pieces.iter().flat_map(|piece| SHIPPED.encode_piece(piece).unwrap().ids).collect();
+            prop_assert_eq!(cut, SHIPPED.encode_piece(&text).unwrap().ids);
         }
-        assert_eq!(super::pieces(&"x".repeat(3 * PIECE_BYTES)).len(), 1);
-        assert_eq!(super::pieces(""), [""]);
+    }
+
+    #[test]
+    fn pieces_are_of_the_size_asked_for_where_there_are_words() {
+        let text = "some words here ".repeat(100);
+        let lens: Vec<_> = pieces(&text, 100).iter().map(|piece| piece.len()).collect();
+        assert_eq!(lens.iter().sum::<usize>(), 1600);
+        assert!(lens[..lens.len() - 1].iter().all(|len| (100..110).contains(len)), "{lens:?}");
+        assert_eq!(pieces(&"x".repeat(1000), 100).len(), 1);
+        assert_eq!(pieces("", 100), [""]);
+        assert_eq!(pieces("a b", 1), ["a", " b"]);
     }
 }
