@@ -20,3 +20,8 @@ pub use mask::{Mask, Order};
 pub use mixer::{AttnConfig, AttnContext, AttnInit, AttnMixer, Bridge, Rope};
 pub use positions::Positions;
 pub use rotary::{RotaryTable, rotary};
+
+/// The example of the README.
+#[cfg(doctest)]
+#[doc = include_str!("../README.md")]
+struct Readme;

@@ -20,3 +20,8 @@ pub use fusion::{FUSIONS, FuseShape, Fusion, FusionKind, FusionSpec, Topology};
 pub use gather::{gather, gather_norm, split};
 pub use merge::{merge, merge_residual};
 pub use route::Route;
+
+/// The example of the README.
+#[cfg(doctest)]
+#[doc = include_str!("../README.md")]
+struct Readme;
