@@ -3,12 +3,22 @@
 #![forbid(unsafe_code)]
 #![deny(missing_docs)]
 
+mod embedding;
 mod init;
 mod linear;
+mod loss;
+mod norm;
 mod params;
+pub mod reference;
+mod rows;
 pub mod simd;
+mod swiglu;
 
+pub use embedding::{Embedding, embedding};
 pub use flowhn_torch::{Error, Result};
 pub use init::Init;
 pub use linear::{Bias, Linear};
+pub use loss::{linear_cross_entropy, token_losses};
+pub use norm::{RmsNorm, gated_rms_norm, rms_norm};
 pub use params::{Decay, Param, Params, Path, Weight};
+pub use swiglu::{SwiGluMlp, swiglu};

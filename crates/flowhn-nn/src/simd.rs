@@ -284,36 +284,66 @@ pub fn sum<T: Copy, R: Real>(x: &[T], term: impl Fn(T) -> R) -> R {
     halve(lanes, |a, b| a + b)
 }
 
-/// `sum_i term(x_i, y_i)` over the shorter of the two.
+/// `sum_i term(x_i, y_i, z_i)`.
+///
+/// # Panics
+/// If the lengths differ.
 #[inline(always)]
-pub fn sum2<T: Copy, U: Copy, R: Real>(x: &[T], y: &[U], term: impl Fn(T, U) -> R) -> R {
-    let len = x.len().min(y.len());
-    let ((x_body, x_tail), (y_body, y_tail)) = (x[..len].as_chunks::<LANES>(), y[..len].as_chunks::<LANES>());
+pub fn sum3<T: Copy, U: Copy, V: Copy, R: Real>(x: &[T], y: &[U], z: &[V], term: impl Fn(T, U, V) -> R) -> R {
+    sum4(
+        x,
+        y,
+        z,
+        x,
+        #[inline(always)]
+        |x, y, z, _| term(x, y, z),
+    )
+}
+
+/// `sum_i term(x_i, y_i, z_i, w_i)`.
+///
+/// # Panics
+/// If the lengths differ.
+#[inline(always)]
+pub fn sum4<T: Copy, U: Copy, V: Copy, W: Copy, R: Real>(
+    x: &[T],
+    y: &[U],
+    z: &[V],
+    w: &[W],
+    term: impl Fn(T, U, V, W) -> R,
+) -> R {
+    assert!(x.len() == y.len() && x.len() == z.len() && x.len() == w.len(), "sums run over slices of one length");
+    let ((x_body, x_tail), (y_body, y_tail)) = (x.as_chunks::<LANES>(), y.as_chunks::<LANES>());
+    let ((z_body, z_tail), (w_body, w_tail)) = (z.as_chunks::<LANES>(), w.as_chunks::<LANES>());
     let mut lanes = [R::ZERO; LANES];
-    for (x, y) in x_body.iter().zip(y_body) {
+    for (((x, y), z), w) in x_body.iter().zip(y_body).zip(z_body).zip(w_body) {
         for i in 0..LANES {
-            lanes[i] += term(x[i], y[i]);
+            lanes[i] += term(x[i], y[i], z[i], w[i]);
         }
     }
-    for (lane, (&x, &y)) in lanes.iter_mut().zip(x_tail.iter().zip(y_tail)) {
-        *lane += term(x, y);
+    for i in 0..x_tail.len() {
+        lanes[i] += term(x_tail[i], y_tail[i], z_tail[i], w_tail[i]);
     }
     halve(lanes, |a, b| a + b)
 }
 
-/// Writes `y_i = f(y_i)` in place and returns `sum_i f(y_i)`.
+/// Writes `y_i = f(x_i)` and returns `sum_i f(x_i)`.
+///
+/// # Panics
+/// If the lengths differ.
 #[inline(always)]
-pub fn map_sum<R: Real>(y: &mut [R], f: impl Fn(R) -> R) -> R {
-    let (body, tail) = y.as_chunks_mut::<LANES>();
+pub fn map_sum<T: Copy, R: Real>(x: &[T], y: &mut [R], f: impl Fn(T) -> R) -> R {
+    assert_eq!(x.len(), y.len(), "a map writes as many elements as it reads");
+    let ((x_body, x_tail), (y_body, y_tail)) = (x.as_chunks::<LANES>(), y.as_chunks_mut::<LANES>());
     let mut lanes = [R::ZERO; LANES];
-    for chunk in body {
+    for (x, y) in x_body.iter().zip(y_body) {
         for i in 0..LANES {
-            chunk[i] = f(chunk[i]);
-            lanes[i] += chunk[i];
+            y[i] = f(x[i]);
+            lanes[i] += y[i];
         }
     }
-    for (lane, y) in lanes.iter_mut().zip(tail) {
-        *y = f(*y);
+    for (lane, (&x, y)) in lanes.iter_mut().zip(x_tail.iter().zip(y_tail)) {
+        *y = f(x);
         *lane += *y;
     }
     halve(lanes, |a, b| a + b)
@@ -321,16 +351,16 @@ pub fn map_sum<R: Real>(y: &mut [R], f: impl Fn(R) -> R) -> R {
 
 /// The largest element, passing over NaN; negative infinity for an empty slice.
 #[inline(always)]
-pub fn max<R: Real>(x: &[R]) -> R {
+pub fn max<T: Storage>(x: &[T]) -> T::Acc {
     let (body, tail) = x.as_chunks::<LANES>();
-    let mut lanes = [R::NEG_INFINITY; LANES];
+    let mut lanes = [T::Acc::NEG_INFINITY; LANES];
     for chunk in body {
         for i in 0..LANES {
-            lanes[i] = lanes[i].larger(chunk[i]);
+            lanes[i] = lanes[i].larger(chunk[i].widen());
         }
     }
     for (lane, &x) in lanes.iter_mut().zip(tail) {
-        *lane = lane.larger(x);
+        *lane = lane.larger(x.widen());
     }
     halve(lanes, Real::larger)
 }
@@ -349,7 +379,7 @@ fn halve<R: Real>(mut lanes: [R; LANES], combine: impl Fn(R, R) -> R) -> R {
 }
 
 /// ln 2 in two parts; the first has so few bits that its product with an exponent is exact.
-const LN_2_HI: f32 = 0.693_359_375;
+const LN_2_HI: f32 = 355. / 512.;
 const LN_2_LO: f32 = -2.121_944_4e-4;
 
 /// `e^x` within 1 ulp of the exact value, also for subnormal results; 0 and infinity where f32 ends, NaN for NaN.
@@ -522,13 +552,13 @@ mod tests {
             let exact: f64 = x.iter().map(|&x| f64::from(x) * f64::from(x)).sum();
             let squares = dispatch(
                 #[inline(always)]
-                || (sum(&x, |x| x * x), sum2(&x, &x, |x, y| x * y)),
+                || (sum(&x, |x| x * x), sum4(&x, &x, &x, &x, |x, _, _, y| x * y)),
             );
             assert!((f64::from(squares.0) - exact).abs() < 1e-5 * exact.max(1.), "{len}");
             assert_eq!(squares.0, squares.1);
             assert_eq!(max(&x), x.iter().copied().fold(f32::NEG_INFINITY, f32::max));
-            let mut doubled = x.clone();
-            let total = map_sum(&mut doubled, |x| 2. * x);
+            let mut doubled = vec![0f32; len];
+            let total = map_sum(&x, &mut doubled, |x| 2. * x);
             assert!((f64::from(total) - 2. * x.iter().map(|&x| f64::from(x)).sum::<f64>()).abs() < 1e-5);
             assert!(doubled.iter().zip(&x).all(|(y, x)| *y == 2. * x));
         }

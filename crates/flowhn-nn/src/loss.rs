@@ -1,0 +1,131 @@
+//! The LM head and its cross-entropy in one operation, so that the logits of a whole batch are never in memory at once.
+
+mod head;
+
+use tch::{Kind, Tensor};
+
+use flowhn_torch::{BackwardCtx, Error, ForwardCtx, Function, Result, apply, check};
+
+use crate::embedding::check_ids;
+use crate::rows::{for_float_kind, only_cpu};
+
+/// Returns the mean over tokens of `-ln softmax(x W^T)[target]`, leaving out tokens whose target is `ignore_index`.
+///
+/// The logits are computed in chunks of rows. Where a gradient is wanted, each chunk's logits become their own gradient at once and
+/// the gradients of `x` and `W` are done when this returns; the backward only scales them. The softmax and the loss are f32
+/// (f64 for f64 inputs), and with bf16 inputs the gradient of `W` is summed in f32. If every target is ignored, the loss and the
+/// gradients are 0.
+///
+/// # Shapes
+/// - `x_td`: `[n_tokens, d_model]`, f32, bf16 or f64
+/// - `weight_vd`: `[vocab_size, d_model]`, in the type of `x_td`
+/// - `targets_t`: `[n_tokens]`, i64, each in `0..vocab_size` or `ignore_index`
+/// - returns a scalar, f32 (f64 for f64 inputs), in nats a token
+///
+/// ```
+/// use flowhn_nn::linear_cross_entropy;
+/// use tch::{Device, Kind, Tensor};
+/// let x = Tensor::zeros([3, 4], (Kind::Float, Device::Cpu));
+/// let weight = Tensor::randn([16, 4], (Kind::Float, Device::Cpu)).set_requires_grad(true);
+/// let loss = linear_cross_entropy(&x, &weight, &Tensor::from_slice(&[1i64, -100, 7]), -100)?;
+/// assert!((loss.double_value(&[]) - 16f64.ln()).abs() < 1e-6);
+/// loss.backward();
+/// assert_eq!(weight.grad().size(), [16, 4]);
+/// # Ok::<(), flowhn_nn::Error>(())
+/// ```
+///
+/// # Errors
+/// [`Error::Shape`], [`Error::Dtype`] or [`Error::Device`], naming the argument at fault; [`Error::Invalid`] with the position and
+/// value of a target outside the vocabulary.
+pub fn linear_cross_entropy(
+    x_td: &Tensor,
+    weight_vd: &Tensor,
+    targets_t: &Tensor,
+    ignore_index: i64,
+) -> Result<Tensor> {
+    const OP: &str = LinearCrossEntropyCpu::NAME;
+    check_arguments(OP, x_td, weight_vd, targets_t)?;
+    only_cpu(OP, "x_td", x_td)?;
+    Ok(apply(LinearCrossEntropyCpu { ignore_index }, &[x_td, weight_vd, targets_t])?.swap_remove(0))
+}
+
+/// Returns `-ln softmax(x W^T)[target]` of each token, 0 where the target is `ignore_index`. Not differentiable.
+///
+/// # Shapes
+/// As [`linear_cross_entropy`]; returns `[n_tokens]`, f32 (f64 for f64 inputs).
+///
+/// ```
+/// use flowhn_nn::token_losses;
+/// use tch::{Device, Kind, Tensor};
+/// let x = Tensor::from_slice(&[1f32, 0., 0., 1.]).view([2, 2]);
+/// let losses = token_losses(&x, &Tensor::eye(2, (Kind::Float, Device::Cpu)), &Tensor::from_slice(&[0i64, -100]), -100)?;
+/// assert!((losses.double_value(&[0]) - (1f64 + (-1f64).exp()).ln()).abs() < 1e-6);
+/// assert_eq!(losses.double_value(&[1]), 0.);
+/// # Ok::<(), flowhn_nn::Error>(())
+/// ```
+///
+/// # Errors
+/// Those of [`linear_cross_entropy`].
+pub fn token_losses(x_td: &Tensor, weight_vd: &Tensor, targets_t: &Tensor, ignore_index: i64) -> Result<Tensor> {
+    const OP: &str = "token_losses";
+    check_arguments(OP, x_td, weight_vd, targets_t)?;
+    only_cpu(OP, "x_td", x_td)?;
+    let targets_t = targets_t.contiguous();
+    let targets = check_ids(OP, "targets_t", &targets_t, weight_vd.size()[0], Some(ignore_index))?;
+    tch::no_grad(|| {
+        for_float_kind!(OP, "x_td", x_td.kind(),
+            T => head::losses::<T>(&x_td.contiguous(), &weight_vd.contiguous(), targets, ignore_index))
+    })
+}
+
+fn check_arguments(op: &'static str, x_td: &Tensor, weight_vd: &Tensor, targets_t: &Tensor) -> Result<()> {
+    let [n_tokens, d_model] = check::dims(op, "x_td", x_td, "[n_tokens, d_model]")?;
+    let [vocab_size, _] = check::dims(op, "weight_vd", weight_vd, "[vocab_size, d_model]")?;
+    check::shape(op, "weight_vd", weight_vd, &[vocab_size, d_model])?;
+    check::shape(op, "targets_t", targets_t, &[n_tokens])?;
+    check::kind(op, "x_td", x_td, &[Kind::Float, Kind::BFloat16, Kind::Double])?;
+    check::kind(op, "weight_vd", weight_vd, &[x_td.kind()])?;
+    check::kind(op, "targets_t", targets_t, &[Kind::Int64])?;
+    check::device(op, "weight_vd", weight_vd, x_td.device())?;
+    check::device(op, "targets_t", targets_t, x_td.device())?;
+    if vocab_size == 0 {
+        return Err(Error::invalid(op, "weight_vd has no rows: the vocabulary is empty"));
+    }
+    Ok(())
+}
+
+struct LinearCrossEntropyCpu {
+    ignore_index: i64,
+}
+
+impl Function for LinearCrossEntropyCpu {
+    const NAME: &'static str = "linear_cross_entropy";
+
+    fn forward(&mut self, ctx: &mut ForwardCtx, inputs: &[&Tensor]) -> Result<Vec<Tensor>> {
+        let (x, weight, targets) = (inputs[0].contiguous(), inputs[1].contiguous(), inputs[2].contiguous());
+        let targets = check_ids(Self::NAME, "targets_t", &targets, weight.size()[0], Some(self.ignore_index))?;
+        let wanted = head::Wanted { x: ctx.needs_grad(0), weight: ctx.needs_grad(1) };
+        let done = for_float_kind!(Self::NAME, "x_td", x.kind(),
+            T => head::loss_and_grads::<T>(&x, &weight, targets, self.ignore_index, wanted))?;
+        if ctx.is_recorded() {
+            // A gradient that nobody wants is saved as an empty tensor, so that the positions stay fixed.
+            for grad in [done.dx, done.dweight] {
+                ctx.save(&grad.unwrap_or_else(|| Tensor::empty([0], (x.kind(), x.device()))));
+            }
+        }
+        Ok(vec![done.loss])
+    }
+
+    fn backward(&self, ctx: &BackwardCtx, grads: &[Tensor]) -> Result<Vec<Option<Tensor>>> {
+        // On the CPU the incoming gradient can be read for free; it is 1 whenever the loss is the end of the graph.
+        let is_one = grads[0].double_value(&[]) == 1.;
+        let scaled = |input_idx: usize| {
+            let grad = &ctx.saved()[input_idx];
+            ctx.needs_grad(input_idx).then(|| match is_one {
+                true => grad.shallow_clone(),
+                false => (grad * &grads[0]).to_kind(grad.kind()),
+            })
+        };
+        Ok(vec![scaled(0), scaled(1), None])
+    }
+}

@@ -1,0 +1,145 @@
+//! Root-mean-square normalisation, plain and gated.
+
+mod gated;
+mod plain;
+
+use std::fmt::Display;
+
+use tch::{Kind, Tensor};
+
+use flowhn_torch::{Error, Result, apply, check};
+
+use crate::rows::{check_weight_kind, only_cpu};
+use crate::{Decay, Init, Path, Weight};
+
+/// Returns `x / sqrt(mean(x^2) + eps) * weight`, the mean over the last axis (Zhang and Sennrich 2019).
+///
+/// Statistics are f32 (f64 for f64 inputs). As in Llama's models the normalised value is rounded to the type of `x` before the
+/// weight multiplies it.
+///
+/// # Shapes
+/// - `x`: `[.., d]`, f32, bf16 or f64; copied only if its last axis is not contiguous
+/// - `weight`: `[d]`, in the type of `x`, or f32 beside bf16
+/// - returns a contiguous tensor like `x`
+///
+/// ```
+/// use flowhn_nn::rms_norm;
+/// use tch::Tensor;
+/// let y = rms_norm(&Tensor::from_slice(&[3f32, 4.]), &Tensor::from_slice(&[1f32, 2.]), 0.)?;
+/// // The root of the mean square is sqrt(12.5).
+/// assert!((y.double_value(&[1]) - 8. / 12.5f64.sqrt()).abs() < 1e-6);
+/// # Ok::<(), flowhn_nn::Error>(())
+/// ```
+///
+/// # Errors
+/// [`Error::Shape`], [`Error::Dtype`] or [`Error::Device`], naming the argument at fault.
+pub fn rms_norm(x: &Tensor, weight: &Tensor, eps: f64) -> Result<Tensor> {
+    const OP: &str = "rms_norm";
+    check_arguments(OP, x, weight)?;
+    only_cpu(OP, "x", x)?;
+    apply(plain::RmsNormCpu { eps }, &[x, weight]).map(first)
+}
+
+/// Returns `rms_norm(x * silu(z)) * weight` with the mean taken over each of `n_groups` equal parts of the last axis, as Mamba-2
+/// normalises its output (gate before norm).
+///
+/// # Shapes
+/// - `x`, `z`: `[.., d]`, both f32, bf16 or f64; copied only if the last axis is not contiguous
+/// - `weight`: `[d]`, in the type of `x`, or f32 beside bf16
+/// - returns a contiguous tensor like `x`; the only rounding to its type is the last
+///
+/// ```
+/// use flowhn_nn::gated_rms_norm;
+/// use tch::{Device, Kind, Tensor};
+/// let f32_cpu = (Kind::Float, Device::Cpu);
+/// let (x, z) = (Tensor::randn([5, 8], f32_cpu), Tensor::randn([5, 8], f32_cpu));
+/// let y = gated_rms_norm(&x, &z, &Tensor::ones([8], f32_cpu), 1e-6, 2)?;
+/// // Each group of four has mean square 1.
+/// let squares = y.square().view([5, 2, 4]).mean_dim(2, false, Kind::Float);
+/// assert!((squares - 1.).abs().max().double_value(&[]) < 1e-3);
+/// # Ok::<(), flowhn_nn::Error>(())
+/// ```
+///
+/// # Errors
+/// [`Error::Shape`], [`Error::Dtype`] or [`Error::Device`], naming the argument at fault; [`Error::Invalid`] if the groups do not
+/// divide `d`.
+pub fn gated_rms_norm(x: &Tensor, z: &Tensor, weight: &Tensor, eps: f64, n_groups: i64) -> Result<Tensor> {
+    const OP: &str = "gated_rms_norm";
+    let d = check_arguments(OP, x, weight)?;
+    check::shape(OP, "z", z, &x.size())?;
+    check::kind(OP, "z", z, &[x.kind()])?;
+    check::device(OP, "z", z, x.device())?;
+    if n_groups < 1 || d % n_groups != 0 {
+        return Err(Error::invalid(OP, format!("{n_groups} groups do not divide the last axis of {d}")));
+    }
+    only_cpu(OP, "x", x)?;
+    apply(gated::GatedRmsNormCpu { eps, n_groups: n_groups as usize }, &[x, z, weight]).map(first)
+}
+
+/// [`rms_norm`] with its weight.
+#[derive(Debug)]
+pub struct RmsNorm {
+    weight: Weight,
+    eps: f64,
+}
+
+impl RmsNorm {
+    /// Registers `name.weight`, ones of length `d`, not decayed.
+    ///
+    /// # Errors
+    /// [`Error::Invalid`] if the name is taken.
+    pub fn new(path: &mut Path, name: impl Display, d: i64, eps: f64) -> Result<Self> {
+        let weight = path.push(name).weight("weight", &[d], Init::Ones, Decay::No)?;
+        Ok(Self { weight, eps })
+    }
+
+    /// Normalises `[.., d]`; the weight multiplies in f32 also beside bf16 activations.
+    ///
+    /// # Errors
+    /// Those of [`rms_norm`].
+    pub fn forward(&self, x: &Tensor) -> Result<Tensor> {
+        rms_norm(x, &self.beside(x.kind()), self.eps)
+    }
+
+    /// As [`gated_rms_norm`] with this weight.
+    ///
+    /// # Errors
+    /// Those of [`gated_rms_norm`].
+    pub fn forward_gated(&self, x: &Tensor, z: &Tensor, n_groups: i64) -> Result<Tensor> {
+        gated_rms_norm(x, z, &self.beside(x.kind()), self.eps, n_groups)
+    }
+
+    /// The weight, `[d]`.
+    pub fn weight(&self) -> &Weight {
+        &self.weight
+    }
+
+    /// What is added to the mean square.
+    pub fn eps(&self) -> f64 {
+        self.eps
+    }
+
+    fn beside(&self, activations: Kind) -> Tensor {
+        match activations {
+            Kind::Double => self.weight.to(Kind::Double),
+            _ => self.weight.to(Kind::Float),
+        }
+    }
+}
+
+/// Checks what both norms share and returns `d`.
+fn check_arguments(op: &'static str, x: &Tensor, weight: &Tensor) -> Result<i64> {
+    let d = match x.size().last() {
+        Some(&d) if d > 0 => d,
+        _ => return Err(Error::Shape { op, arg: "x", got: x.size(), want: "[.., d] with d >= 1".to_owned() }),
+    };
+    check::kind(op, "x", x, &[Kind::Float, Kind::BFloat16, Kind::Double])?;
+    check::shape(op, "weight", weight, &[d])?;
+    check_weight_kind(op, weight, x.kind())?;
+    check::device(op, "weight", weight, x.device())?;
+    Ok(d)
+}
+
+fn first(mut outputs: Vec<Tensor>) -> Tensor {
+    outputs.swap_remove(0)
+}
