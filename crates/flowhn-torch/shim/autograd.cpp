@@ -4,6 +4,7 @@
 #include <ATen/ATen.h>
 #include <torch/csrc/autograd/custom_function.h>
 #include <torch/csrc/autograd/function.h>
+#include <torch/csrc/autograd/functions/basic_ops.h>
 #include <torch/csrc/autograd/saved_variable.h>
 
 #include <cstdlib>
@@ -11,6 +12,7 @@
 #include <mutex>
 #include <string>
 #include <unordered_set>
+#include <utility>
 #include <vector>
 
 using torch::autograd::Node;
@@ -26,28 +28,38 @@ extern "C" struct FlowhnFunction {
 
 namespace {
 
+// The Rust value; its deleter is the table's `drop`.
+using Data = std::unique_ptr<void, void (*)(void*)>;
+
+struct OutputInfo {
+  at::TensorOptions options;
+  std::vector<int64_t> sizes;
+  bool differentiable;
+
+  // What a backward sees where nothing flowed back. Nothing ever flows into an output that is not differentiable, so that one
+  // costs a single element.
+  at::Tensor zeros() const {
+    return differentiable ? at::zeros(sizes, options) : at::zeros({}, options).expand(sizes);
+  }
+};
+
 struct RustNode final : Node {
   std::string name_;
-  FlowhnFunction function_{};
-  void* data_ = nullptr;
+  decltype(FlowhnFunction::backward) backward_ = nullptr;
+  Data data_{nullptr, nullptr};
   std::vector<SavedVariable> saved_;
+  std::vector<OutputInfo> outputs_;
   bool released_ = false;
 
   std::string name() const override { return name_; }
 
-  void drop_data() {
-    if (data_ != nullptr) {
-      function_.drop(data_);
-      data_ = nullptr;
-    }
-  }
-
-  ~RustNode() override { drop_data(); }
-
   void release_variables() override {
+    // Freed after the lock is gone: the destructors run code that is not ours.
+    std::vector<SavedVariable> saved;
+    Data data(nullptr, nullptr);
     std::lock_guard<std::mutex> lock(mutex_);
-    saved_.clear();
-    drop_data();
+    saved.swap(saved_);
+    data.swap(data_);
     released_ = true;
   }
 
@@ -57,38 +69,69 @@ struct RustNode final : Node {
     std::vector<at::Tensor> saved;
     saved.reserve(saved_.size());
     for (auto& variable : saved_) saved.push_back(variable.unpack(shared_from_this()));
+    const bool create_graph = torch::autograd::GradMode::is_enabled();
+    torch::autograd::edge_list grad_edges;
+    if (create_graph) grad_edges = torch::autograd::collect_next_edges(grads);
     for (size_t i = 0; i < grads.size(); ++i) {
-      if (!grads[i].defined()) grads[i] = input_metadata(i).zeros_like();
+      if (!grads[i].defined()) grads[i] = outputs_[i].zeros();
     }
 
+    variable_list result = call_back(saved, grads);
+    if (create_graph) forbid_second_derivative(result, grad_edges);
+    return result;
+  }
+
+ private:
+  variable_list call_back(std::vector<at::Tensor>& saved, variable_list& grads) {
     const size_t n_out = num_outputs();
     std::vector<uint8_t> needs_grad(n_out);
     for (size_t i = 0; i < n_out; ++i) needs_grad[i] = task_should_compute_output(i);
     std::vector<at::Tensor*> saved_ptrs, grad_ptrs, out_ptrs(n_out, nullptr);
     for (auto& tensor : saved) saved_ptrs.push_back(&tensor);
     for (auto& tensor : grads) grad_ptrs.push_back(&tensor);
+    // What the callback hands over has a place to go before it is called, so that no exception can lose it.
+    std::vector<std::unique_ptr<at::Tensor>> owned(n_out);
+    variable_list result(n_out);
 
     char* error = nullptr;
-    const int status = function_.backward(data_, saved_ptrs.data(), saved_ptrs.size(), grad_ptrs.data(),
-                                          grad_ptrs.size(), needs_grad.data(), out_ptrs.data(), n_out, &error);
-    variable_list result(n_out);
+    const int status = backward_(data_.get(), saved_ptrs.data(), saved_ptrs.size(), grad_ptrs.data(), grad_ptrs.size(),
+                                 needs_grad.data(), out_ptrs.data(), n_out, &error);
+    std::unique_ptr<char, void (*)(void*)> message(error, std::free);
+    for (size_t i = 0; i < n_out; ++i) owned[i].reset(out_ptrs[i]);
+    TORCH_CHECK(status == 0, name_, " backward: ", message ? message.get() : "no message");
     for (size_t i = 0; i < n_out; ++i) {
-      if (out_ptrs[i] == nullptr) continue;
-      if (needs_grad[i]) result[i] = std::move(*out_ptrs[i]);
-      delete out_ptrs[i];
-    }
-    if (status != 0) {
-      std::string message = error != nullptr ? error : "no message";
-      std::free(error);
-      TORCH_CHECK(false, name_, " backward: ", message);
+      if (owned[i] && needs_grad[i]) result[i] = std::move(*owned[i]);
     }
     return result;
+  }
+
+  // A backward in Rust records nothing. Where the caller asked for a graph of the gradients (create_graph), they hang on a node
+  // that fails and that reaches everything they depend on, so that a second derivative can be neither zero nor incomplete.
+  void forbid_second_derivative(variable_list& result, const torch::autograd::edge_list& grad_edges) {
+    torch::autograd::edge_list edges;
+    for (const auto* list : {&std::as_const(next_edges_), &grad_edges}) {
+      for (const auto& edge : *list) {
+        if (edge.is_valid()) edges.push_back(edge);
+      }
+    }
+    std::shared_ptr<Node> refusal(
+        new torch::autograd::Error(name_ + ": a function written in Rust has no second derivative", std::move(edges)),
+        torch::autograd::deleteNode);
+    for (auto& tensor : result) {
+      if (!tensor.defined() || !torch::autograd::isDifferentiableType(tensor.scalar_type())) continue;
+      tensor = tensor.detach();
+      torch::autograd::create_gradient_edge(tensor, refusal);
+    }
   }
 };
 
 }  // namespace
 
-// Whether autograd would record a function of these inputs now.
+// Whether operators of this thread are recorded.
+extern "C" int flowhn_grad_mode_get() { return torch::autograd::GradMode::is_enabled(); }
+extern "C" void flowhn_grad_mode_set(int enabled) { torch::autograd::GradMode::set_enabled(enabled != 0); }
+
+// Whether autograd would record a function of these inputs now. Reads two fields of each tensor and cannot throw.
 extern "C" int flowhn_function_is_recorded(at::Tensor** inputs, size_t n_inputs) {
   if (!torch::autograd::GradMode::is_enabled()) return 0;
   for (size_t i = 0; i < n_inputs; ++i) {
@@ -101,20 +144,17 @@ extern "C" int flowhn_function_is_recorded(at::Tensor** inputs, size_t n_inputs)
 extern "C" int flowhn_function_attach(const char* name, at::Tensor** inputs, size_t n_inputs, at::Tensor** outputs,
                                       size_t n_outputs, const uint8_t* non_differentiable, at::Tensor** saved,
                                       size_t n_saved, FlowhnFunction function, void* data, at::Tensor** result) {
+  Data owned(data, function.drop);
   FLOWHN_TRY({
     std::shared_ptr<RustNode> node(new RustNode(), torch::autograd::deleteNode);
-    node->function_ = function;
-    node->data_ = data;
+    node->data_ = std::move(owned);
+    node->backward_ = function.backward;
     node->name_ = name;
 
     variable_list input_vars;
     for (size_t i = 0; i < n_inputs; ++i) input_vars.push_back(*inputs[i]);
-    const bool recorded =
-        torch::autograd::GradMode::is_enabled() && torch::autograd::any_variable_requires_grad(input_vars);
-    if (recorded) {
-      node->set_next_edges(torch::autograd::collect_next_edges(input_vars));
-      node->clear_input_metadata();
-    }
+    node->set_next_edges(torch::autograd::collect_next_edges(input_vars));
+    node->clear_input_metadata();
 
     std::unordered_set<at::TensorImpl*> plain;
     std::vector<std::optional<at::Tensor>> raw;
@@ -122,26 +162,22 @@ extern "C" int flowhn_function_attach(const char* name, at::Tensor** inputs, siz
       raw.emplace_back(*outputs[i]);
       if (non_differentiable[i]) plain.insert(outputs[i]->unsafeGetTensorImpl());
     }
+    // Saved without their history: a backward in Rust records nothing, and an output, or a view of one, that knew its
+    // history would own the node that owns it. The version counter stays shared, so in-place edits are noticed.
+    for (size_t i = 0; i < n_saved; ++i) {
+      node->saved_.emplace_back(saved[i]->defined() ? saved[i]->detach() : at::Tensor(), /*is_output=*/false);
+    }
     torch::autograd::_jvp_fn_t jvp = [](const variable_list&, const variable_list&) -> variable_list {
       TORCH_CHECK(false, "forward-mode differentiation of Rust functions is not supported");
     };
     torch::autograd::_view_as_self_fn_t view_as_self = [](const at::Tensor& x) { return x.view_as(x); };
-    auto wrapped =
-        torch::autograd::_wrap_outputs(input_vars, plain, {}, raw, recorded ? node : std::shared_ptr<Node>(), jvp, {},
-                                       view_as_self, /*pure_view=*/false);
-    if (recorded) {
-      for (size_t i = 0; i < n_saved; ++i) {
-        at::Tensor tensor = *saved[i];
-        bool is_output = false;
-        for (size_t j = 0; j < n_outputs; ++j) {
-          if (tensor.is_same(*outputs[j])) {
-            tensor = *wrapped[j];
-            is_output = tensor.grad_fn().get() == node.get();
-          }
-        }
-        node->saved_.emplace_back(tensor, is_output);
-      }
+    auto wrapped = torch::autograd::_wrap_outputs(input_vars, plain, {}, raw, node, jvp, {}, view_as_self,
+                                                  /*pure_view=*/false);
+    std::vector<std::unique_ptr<at::Tensor>> handles;
+    for (const auto& tensor : wrapped) {
+      node->outputs_.push_back({tensor->options(), tensor->sizes().vec(), tensor->requires_grad()});
+      handles.push_back(std::make_unique<at::Tensor>(*tensor));
     }
-    for (size_t i = 0; i < n_outputs; ++i) result[i] = new at::Tensor(*wrapped[i]);
+    for (size_t i = 0; i < n_outputs; ++i) result[i] = handles[i].release();
   });
 }

@@ -2,6 +2,7 @@
 #include "shim.h"
 
 #include <ATen/ATen.h>
+#include <ATen/Context.h>
 #include <c10/core/CachingDeviceAllocator.h>
 #include <c10/core/Event.h>
 #include <c10/core/Stream.h>
@@ -33,17 +34,31 @@ c10::Stream unpack(const FlowhnStream& stream) {
 
 c10::impl::VirtualGuardImpl guard() { return c10::impl::VirtualGuardImpl(kType); }
 
-c10::Device device(int index) { return c10::Device(kType, static_cast<c10::DeviceIndex>(index)); }
+// The device, after making sure that it is there and that libtorch's CUDA side is awake. c10 itself narrows the index to a
+// byte and asserts, or not even that, on a machine without a device.
+c10::Device device(int64_t index) {
+  TORCH_CHECK(c10::impl::hasDeviceGuardImpl(kType), "this libtorch has no CUDA: install a CUDA build of PyTorch");
+  const int64_t n_devices = guard().deviceCount();
+  TORCH_CHECK(index >= 0 && index < n_devices, "there is no CUDA device ", index, ": this machine has ", n_devices);
+  at::globalContext().lazyInitDevice(kType);
+  return c10::Device(kType, static_cast<c10::DeviceIndex>(index));
+}
+
+// libtorch's CUDA allocator, where there is a device.
+c10::DeviceAllocator* allocator() {
+  device(0);
+  return c10::getDeviceAllocator(kType);
+}
 
 }  // namespace
 
-extern "C" int flowhn_stream_current(int index, FlowhnStream* out) {
+extern "C" int flowhn_stream_current(int64_t index, FlowhnStream* out) {
   FLOWHN_TRY(*out = pack(guard().getStream(device(index))));
 }
-extern "C" int flowhn_stream_default(int index, FlowhnStream* out) {
+extern "C" int flowhn_stream_default(int64_t index, FlowhnStream* out) {
   FLOWHN_TRY(*out = pack(guard().getDefaultStream(device(index))));
 }
-extern "C" int flowhn_stream_from_pool(int index, int high_priority, FlowhnStream* out) {
+extern "C" int flowhn_stream_from_pool(int64_t index, int high_priority, FlowhnStream* out) {
   FLOWHN_TRY(*out = pack(guard().getStreamFromGlobalPool(device(index), high_priority != 0)));
 }
 extern "C" int flowhn_stream_exchange(FlowhnStream stream, FlowhnStream* previous) {
@@ -59,7 +74,10 @@ extern "C" int flowhn_record_stream(at::Tensor* tensor, FlowhnStream stream) {
 }
 
 extern "C" int flowhn_event_new(int timing, c10::Event** out) {
-  FLOWHN_TRY(*out = new c10::Event(kType, timing ? c10::EventFlag::BACKEND_DEFAULT : c10::EventFlag::PYTORCH_DEFAULT));
+  FLOWHN_TRY({
+    const auto type = device(0).type();
+    *out = new c10::Event(type, timing ? c10::EventFlag::BACKEND_DEFAULT : c10::EventFlag::PYTORCH_DEFAULT);
+  });
 }
 extern "C" void flowhn_event_free(c10::Event* event) { delete event; }
 extern "C" int flowhn_event_record(c10::Event* event, FlowhnStream stream) { FLOWHN_TRY(event->record(unpack(stream))); }
@@ -70,11 +88,11 @@ extern "C" int flowhn_event_elapsed_ms(c10::Event* start, c10::Event* end, doubl
   FLOWHN_TRY(*out = start->elapsedTime(*end));
 }
 
-extern "C" int flowhn_memory_stats(int index, FlowhnMemory* out) {
+extern "C" int flowhn_memory_stats(int64_t index, FlowhnMemory* out) {
   FLOWHN_TRY({
-    auto* allocator = c10::getDeviceAllocator(kType);
-    const auto stats = allocator->getDeviceStats(static_cast<c10::DeviceIndex>(index));
-    const auto info = allocator->getMemoryInfo(static_cast<c10::DeviceIndex>(index));
+    const auto place = device(index);
+    const auto stats = allocator()->getDeviceStats(place.index());
+    const auto info = allocator()->getMemoryInfo(place.index());
     out->allocated = stats.allocated_bytes[0].current;
     out->allocated_peak = stats.allocated_bytes[0].peak;
     out->reserved = stats.reserved_bytes[0].current;
@@ -85,7 +103,7 @@ extern "C" int flowhn_memory_stats(int index, FlowhnMemory* out) {
     out->total = static_cast<int64_t>(info.second);
   });
 }
-extern "C" int flowhn_memory_reset_peak(int index) {
-  FLOWHN_TRY(c10::getDeviceAllocator(kType)->resetPeakStats(static_cast<c10::DeviceIndex>(index)));
+extern "C" int flowhn_memory_reset_peak(int64_t index) {
+  FLOWHN_TRY(allocator()->resetPeakStats(device(index).index()));
 }
-extern "C" int flowhn_memory_empty_cache() { FLOWHN_TRY(c10::getDeviceAllocator(kType)->emptyCache()); }
+extern "C" int flowhn_memory_empty_cache() { FLOWHN_TRY(allocator()->emptyCache()); }

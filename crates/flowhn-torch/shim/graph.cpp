@@ -8,7 +8,12 @@
 
 using at::cuda::CUDAGraph;
 
-extern "C" int flowhn_graph_new(CUDAGraph** out) { FLOWHN_TRY(*out = new CUDAGraph()); }
+extern "C" int flowhn_graph_new(CUDAGraph** out) {
+  FLOWHN_TRY({
+    TORCH_CHECK(at::cuda::is_available(), "there is no CUDA device");
+    *out = new CUDAGraph();
+  });
+}
 extern "C" void flowhn_graph_free(CUDAGraph* graph) {
   try {
     delete graph;
@@ -29,9 +34,11 @@ extern "C" int flowhn_graph_pool(CUDAGraph* graph, uint64_t* a, uint64_t* b) {
   });
 }
 
-extern "C" int flowhn_cuda_properties(int index, char* name, size_t capacity, int64_t* n_multiprocessors,
+extern "C" int flowhn_cuda_properties(int64_t index, char* name, size_t capacity, int64_t* n_multiprocessors,
                                       int64_t* compute_capability, int64_t* total_bytes, int64_t* shared_bytes) {
   FLOWHN_TRY({
+    const int64_t n_devices = at::cuda::device_count();
+    TORCH_CHECK(index >= 0 && index < n_devices, "there is no CUDA device ", index, ": this machine has ", n_devices);
     const auto* properties = at::cuda::getDeviceProperties(static_cast<c10::DeviceIndex>(index));
     strncpy(name, properties->name, capacity - 1);
     *n_multiprocessors = properties->multiProcessorCount;

@@ -22,30 +22,62 @@ extern "C" struct FlowhnArg {
 
 namespace {
 
-c10::IValue to_ivalue(const FlowhnArg& arg) {
+template <typename T>
+const T* items(const FlowhnArg& arg) {
+  return static_cast<const T*>(arg.p);
+}
+
+c10::IValue to_list(const FlowhnArg& arg, const c10::TypePtr& element) {
+  auto* tensors = items<const at::Tensor*>(arg);
+  if (element->kind() != c10::TypeKind::OptionalType) {
+    c10::List<at::Tensor> list;
+    for (size_t k = 0; k < arg.n; ++k) list.push_back(*tensors[k]);
+    return list;
+  }
+  c10::List<std::optional<at::Tensor>> list;
+  for (size_t k = 0; k < arg.n; ++k) {
+    list.push_back(tensors[k]->defined() ? std::make_optional(*tensors[k]) : std::nullopt);
+  }
+  return list;
+}
+
+// The value in the form that the schema asks for, where an argument can mean several.
+c10::IValue to_ivalue(const FlowhnArg& arg, const c10::Argument& argument) {
+  c10::TypePtr type = argument.type();
+  if (const auto* optional = type->castRaw<c10::OptionalType>()) type = optional->getElementType();
+  const auto* list = type->castRaw<c10::ListType>();
+  const c10::TypePtr element = list != nullptr ? list->getElementType() : c10::TypePtr(c10::AnyType::get());
   switch (arg.tag) {
     case 0: return c10::IValue();
     case 1: return *static_cast<const at::Tensor*>(arg.p);
-    case 2: return arg.i;
+    case 2: return type->kind() == c10::TypeKind::FloatType ? c10::IValue(static_cast<double>(arg.i)) : c10::IValue(arg.i);
     case 3: return arg.d;
     case 4: return arg.i != 0;
-    case 5: {
-      c10::List<at::Tensor> list;
-      auto* tensors = static_cast<const at::Tensor* const*>(arg.p);
-      for (size_t k = 0; k < arg.n; ++k) list.push_back(*tensors[k]);
-      return list;
-    }
+    case 5: return to_list(arg, element);
     case 6: {
-      auto* values = static_cast<const int64_t*>(arg.p);
+      auto* values = items<int64_t>(arg);
+      if (element->kind() == c10::TypeKind::FloatType) return std::vector<double>(values, values + arg.n);
       return std::vector<int64_t>(values, values + arg.n);
     }
-    case 7: return std::string(static_cast<const char*>(arg.p), arg.n);
-    case 8: {
-      auto* values = static_cast<const double*>(arg.p);
-      return std::vector<double>(values, values + arg.n);
+    case 7: {
+      std::string text(static_cast<const char*>(arg.p), arg.n);
+      if (type->kind() == c10::TypeKind::DeviceObjType) return c10::Device(text);
+      return text;
     }
+    case 8: return std::vector<double>(items<double>(arg), items<double>(arg) + arg.n);
     default: TORCH_CHECK(false, "unknown argument tag ", arg.tag);
   }
+}
+
+// Kernels called with a boxed stack trust its types, so a wrong one must not get that far.
+void check_type(const c10::FunctionSchema& schema, const c10::IValue& value, size_t position) {
+  const auto& argument = schema.arguments()[position];
+  c10::TypePtr type = argument.type();
+  if (const auto* optional = type->castRaw<c10::OptionalType>()) type = optional->getElementType();
+  if (type->kind() == c10::TypeKind::NumberType && value.isScalar()) return;
+  if (value.isTensor() && type->kind() == c10::TypeKind::TensorType) return;
+  TORCH_CHECK(value.type()->isSubtypeOf(*argument.type()), "argument ", argument.name(), " is a ", argument.type()->repr_str(),
+              ", not a ", value.type()->repr_str(), ": ", schema);
 }
 
 }  // namespace
@@ -57,9 +89,12 @@ extern "C" int flowhn_op_call(const char* name, const char* overload, const Flow
   FLOWHN_TRY({
     auto op = c10::Dispatcher::singleton().findSchemaOrThrow(name, overload);
     const auto& schema = op.schema();
-    TORCH_CHECK(n_args <= schema.arguments().size(), "too many arguments for ", schema);
+    TORCH_CHECK(n_args <= schema.arguments().size(), n_args, " arguments are too many for ", schema);
     torch::jit::Stack stack;
-    for (size_t k = 0; k < n_args; ++k) stack.push_back(to_ivalue(args[k]));
+    for (size_t k = 0; k < n_args; ++k) {
+      stack.push_back(to_ivalue(args[k], schema.arguments()[k]));
+      check_type(schema, stack.back(), k);
+    }
     for (size_t k = n_args; k < schema.arguments().size(); ++k) {
       const auto& argument = schema.arguments()[k];
       TORCH_CHECK(argument.default_value().has_value(), "missing argument ", argument.name(), " of ", schema);

@@ -28,9 +28,10 @@ pub fn dims<const N: usize>(op: &'static str, arg: &'static str, tensor: &Tensor
 /// Checks the element type.
 ///
 /// # Errors
-/// [`Error::Dtype`].
+/// [`Error::Dtype`]; [`Error::Invalid`] if the tensor is undefined or its type has no [`Kind`].
 pub fn kind(op: &'static str, arg: &'static str, tensor: &Tensor, allowed: &[Kind]) -> Result<()> {
-    let got = tensor.kind();
+    let got =
+        tensor.f_kind().map_err(|_| Error::invalid(op, format!("{arg} is undefined or of a type unknown to tch")))?;
     if allowed.contains(&got) {
         return Ok(());
     }
@@ -41,8 +42,11 @@ pub fn kind(op: &'static str, arg: &'static str, tensor: &Tensor, allowed: &[Kin
 /// Checks that a tensor lives on `device`.
 ///
 /// # Errors
-/// [`Error::Device`].
+/// [`Error::Device`]; [`Error::Invalid`] if the tensor is undefined.
 pub fn device(op: &'static str, arg: &'static str, tensor: &Tensor, device: Device) -> Result<()> {
+    if !tensor.defined() {
+        return Err(Error::invalid(op, format!("{arg} is undefined")));
+    }
     let got = tensor.device();
     if got == device {
         return Ok(());

@@ -9,7 +9,7 @@ use std::marker::PhantomData;
 use half::bf16;
 use tch::{Device, Kind, Tensor};
 
-use crate::{Error, Result};
+use crate::{Error, Result, ffi};
 
 mod sealed {
     pub trait Sealed {}
@@ -42,49 +42,88 @@ pub struct Strided<'a, T> {
 
 /// The elements of a contiguous CPU tensor.
 ///
+/// ```
+/// use flowhn_torch::cpu;
+/// use tch::Tensor;
+/// let x = Tensor::from_slice(&[1f32, 2., 3.]);
+/// assert_eq!(cpu::slice::<f32>(&x)?.iter().sum::<f32>(), 6.);
+/// assert!(cpu::slice::<f64>(&x).unwrap_err().to_string().contains("expected Double"));
+/// # Ok::<(), flowhn_torch::Error>(())
+/// ```
+///
 /// # Errors
-/// [`Error::Invalid`] unless the tensor is on the CPU, of type `T` and contiguous.
+/// [`Error::Invalid`] unless the tensor is on the CPU, of type `T`, contiguous, and its memory holds its values as they are:
+/// undefined, sparse and nested tensors, lazily negated or conjugated views and `bool` bytes other than 0 and 1 do not.
 pub fn slice<T: Element>(tensor: &Tensor) -> Result<&[T]> {
+    let data = elements("cpu::slice", tensor)?;
     if !tensor.is_contiguous() {
         return Err(Error::invalid(
             "cpu::slice",
             format!("the tensor has strides {:?}, not contiguous", tensor.stride()),
         ));
     }
-    Ok(strided(tensor)?.data)
+    Ok(data)
 }
 
 /// The elements of a CPU tensor with any strides.
 ///
+/// ```
+/// use flowhn_torch::cpu;
+/// use tch::Tensor;
+/// let x = Tensor::from_slice(&[1i64, 2, 3, 4, 5, 6]).view([2, 3]).transpose(0, 1);
+/// let x = cpu::strided::<i64>(&x)?;
+/// assert_eq!((x.shape, x.strides, x.data[3]), (vec![3, 2], vec![1, 3], 4));
+/// # Ok::<(), flowhn_torch::Error>(())
+/// ```
+///
 /// # Errors
-/// [`Error::Invalid`] unless the tensor is on the CPU and of type `T`.
+/// As [`slice`], but for contiguity.
 pub fn strided<T: Element>(tensor: &Tensor) -> Result<Strided<'_, T>> {
-    if tensor.device() != Device::Cpu || tensor.kind() != T::KIND {
-        let (kind, device) = (tensor.kind(), tensor.device());
-        return Err(Error::invalid(
-            "cpu",
-            format!("the tensor is {kind:?} on {device:?}, expected {:?} on the CPU", T::KIND),
-        ));
-    }
+    let data = elements("cpu::strided", tensor)?;
     let to_usize = |sizes: Vec<i64>| -> Vec<usize> { sizes.into_iter().map(|size| size as usize).collect() };
-    let (shape, strides) = (to_usize(tensor.size()), to_usize(tensor.stride()));
-    let len = match shape.contains(&0) {
-        true => 0,
-        false => 1 + shape.iter().zip(&strides).map(|(size, stride)| (size - 1) * stride).sum::<usize>(),
-    };
-    let data = match len {
-        0 => &[][..],
-        // SAFETY: the pointer is the tensor's first element, aligned and of type `T` (checked above); libtorch's strides are
-        // never negative and stay inside the storage, so `len` elements from it belong to the storage, which lives at least as
-        // long as the handle that the result borrows.
-        _ => unsafe { std::slice::from_raw_parts(tensor.data_ptr().cast::<T>(), len) },
-    };
-    Ok(Strided { data, shape, strides })
+    Ok(Strided { data, shape: to_usize(tensor.size()), strides: to_usize(tensor.stride()) })
 }
 
-/// Makes a contiguous CPU tensor and lets `fill` write it. The elements start arbitrary: write every one.
+/// The elements from the first to the last that the tensor's strides reach.
+fn elements<'a, T: Element>(op: &'static str, tensor: &'a Tensor) -> Result<&'a [T]> {
+    let (mut data, mut len) = (std::ptr::null(), 0);
+    // SAFETY: the tensor outlives the call; `data` and `len` are places for one value each.
+    let status = ffi::status(unsafe { ffi::flowhn_cpu_elements(tensor.as_ptr(), &mut data, &mut len) });
+    status.map_err(|error| match error {
+        Error::Torch(message) => Error::invalid(op, message),
+        other => other,
+    })?;
+    let kind = tensor.f_kind()?;
+    if kind != T::KIND {
+        return Err(Error::invalid(op, format!("the tensor is {kind:?} on the CPU, expected {:?}", T::KIND)));
+    }
+    if len == 0 {
+        return Ok(&[]);
+    }
+    if T::KIND == Kind::Bool {
+        // SAFETY: `len` bytes of the storage, see below; bytes may have any value.
+        let bytes = unsafe { std::slice::from_raw_parts(data.cast::<u8>(), len) };
+        if let Some(byte) = bytes.iter().find(|&&byte| byte > 1) {
+            return Err(Error::invalid(op, format!("the tensor is Bool, but one of its bytes is {byte}")));
+        }
+    }
+    // SAFETY: the shim found `len` elements from `data` inside the storage of a dense CPU tensor, whose elements have type `T`
+    // (checked above) and are aligned for it. The storage lives at least as long as the handle that the result borrows.
+    Ok(unsafe { std::slice::from_raw_parts(data.cast::<T>(), len) })
+}
+
+/// Makes a contiguous CPU tensor and lets `fill` write it. The elements start arbitrary (`false` for `bool`): write every one.
+///
+/// ```
+/// use flowhn_torch::cpu;
+/// let squares = cpu::build(&[2, 2], |out: &mut [f32]| out.iter_mut().enumerate().for_each(|(i, x)| *x = (i * i) as f32));
+/// assert_eq!(squares.double_value(&[1, 1]), 9.);
+/// ```
+///
+/// # Panics
+/// If a size is negative or there is no memory; [`try_build`] returns an error.
 pub fn build<T: Element>(shape: &[i64], fill: impl FnOnce(&mut [T])) -> Tensor {
-    let mut tensor = Tensor::empty(shape, (T::KIND, Device::Cpu));
+    let mut tensor = uninitialised::<T>(shape).expect("the shape is valid and fits into memory");
     fill(slice_mut(&mut tensor));
     tensor
 }
@@ -92,9 +131,9 @@ pub fn build<T: Element>(shape: &[i64], fill: impl FnOnce(&mut [T])) -> Tensor {
 /// As [`build`], for an operation with a result of its own.
 ///
 /// # Errors
-/// Those of `fill`.
+/// Those of `fill`; [`Error::Torch`] if a size is negative or there is no memory.
 pub fn try_build<T: Element, R>(shape: &[i64], fill: impl FnOnce(&mut [T]) -> Result<R>) -> Result<(Tensor, R)> {
-    let mut tensor = Tensor::empty(shape, (T::KIND, Device::Cpu));
+    let mut tensor = uninitialised::<T>(shape)?;
     let value = fill(slice_mut(&mut tensor))?;
     Ok((tensor, value))
 }
@@ -104,7 +143,8 @@ pub fn try_build<T: Element, R>(shape: &[i64], fill: impl FnOnce(&mut [T]) -> Re
 /// # Errors
 /// [`Error::Shape`] if their number is not that of the shape.
 pub fn from_slice<T: Element>(shape: &[i64], elements: &[T]) -> Result<Tensor> {
-    if shape.iter().product::<i64>() != elements.len() as i64 {
+    let numel = shape.iter().try_fold(1usize, |numel, &size| numel.checked_mul(usize::try_from(size).ok()?));
+    if numel != Some(elements.len()) {
         return Err(Error::Shape {
             op: "cpu::from_slice",
             arg: "elements",
@@ -112,7 +152,15 @@ pub fn from_slice<T: Element>(shape: &[i64], elements: &[T]) -> Result<Tensor> {
             want: format!("as many elements as {shape:?} has"),
         });
     }
-    Ok(build(shape, |out: &mut [T]| out.copy_from_slice(elements)))
+    Ok(try_build(shape, |out: &mut [T]| Ok(out.copy_from_slice(elements)))?.0)
+}
+
+fn uninitialised<T: Element>(shape: &[i64]) -> Result<Tensor> {
+    let options = (T::KIND, Device::Cpu);
+    Ok(match T::KIND {
+        Kind::Bool => Tensor::f_zeros(shape, options)?,
+        _ => Tensor::f_empty(shape, options)?,
+    })
 }
 
 /// The elements of a tensor that was just made and has no other handle.
@@ -123,7 +171,7 @@ fn slice_mut<T: Element>(tensor: &mut Tensor) -> &mut [T] {
     }
     // SAFETY: the caller made the tensor just now, contiguous, of type `T`, with no other handle to its storage, so the slice is
     // exclusive. The memory comes from a foreign allocator through FFI: its bytes are arbitrary but fixed, and every
-    // `Element` but `bool` accepts any bytes; a `bool` slice is only ever written before it is read.
+    // `Element` accepts any bytes but `bool`, for which `uninitialised` writes zeros.
     unsafe { std::slice::from_raw_parts_mut(tensor.data_ptr().cast::<T>(), len) }
 }
 

@@ -8,6 +8,8 @@ use std::sync::Once;
 
 use tch::{Device, Kind, TchError};
 
+use crate::ffi;
+
 /// Result of a tensor operation.
 pub type Result<T> = std::result::Result<T, Error>;
 
@@ -98,6 +100,8 @@ thread_local! {
 
 /// Runs `f`; a panic inside it, such as that of a plain `tch` call, comes back as an [`Error`] and prints nothing.
 ///
+/// Gradient recording is put back as it was: `tch::no_grad` alone would leave it off after a panic.
+///
 /// ```
 /// use tch::Tensor;
 /// let sum = flowhn_torch::catch(|| Ok(Tensor::from_slice(&[1f32, 2.]) + Tensor::from_slice(&[1f32, 2., 3.])));
@@ -108,15 +112,25 @@ thread_local! {
 /// Those of `f`; [`Error::Torch`] for a panic of `tch`, [`Error::Panic`] for any other.
 pub fn catch<T>(f: impl FnOnce() -> Result<T>) -> Result<T> {
     silence_caught_panics();
+    // SAFETY: reads a flag of this thread.
+    let grad_mode = unsafe { ffi::flowhn_grad_mode_get() };
     CATCH_DEPTH.with(|depth| depth.set(depth.get() + 1));
     let outcome = panic::catch_unwind(AssertUnwindSafe(f));
     CATCH_DEPTH.with(|depth| depth.set(depth.get() - 1));
-    outcome.unwrap_or_else(|payload| Err(from_panic(payload.as_ref())))
+    outcome.unwrap_or_else(|payload| {
+        // SAFETY: sets a flag of this thread.
+        unsafe { ffi::flowhn_grad_mode_set(grad_mode) };
+        Err(from_panic(payload.as_ref()))
+    })
 }
 
 /// Puts a panic hook in front of the current one that stays silent inside [`catch`]; elsewhere the old hook speaks.
 fn silence_caught_panics() {
     static INSTALL: Once = Once::new();
+    // While a thread unwinds the hook cannot be changed; a later call will do it.
+    if std::thread::panicking() {
+        return;
+    }
     INSTALL.call_once(|| {
         let previous = panic::take_hook();
         panic::set_hook(Box::new(move |info| {
@@ -133,17 +147,56 @@ fn from_panic(payload: &(dyn Any + Send)) -> Error {
         .map(String::as_str)
         .or_else(|| payload.downcast_ref::<&str>().copied())
         .unwrap_or("a panic without a message");
-    // `tch` unwraps a `TchError::Torch`; its debug form is what the panic carries.
-    match text.split_once("value: Torch(") {
-        Some((_, message)) => {
-            let message = message.trim_end_matches(')').trim_matches('"').replace("\\n", "\n").replace("\\\"", "\"");
-            Error::Torch(without_backtrace(&message).to_owned())
-        }
+    match tch_message(text) {
+        Some(message) => Error::Torch(without_backtrace(&message).to_owned()),
         None => Error::Panic(text.to_owned()),
     }
+}
+
+/// The message of a panic that a plain `tch` call raised: those unwrap a [`TchError`], so the panic carries its debug form.
+fn tch_message(panic: &str) -> Option<String> {
+    let (_, error) = panic.split_once("an `Err` value: ")?;
+    let (variant, quoted) = error.strip_suffix("\")")?.split_once("(\"")?;
+    ["Torch", "Kind", "Shape", "Convert"].contains(&variant).then(|| unescape(quoted))
+}
+
+/// Undoes the escapes of `{:?}` that error messages contain; others stay as they are.
+fn unescape(quoted: &str) -> String {
+    let mut text = String::with_capacity(quoted.len());
+    let mut chars = quoted.chars();
+    while let Some(c) = chars.next() {
+        if c != '\\' {
+            text.push(c);
+            continue;
+        }
+        match chars.next() {
+            Some('n') => text.push('\n'),
+            Some('t') => text.push('\t'),
+            Some(escaped @ ('"' | '\'' | '\\')) => text.push(escaped),
+            Some(other) => text.extend(['\\', other]),
+            None => text.push('\\'),
+        }
+    }
+    text
 }
 
 /// libtorch appends where the C++ exception was raised; users of the message want the sentence before it.
 fn without_backtrace(message: &str) -> &str {
     message.split("\nException raised from").next().unwrap_or(message).trim_end()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_panic_of_tch_becomes_its_message() {
+        let panic = |value: TchError| format!("called `Result::unwrap()` on an `Err` value: {value:?}");
+        let message = "f(\"x\\y\"):\n\tno (really)\nException raised from check at a.cpp:1\nframe #0";
+        assert_eq!(tch_message(&panic(TchError::Torch(message.into()))).as_deref(), Some(message));
+        assert_eq!(without_backtrace(message), "f(\"x\\y\"):\n\tno (really)");
+        assert_eq!(tch_message(&panic(TchError::Shape("ends in )".into()))).as_deref(), Some("ends in )"));
+        assert_eq!(tch_message("no error at all"), None);
+        assert_eq!(tch_message("called `Result::unwrap()` on an `Err` value: Other(\"x\")"), None);
+    }
 }

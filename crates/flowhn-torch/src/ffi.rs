@@ -55,6 +55,8 @@ pub(crate) struct RawArg {
 
 unsafe extern "C" {
     fn flowhn_last_error() -> *const c_char;
+    pub(crate) fn flowhn_grad_mode_get() -> c_int;
+    pub(crate) fn flowhn_grad_mode_set(enabled: c_int);
     pub(crate) fn flowhn_function_is_recorded(inputs: *const *const C_tensor, n_inputs: usize) -> c_int;
     pub(crate) fn flowhn_function_attach(
         name: *const c_char,
@@ -69,9 +71,9 @@ unsafe extern "C" {
         data: *mut c_void,
         result: *mut *mut C_tensor,
     ) -> c_int;
-    pub(crate) fn flowhn_stream_current(index: c_int, out: *mut RawStream) -> c_int;
-    pub(crate) fn flowhn_stream_default(index: c_int, out: *mut RawStream) -> c_int;
-    pub(crate) fn flowhn_stream_from_pool(index: c_int, high_priority: c_int, out: *mut RawStream) -> c_int;
+    pub(crate) fn flowhn_stream_current(index: i64, out: *mut RawStream) -> c_int;
+    pub(crate) fn flowhn_stream_default(index: i64, out: *mut RawStream) -> c_int;
+    pub(crate) fn flowhn_stream_from_pool(index: i64, high_priority: c_int, out: *mut RawStream) -> c_int;
     pub(crate) fn flowhn_stream_exchange(stream: RawStream, previous: *mut RawStream) -> c_int;
     pub(crate) fn flowhn_stream_native(stream: RawStream, out: *mut *mut c_void) -> c_int;
     pub(crate) fn flowhn_stream_synchronize(stream: RawStream) -> c_int;
@@ -84,8 +86,8 @@ unsafe extern "C" {
     pub(crate) fn flowhn_event_synchronize(event: *mut c_void) -> c_int;
     pub(crate) fn flowhn_event_query(event: *mut c_void, out: *mut c_int) -> c_int;
     pub(crate) fn flowhn_event_elapsed_ms(start: *mut c_void, end: *mut c_void, out: *mut f64) -> c_int;
-    pub(crate) fn flowhn_memory_stats(index: c_int, out: *mut RawMemory) -> c_int;
-    pub(crate) fn flowhn_memory_reset_peak(index: c_int) -> c_int;
+    pub(crate) fn flowhn_memory_stats(index: i64, out: *mut RawMemory) -> c_int;
+    pub(crate) fn flowhn_memory_reset_peak(index: i64) -> c_int;
     pub(crate) fn flowhn_memory_empty_cache() -> c_int;
     pub(crate) fn flowhn_op_call(
         name: *const c_char,
@@ -98,6 +100,7 @@ unsafe extern "C" {
     pub(crate) fn flowhn_op_schema(name: *const c_char, overload: *const c_char, out: *mut *mut c_char) -> c_int;
     pub(crate) fn flowhn_flag_set(name: *const c_char, value: c_int) -> c_int;
     pub(crate) fn flowhn_flag_get(name: *const c_char, out: *mut c_int) -> c_int;
+    pub(crate) fn flowhn_cpu_elements(tensor: *const C_tensor, data: *mut *const c_void, len: *mut usize) -> c_int;
     pub(crate) fn flowhn_torch_lib_dir(out: *mut *mut c_char) -> c_int;
 }
 
@@ -110,7 +113,7 @@ unsafe extern "C" {
     pub(crate) fn flowhn_graph_replay(graph: *mut c_void) -> c_int;
     pub(crate) fn flowhn_graph_pool(graph: *mut c_void, a: *mut u64, b: *mut u64) -> c_int;
     pub(crate) fn flowhn_cuda_properties(
-        index: c_int,
+        index: i64,
         name: *mut c_char,
         capacity: usize,
         n_multiprocessors: *mut i64,
@@ -124,6 +127,11 @@ unsafe extern "C" {
 #[cfg(flowhn_cuda)]
 #[used]
 static KEEP_LIBTORCH_CUDA: unsafe extern "C" fn(*mut *mut c_void) -> c_int = flowhn_graph_new;
+
+/// A device index as the shim takes it; one that no machine has stays one that no machine has.
+pub(crate) fn index(device_idx: usize) -> i64 {
+    i64::try_from(device_idx).unwrap_or(i64::MAX)
+}
 
 /// Turns a shim status into a result, with the thread's last error as message.
 pub(crate) fn status(code: c_int) -> Result<()> {

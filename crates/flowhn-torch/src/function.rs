@@ -44,14 +44,19 @@ pub trait Function: Send + 'static {
     /// The name that autograd and error messages use.
     const NAME: &'static str;
 
-    /// Computes the outputs with gradient recording off.
+    /// Computes the outputs with gradient recording off. Outputs may be views of the inputs, or inputs themselves, but the
+    /// values of inputs that require a gradient stay as they are.
     ///
     /// # Errors
     /// Whatever the operation reports; [`apply`] returns it unchanged.
     fn forward(&mut self, ctx: &mut ForwardCtx, inputs: &[&Tensor]) -> Result<Vec<Tensor>>;
 
     /// Computes one gradient per input, in order; `None` stands for zero. `grads` has one tensor per output,
-    /// zeros where nothing flowed back. Gradients that [`BackwardCtx::needs_grad`] denies are thrown away.
+    /// zeros where nothing flowed back (expanded from one element for an output without gradient, which receives nothing).
+    /// Gradients that [`BackwardCtx::needs_grad`] denies are thrown away.
+    ///
+    /// Nothing here is recorded, so there is no second derivative: under `create_graph` the gradients come out right, and
+    /// differentiating through them is an error.
     ///
     /// # Errors
     /// Whatever the operation reports; it surfaces from `backward` with the function's name.
@@ -84,6 +89,9 @@ impl ForwardCtx {
     }
 
     /// Whether input `input_idx` requires a gradient in a recorded graph.
+    ///
+    /// # Panics
+    /// If there is no such input.
     pub fn needs_grad(&self, input_idx: usize) -> bool {
         self.recorded && self.needs_grad[input_idx]
     }
@@ -97,12 +105,15 @@ pub struct BackwardCtx {
 }
 
 impl BackwardCtx {
-    /// The saved tensors, in the order of [`ForwardCtx::save`].
+    /// The saved tensors, in the order of [`ForwardCtx::save`], without history.
     pub fn saved(&self) -> &[Tensor] {
         &self.saved
     }
 
     /// Whether the gradient of input `input_idx` is wanted.
+    ///
+    /// # Panics
+    /// If there is no such input.
     pub fn needs_grad(&self, input_idx: usize) -> bool {
         self.needs_grad[input_idx]
     }
@@ -111,7 +122,9 @@ impl BackwardCtx {
 /// Runs a function and, where an input requires a gradient, puts it on the autograd tape.
 ///
 /// # Errors
-/// Those of the forward; [`Error::Panic`] or [`Error::Torch`] if it panics; [`Error::Torch`] if libtorch refuses the node.
+/// Those of the forward; [`Error::Panic`] or [`Error::Torch`] if it panics; [`Error::Invalid`] if it returns an undefined
+/// tensor, marks an output that is not there or changes an input that requires a gradient; [`Error::Torch`] if libtorch
+/// refuses the node.
 pub fn apply<F: Function>(mut function: F, inputs: &[&Tensor]) -> Result<Vec<Tensor>> {
     let input_ptrs: Vec<*const C_tensor> = inputs.iter().map(|t| t.as_ptr()).collect();
     // SAFETY: the pointers belong to `inputs`, which outlive the call.
@@ -122,17 +135,27 @@ pub fn apply<F: Function>(mut function: F, inputs: &[&Tensor]) -> Result<Vec<Ten
         saved: Vec::new(),
         non_differentiable: Vec::new(),
     };
+    let versions = versions(&ctx, inputs);
     let outputs = catch(|| tch::no_grad(|| function.forward(&mut ctx, inputs)))?;
-    if !recorded {
-        return Ok(outputs);
+    if let Some(idx) = outputs.iter().position(|output| !output.defined()) {
+        return Err(Error::invalid(F::NAME, format!("output {idx} is an undefined tensor")));
     }
-
     let mut non_differentiable = vec![0u8; outputs.len()];
     for &idx in &ctx.non_differentiable {
         *non_differentiable.get_mut(idx).ok_or_else(|| {
             Error::invalid(F::NAME, format!("output {idx} was marked, but there are {} outputs", outputs.len()))
         })? = 1;
     }
+    if !recorded {
+        return Ok(outputs);
+    }
+    if let Some(idx) =
+        self::versions(&ctx, inputs).into_iter().zip(versions).position(|(after, before)| after != before)
+    {
+        let message = format!("forward changed input {idx} in place, which its gradient would not know");
+        return Err(Error::invalid(F::NAME, message));
+    }
+
     let name = CString::new(F::NAME).map_err(|_| Error::invalid("apply", "a function's name contains a NUL byte"))?;
     let output_ptrs: Vec<*const C_tensor> = outputs.iter().map(|t| t.as_ptr()).collect();
     let saved_ptrs: Vec<*const C_tensor> = ctx.saved.iter().map(|t| t.as_ptr()).collect();
@@ -160,6 +183,15 @@ pub fn apply<F: Function>(mut function: F, inputs: &[&Tensor]) -> Result<Vec<Ten
     }
 }
 
+/// How often each input that requires a gradient was written in place; the others do not matter here.
+fn versions(ctx: &ForwardCtx, inputs: &[&Tensor]) -> Vec<i64> {
+    let version = |(idx, input): (usize, &&Tensor)| match ctx.needs_grad(idx) {
+        true => input.f_internal_version().unwrap_or(0),
+        false => 0,
+    };
+    inputs.iter().enumerate().map(version).collect()
+}
+
 /// Frees the function of a node.
 ///
 /// # Safety
@@ -167,8 +199,11 @@ pub fn apply<F: Function>(mut function: F, inputs: &[&Tensor]) -> Result<Vec<Ten
 unsafe extern "C" fn drop_callback<F: Function>(data: *mut c_void) {
     // SAFETY: by the contract above.
     let function = unsafe { Box::from_raw(data.cast::<F>()) };
-    // A destructor that panics must not unwind into C++; there is nobody left to tell.
-    let _ = panic::catch_unwind(AssertUnwindSafe(|| drop(function)));
+    // A destructor that panics must not unwind into C++. The panic hook has spoken and there is nobody else to tell; what was
+    // thrown is forgotten, for its destructor might panic as well.
+    if let Err(payload) = panic::catch_unwind(AssertUnwindSafe(|| drop(function))) {
+        std::mem::forget(payload);
+    }
 }
 
 /// Runs the backward of a node and reports failure as a malloc'ed message.

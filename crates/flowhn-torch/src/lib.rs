@@ -1,8 +1,4 @@
-//! What libtorch has and `tch` does not reach: custom autograd functions written in Rust, any operator by name,
-//! streams, events, CUDA graphs, memory statistics, global flags, and safe access to the elements of CPU tensors.
-//!
-//! This is the only crate of FlowHN with `unsafe`, FFI and C++. No C++ exception, no Rust panic and no CUDA error leaves it
-//! as anything but an [`Error`].
+#![doc = include_str!("../README.md")]
 #![deny(missing_docs)]
 
 pub mod check;

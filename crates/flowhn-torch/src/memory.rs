@@ -1,7 +1,5 @@
 //! What a CUDA device has, and what libtorch's caching allocator has taken of it.
 
-use std::ffi::c_int;
-
 #[cfg(any(not(flowhn_cuda), doc))]
 use crate::Error;
 use crate::Result;
@@ -37,7 +35,7 @@ impl MemoryStats {
     pub fn of(device_idx: usize) -> Result<Self> {
         let mut raw = RawMemory::default();
         // SAFETY: `raw` is a place for the struct the shim fills.
-        ffi::status(unsafe { ffi::flowhn_memory_stats(device_idx as c_int, &mut raw) })?;
+        ffi::status(unsafe { ffi::flowhn_memory_stats(ffi::index(device_idx), &mut raw) })?;
         let bytes = |value: i64| u64::try_from(value).unwrap_or(0);
         Ok(Self {
             allocated_bytes: bytes(raw.allocated),
@@ -57,7 +55,7 @@ impl MemoryStats {
     /// [`Error::Torch`] where there is no such device.
     pub fn reset_peak(device_idx: usize) -> Result<()> {
         // SAFETY: plain values cross the border.
-        ffi::status(unsafe { ffi::flowhn_memory_reset_peak(device_idx as c_int) })
+        ffi::status(unsafe { ffi::flowhn_memory_reset_peak(ffi::index(device_idx)) })
     }
 
     /// Gives cached memory back to the driver.
@@ -99,7 +97,7 @@ impl DeviceProperties {
         // the shim copies, so it ends in NUL.
         let name = unsafe {
             ffi::status(ffi::flowhn_cuda_properties(
-                device_idx as c_int,
+                ffi::index(device_idx),
                 name.as_mut_ptr(),
                 name.len(),
                 &mut n_multiprocessors,

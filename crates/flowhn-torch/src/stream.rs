@@ -20,7 +20,7 @@ impl Stream {
     pub fn current(device_idx: usize) -> Result<Self> {
         Self::query(|out| {
             // SAFETY: `out` is a place for one stream.
-            unsafe { ffi::flowhn_stream_current(device_idx as c_int, out) }
+            unsafe { ffi::flowhn_stream_current(ffi::index(device_idx), out) }
         })
     }
 
@@ -31,7 +31,7 @@ impl Stream {
     pub fn default_of(device_idx: usize) -> Result<Self> {
         Self::query(|out| {
             // SAFETY: `out` is a place for one stream.
-            unsafe { ffi::flowhn_stream_default(device_idx as c_int, out) }
+            unsafe { ffi::flowhn_stream_default(ffi::index(device_idx), out) }
         })
     }
 
@@ -42,7 +42,9 @@ impl Stream {
     pub fn from_pool(device_idx: usize, priority: Priority) -> Result<Self> {
         Self::query(|out| {
             // SAFETY: `out` is a place for one stream.
-            unsafe { ffi::flowhn_stream_from_pool(device_idx as c_int, c_int::from(priority == Priority::High), out) }
+            unsafe {
+                ffi::flowhn_stream_from_pool(ffi::index(device_idx), c_int::from(priority == Priority::High), out)
+            }
         })
     }
 

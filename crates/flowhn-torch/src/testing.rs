@@ -2,9 +2,10 @@
 
 use tch::{Kind, Tensor};
 
-use crate::{Error, Result};
+use crate::{Error, Result, check};
 
-/// Largest difference of two tensors, relative to the largest absolute value of `want`. NaN if either has a NaN.
+/// Largest difference of two tensors, relative to the largest absolute value of `want`. NaN if either has a NaN; where `want`
+/// is all zeros, any difference at all is a huge one.
 pub fn max_rel(got: &Tensor, want: &Tensor) -> f64 {
     if want.numel() == 0 {
         return 0.;
@@ -31,9 +32,13 @@ pub fn assert_close(what: &str, got: &Tensor, want: &Tensor, tol: f64) {
 /// Inputs are double tensors; those that require a gradient are checked.
 ///
 /// # Errors
-/// Those of `f`, or [`Error::Invalid`] that names the input and element where the two differ by more than
+/// Those of `f`; [`Error::Dtype`] if an input is not double; [`Error::Torch`] if nothing requires a gradient;
+/// [`Error::Invalid`] that names the input and element where the two differ by more than
 /// `tol * (1 + |difference quotient|)`.
 pub fn gradcheck(f: impl Fn(&[Tensor]) -> Result<Tensor>, inputs: &[Tensor], step: f64, tol: f64) -> Result<()> {
+    for input in inputs {
+        check::kind("gradcheck", "inputs", input, &[Kind::Double])?;
+    }
     let direction = |out: &Tensor| {
         let n = out.numel() as i64;
         (Tensor::arange(n, (Kind::Double, out.device())) * 0.7 + 0.3).sin().reshape(out.size())
@@ -45,10 +50,14 @@ pub fn gradcheck(f: impl Fn(&[Tensor]) -> Result<Tensor>, inputs: &[Tensor], ste
     let leaves: Vec<Tensor> = inputs.iter().map(|x| x.detach().copy().set_requires_grad(x.requires_grad())).collect();
     let checked: Vec<usize> = (0..leaves.len()).filter(|&i| leaves[i].requires_grad()).collect();
     let wanted: Vec<&Tensor> = checked.iter().map(|&i| &leaves[i]).collect();
-    let grads = Tensor::run_backward(&[contracted(&leaves)?], &wanted, false, false);
+    let grads = Tensor::f_run_backward(&[contracted(&leaves)?], &wanted, false, false)?;
 
     for (&input_idx, grad) in checked.iter().zip(&grads) {
-        let grad = Vec::<f64>::try_from(grad.contiguous().view(-1)).map_err(Error::from)?;
+        let grad = match grad.defined() {
+            true => Vec::<f64>::try_from(grad.contiguous().view(-1))?,
+            // `f` does not use this input.
+            false => vec![0.; leaves[input_idx].numel()],
+        };
         for (element_idx, analytic) in grad.into_iter().enumerate() {
             let shifted = |delta: f64| -> Result<f64> {
                 let moved: Vec<Tensor> = leaves.iter().map(|x| x.detach().contiguous().copy()).collect();
