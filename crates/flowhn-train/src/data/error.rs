@@ -272,6 +272,12 @@ pub enum Error {
         current: String,
     },
 
+    /// There is no room for a file.
+    #[error("{path}: the disk is full; free some space, or move the cache of token shards to another disk")]
+    DiskFull {
+        /// The file that did not fit.
+        path: PathBuf,
+    },
     /// The operating system refused.
     #[error("{path}: cannot {action}: {source}")]
     Io {
@@ -346,16 +352,33 @@ pub enum ShardProblem {
 }
 
 impl Error {
-    /// Wraps an I/O error with the file and the action; a missing file becomes [`Error::Missing`].
+    /// Wraps an I/O error with the file and the action; a missing file becomes [`Error::Missing`], a full disk
+    /// [`Error::DiskFull`].
     pub(super) fn io(path: impl Into<PathBuf>, action: &'static str) -> impl FnOnce(std::io::Error) -> Error {
         let path = path.into();
         move |source| match (source.kind(), action) {
             (std::io::ErrorKind::NotFound, "open") => Error::Missing { path },
+            (std::io::ErrorKind::StorageFull | std::io::ErrorKind::QuotaExceeded, _) => Error::DiskFull { path },
             _ => Error::Io { path, action, source },
         }
     }
 
     pub(super) fn shard(path: impl Into<PathBuf>, problem: ShardProblem) -> Error {
         Error::Shard { path: path.into(), problem }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::io::ErrorKind;
+
+    use super::*;
+
+    #[test]
+    fn io_errors_with_a_remedy_have_a_variant() {
+        let of = |kind: ErrorKind, action| Error::io("a/b", action)(kind.into()).to_string();
+        assert!(of(ErrorKind::NotFound, "open").starts_with("a/b: no such file"));
+        assert!(of(ErrorKind::StorageFull, "write").starts_with("a/b: the disk is full; free some space"));
+        assert!(of(ErrorKind::PermissionDenied, "write").starts_with("a/b: cannot write: permission denied"));
     }
 }
