@@ -1,6 +1,8 @@
 //! A corpus, a tokenizer and a tiny run in a temporary directory.
 #![allow(dead_code)]
 
+pub mod storage;
+
 use std::fmt::Write as _;
 use std::path::{Path, PathBuf};
 
