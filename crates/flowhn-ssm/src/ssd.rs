@@ -5,8 +5,8 @@ use flowhn_torch::{Error, Result};
 use tch::{Device, Tensor};
 
 use crate::args::Checker;
-use crate::reference;
 use crate::scan::DtActivation;
+use crate::{cpu, reference};
 
 /// Arguments of [`ssd`]. [`Ssd::new`] fills the optional ones.
 #[derive(Clone, Copy, Debug)]
@@ -101,7 +101,8 @@ pub struct SsdOutput {
 pub fn ssd(args: &Ssd) -> Result<SsdOutput> {
     let checker = check(args)?;
     match args.x_blhp.device() {
-        Device::Cpu => reference::ssd_chunked(args),
+        Device::Cpu if args.x_blhp.numel() == 0 => reference::ssd_chunked(args),
+        Device::Cpu => cpu::ssd::ssd(args),
         _ => Err(checker.no_path("x_blhp")),
     }
 }

@@ -4,8 +4,11 @@
 //! same inputs give the same bits on any number of threads.
 
 pub(crate) mod conv;
+mod matrix;
 pub(crate) mod scan;
 mod scan_tile;
+pub(crate) mod ssd;
+mod ssd_chunk;
 mod view;
 
 use flowhn_nn::simd::Real;

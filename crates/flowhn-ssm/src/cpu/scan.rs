@@ -6,6 +6,7 @@ use flowhn_torch::cpu::{self, ColumnBlock};
 use flowhn_torch::{BackwardCtx, ForwardCtx, Function, Result, apply};
 use tch::{Kind, Tensor};
 
+use super::matrix::fold;
 use super::scan_tile::{CHUNK, Carried, Chunk, ChunkGrads, TILE, Trace, forward};
 use super::view::{Rows, Source};
 use super::{Inputs, map_tasks, reset_flags, sum_parts};
@@ -464,18 +465,10 @@ fn channels_first<R: Real>(states: &[[R; TILE]], width: usize) -> Vec<R> {
     (0..width).flat_map(|e| states.iter().map(move |lanes| lanes[e])).collect()
 }
 
-/// Adds up the lanes of each vector, halves onto halves.
+/// Adds up the lanes of each vector.
 #[inline(always)]
 fn fold_lanes<R: Real>(vectors: &[[R; TILE]], out: &mut [R]) {
     for (lanes, out) in vectors.iter().zip(out) {
-        let mut lanes = *lanes;
-        let mut width = TILE / 2;
-        while width > 0 {
-            for e in 0..width {
-                lanes[e] += lanes[e + width];
-            }
-            width /= 2;
-        }
-        *out = lanes[0];
+        *out = fold(*lanes);
     }
 }

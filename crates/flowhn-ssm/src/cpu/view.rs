@@ -17,20 +17,28 @@ impl Source {
         Self(if neighbours { tensor } else { tensor.contiguous() })
     }
 
-    /// The sizes of a tensor with three axes.
-    pub(super) fn sizes(&self) -> [usize; 3] {
+    /// The sizes of a tensor with `N` axes.
+    pub(super) fn sizes<const N: usize>(&self) -> [usize; N] {
         let sizes = self.0.size();
-        [0, 1, 2].map(|axis| sizes[axis] as usize)
+        std::array::from_fn(|axis| sizes[axis] as usize)
     }
 
     /// The rows of a tensor with three axes.
     pub(super) fn rows<R: Real>(&self) -> Result<Rows<'_, R>> {
+        self.rows_of_part(0)
+    }
+
+    /// The rows of part `part_idx` (a head, a group) of a tensor `[batch, seq_len, parts, channels]`, or of the whole of one
+    /// with three axes.
+    pub(super) fn rows_of_part<R: Real>(&self, part_idx: usize) -> Result<Rows<'_, R>> {
         let strided = cpu::strided::<R>(&self.0)?;
+        let (shape, strides) = (&strided.shape, &strided.strides);
+        let first = if shape.len() == 4 { part_idx * strides[2] } else { 0 };
         Ok(Rows {
-            data: strided.data,
-            n_channels: strided.shape[2],
-            batch_stride: strided.strides[0],
-            token_stride: strided.strides[1],
+            data: strided.data.get(first..).unwrap_or_default(),
+            n_channels: shape[shape.len() - 1],
+            batch_stride: strides[0],
+            token_stride: strides[1],
         })
     }
 }
