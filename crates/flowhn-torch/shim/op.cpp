@@ -57,6 +57,11 @@ c10::IValue to_ivalue(const FlowhnArg& arg, const c10::Argument& argument) {
     case 6: {
       auto* values = items<int64_t>(arg);
       if (element->kind() == c10::TypeKind::FloatType) return std::vector<double>(values, values + arg.n);
+      if (element->kind() == c10::TypeKind::BoolType) {
+        c10::List<bool> flags;
+        for (size_t k = 0; k < arg.n; ++k) flags.push_back(values[k] != 0);
+        return flags;
+      }
       return std::vector<int64_t>(values, values + arg.n);
     }
     case 7: {

@@ -15,17 +15,18 @@ pub enum Arg<'a> {
     None,
     /// A tensor.
     Tensor(&'a Tensor),
-    /// An integer; also scalar types, layouts and memory formats, which the dispatcher passes as integers.
+    /// An integer, also where a float is wanted; also scalar types, layouts and memory formats, which the dispatcher passes as
+    /// integers.
     Int(i64),
     /// A float.
     Double(f64),
     /// A flag.
     Bool(bool),
-    /// A list of tensors.
+    /// A list of tensors; undefined ones stand for `None` in a list of optional tensors.
     Tensors(&'a [&'a Tensor]),
-    /// A list of integers.
+    /// A list of integers, also where floats or flags (0 is false) are wanted.
     Ints(&'a [i64]),
-    /// A string.
+    /// A string, or a device by its name.
     Str(&'a str),
     /// A list of floats.
     Doubles(&'a [f64]),
