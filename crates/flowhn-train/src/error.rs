@@ -106,16 +106,18 @@ pub enum Error {
         /// What was found and why it was not used; empty or starting with a colon.
         skipped: String,
     },
-    /// The loss or the gradient is not a number any more.
+    /// The loss, the gradient or the weights are not numbers any more.
     #[error(
-        "step {step}: loss {loss}, gradient norm {grad_norm}: training has diverged, stopped before these weights were \
-         saved; the batch: {provenance}; last good checkpoint: {last_good}; lower train.lr or train.clip_norm, lengthen \
-         train.warmup_frac, or look at that text",
+        "step {step}: {what} (loss {loss}, gradient norm {grad_norm}): training has diverged and stopped before such \
+         weights were saved; the batch: {provenance}; last good checkpoint: {last_good}; lower train.lr or \
+         train.clip_norm, lengthen train.warmup_frac, or look at that text",
         last_good = last_good.as_deref().map_or("none".to_owned(), |path| path.display().to_string())
     )]
     NonFinite {
         /// The step, from 1.
         step: u64,
+        /// What is not finite.
+        what: &'static str,
         /// Its loss.
         loss: f32,
         /// The norm of its gradient.

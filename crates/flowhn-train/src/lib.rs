@@ -20,9 +20,11 @@ pub mod schedule;
 mod step;
 pub mod storage;
 mod summary;
+mod trained;
 mod trainer;
 
 pub use config::RunConfig;
 pub use error::{Error, Result};
 pub use summary::Summary;
+pub use trained::Trained;
 pub use trainer::{Outcome, TrainOptions, Trainer};

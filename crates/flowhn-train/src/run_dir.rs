@@ -59,14 +59,13 @@ impl RunDir {
     /// [`Error::NothingToResume`] the other way round.
     pub fn open(path: &Path, start: Start, storage: Arc<dyn Storage>) -> Result<Self> {
         let unwritable = |source| Error::RunDirUnwritable { path: path.to_owned(), source };
-        if start == Start::Resume && !path.join(CONFIG).exists() {
+        if start == Start::Resume && !holds_a_run(path)? {
             return Err(Error::NothingToResume { path: path.to_owned() });
         }
         storage.create_dir_all(path).map_err(unwritable)?;
         let lock = lock(path)?;
         let run = Self { path: path.to_owned(), storage, _lock: lock };
-        let held = [CONFIG, METRICS].iter().any(|name| run.file(name).exists());
-        if start == Start::Fresh && (held || !checkpoint::list(&run.checkpoints())?.is_empty()) {
+        if start == Start::Fresh && holds_a_run(path)? {
             return Err(Error::RunExists { path: path.to_owned() });
         }
         // Creating this directory is also the proof that the run can be written to.
@@ -102,6 +101,11 @@ impl RunDir {
     pub fn write(&self, name: &str, bytes: &[u8]) -> Result<()> {
         write_atomically(&*self.storage, &self.file(name), bytes)
     }
+}
+
+/// A start that failed before the configuration was written left nothing worth keeping.
+fn holds_a_run(path: &Path) -> Result<bool> {
+    Ok(path.join(CONFIG).exists() || !checkpoint::list(&path.join(CHECKPOINTS))?.is_empty())
 }
 
 fn lock(dir: &Path) -> Result<File> {

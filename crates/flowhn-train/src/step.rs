@@ -26,11 +26,20 @@ pub(crate) struct Stepper {
 
 /// A step's outcome, still on the device.
 pub(crate) struct Unread {
+    step: u64,
+    lr: f64,
+    loss: Tensor,
+    grad_norm: Tensor,
+    batches: Vec<Batch>,
+}
+
+/// A step's outcome, on the host.
+pub(crate) struct ReadStep {
     /// Steps done with it.
     pub(crate) step: u64,
     pub(crate) lr: f64,
-    loss: Tensor,
-    grad_norm: Tensor,
+    pub(crate) loss: f32,
+    pub(crate) grad_norm: f32,
     /// Its micro-batches without their tokens: where their rows come from.
     pub(crate) batches: Vec<Batch>,
 }
@@ -63,16 +72,19 @@ impl Stepper {
         Ok(())
     }
 
-    /// Loss and gradient norm of each unread step, read from the device at once.
-    pub(crate) fn read(&mut self) -> Result<Vec<(Unread, f32, f32)>> {
+    /// The unread steps, in order, read from the device at once.
+    pub(crate) fn read(&mut self) -> Result<Vec<ReadStep>> {
         let unread = std::mem::take(&mut self.unread);
         if unread.is_empty() {
             return Ok(Vec::new());
         }
         let on_device: Vec<&Tensor> = unread.iter().flat_map(|step| [&step.loss, &step.grad_norm]).collect();
         let values: Vec<f32> = catch(|| Ok(Vec::try_from(Tensor::stack(&on_device, 0).to_device(Device::Cpu))?))?;
-        let pairs: Vec<(f32, f32)> = values.chunks_exact(2).map(|pair| (pair[0], pair[1])).collect();
-        Ok(unread.into_iter().zip(pairs).map(|(step, (loss, norm))| (step, loss, norm)).collect())
+        let read = unread.into_iter().zip(values.chunks_exact(2)).map(|(unread, values)| {
+            let Unread { step, lr, batches, .. } = unread;
+            ReadStep { step, lr, loss: values[0], grad_norm: values[1], batches }
+        });
+        Ok(read.collect())
     }
 
     /// Tokens of a step.

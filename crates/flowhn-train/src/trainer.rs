@@ -18,7 +18,7 @@ use crate::metrics::{EventWriter, Log, Record, StepRecord, ValidRecord};
 use crate::observe::{Event, Observer, StopFlag};
 use crate::peak::max_memory_bytes;
 use crate::run_dir::{self, RunDir, Start};
-use crate::step::Stepper;
+use crate::step::{ReadStep, Stepper};
 use crate::storage::{Disk, Storage};
 use crate::summary::Summary;
 use crate::{Error, Result, plot};
@@ -76,6 +76,8 @@ pub struct Trainer {
     events: EventWriter,
     train_records: Vec<StepRecord>,
     valid_records: Vec<ValidRecord>,
+    /// The newest step whose loss has been read.
+    last_read: Option<ReadStep>,
     clock: Clock,
     stop_at: Option<u64>,
 }
@@ -174,22 +176,23 @@ impl Trainer {
         let max_memory_bytes = max_memory_bytes(self.stepper.device());
         let mut records = Vec::with_capacity(read.len());
         let mut diverged = None;
-        for (step, loss, grad_norm) in read {
-            if !(loss.is_finite() && grad_norm.is_finite()) {
-                diverged = Some((step, loss, grad_norm));
+        for step in read {
+            if !(step.loss.is_finite() && step.grad_norm.is_finite()) {
+                diverged = Some(self.non_finite("the loss or its gradient is not a number", &step));
                 break;
             }
             records.push(StepRecord {
                 step: step.step,
                 tokens: step.step * tokens_per_step,
-                loss,
+                loss: step.loss,
                 lr: step.lr,
-                grad_norm,
+                grad_norm: step.grad_norm,
                 tokens_per_s: steps_per_s * tokens_per_step as f64,
                 mfu: steps_per_s * self.estimate.flops_per_step as f64 / self.estimate.matmul.flops_per_s,
                 max_memory_bytes,
                 elapsed_s: self.clock.elapsed_s(),
             });
+            self.last_read = Some(step);
         }
         self.steps_log.append(&records)?;
         for record in &records {
@@ -197,10 +200,7 @@ impl Trainer {
         }
         observer.event(Event::Logged(&records));
         self.train_records.append(&mut records);
-        match diverged {
-            Some((step, loss, grad_norm)) => Err(self.non_finite(step.step, loss, grad_norm, &step.batches)),
-            None => Ok(()),
-        }
+        diverged.map_or(Ok(()), Err)
     }
 
     fn validate(&mut self, observer: &mut dyn Observer) -> Result<()> {
@@ -251,30 +251,27 @@ impl Trainer {
 
     /// The last line of defence before weights are saved: a finite gradient can still lead to weights that are not.
     fn check_weights(&self) -> Result<()> {
-        let norm = self.stepper.optimizer.params_norm()?;
-        match norm.is_finite() {
-            true => Ok(()),
-            false => Err(self.non_finite(self.step(), f32::NAN, f32::NAN, &[])),
+        match (self.stepper.optimizer.params_norm()?.is_finite(), &self.last_read) {
+            (false, Some(step)) => Err(self.non_finite("its update made weights that are not numbers", step)),
+            _ => Ok(()),
         }
     }
 
-    fn non_finite(&self, step: u64, loss: f32, grad_norm: f32, batches: &[crate::data::Batch]) -> Error {
+    fn non_finite(&self, what: &'static str, step: &ReadStep) -> Error {
         const SHOWN: usize = 8;
-        let rows: Vec<String> =
-            batches.iter().flat_map(|batch| self.stepper.loader.provenance(batch)).map(|row| row.to_string()).collect();
+        let rows = step.batches.iter().flat_map(|batch| self.stepper.loader.provenance(batch));
+        let rows: Vec<String> = rows.map(|row| row.to_string()).collect();
         let more = rows.len().saturating_sub(SHOWN);
         let mut provenance = rows[..rows.len() - more].join("; ");
         if more > 0 {
             provenance.push_str(&format!("; and {more} more rows"));
         }
-        if provenance.is_empty() {
-            provenance.push_str("unknown, the weights themselves overflowed");
-        }
         let last_good = checkpoint::latest_valid(&self.run.checkpoints())
             .ok()
             .and_then(|latest| latest.checkpoint)
             .map(|checkpoint| checkpoint.path().to_owned());
-        Error::NonFinite { step, loss, grad_norm, provenance, last_good }
+        let &ReadStep { step, loss, grad_norm, .. } = step;
+        Error::NonFinite { step, what, loss, grad_norm, provenance, last_good }
     }
 
     /// The summary of a complete run, with its files.

@@ -4,6 +4,7 @@ mod common;
 
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::path::Path;
+use std::sync::OnceLock;
 
 use common::{Bench, bits, fresh, lines, resume, sit};
 use flowhn_train::observe::{Event, StopFlag};
@@ -27,8 +28,14 @@ fn assert_same(got: &Ending, want: &Ending) {
     assert_eq!(got.0.len(), want.0.len());
 }
 
-/// A run of 40 steps without a break.
-fn uninterrupted(bench: &Bench) -> Ending {
+/// A run of 40 steps without a break: the same for every test.
+fn uninterrupted() -> &'static Ending {
+    static ENDING: OnceLock<Ending> = OnceLock::new();
+    ENDING.get_or_init(train_uninterrupted)
+}
+
+fn train_uninterrupted() -> Ending {
+    let bench = Bench::new();
     let (trainer, outcome) = sit(&bench.config("whole", &[]), &fresh());
     assert!(matches!(outcome, Outcome::Done(_)));
     let ending = ending(&trainer);
@@ -52,21 +59,21 @@ fn die_at(config: &RunConfig, options: &TrainOptions, at: u64) {
 #[test]
 fn stopped_and_resumed_at_every_kind_of_place() {
     let bench = Bench::new();
-    let want = uninterrupted(&bench);
+    let want = uninterrupted();
     // On a checkpoint; between checkpoints; between two readings of losses; right after a validation; after the first step.
     for at in [20, 17, 23, 15, 1] {
         let config = bench.config(&format!("stop-{at}"), &[]);
         let (_, outcome) = sit(&config, &TrainOptions { stop_at: Some(at), ..fresh() });
         assert!(matches!(outcome, Outcome::Stopped { step, .. } if step == at));
         let (trainer, _) = sit(&config, &resume());
-        assert_same(&ending(&trainer), &want);
+        assert_same(&ending(&trainer), want);
     }
 }
 
 #[test]
 fn died_twice_and_resumed_from_the_last_checkpoint() {
     let bench = Bench::new();
-    let want = uninterrupted(&bench);
+    let want = uninterrupted();
     let config = bench.config("died", &[]);
     die_at(&config, &fresh(), 27);
     die_at(&config, &resume(), 39);
@@ -76,23 +83,23 @@ fn died_twice_and_resumed_from_the_last_checkpoint() {
     torn.extend_from_slice(b"{\"step\": 36, \"tok");
     std::fs::write(&metrics, torn).unwrap();
     let (trainer, _) = sit(&config, &resume());
-    assert_same(&ending(&trainer), &want);
+    assert_same(&ending(&trainer), want);
 }
 
 #[test]
 fn died_before_the_first_checkpoint() {
     let bench = Bench::new();
-    let want = uninterrupted(&bench);
+    let want = uninterrupted();
     let config = bench.config("early", &[]);
     die_at(&config, &fresh(), 8);
     let (trainer, _) = sit(&config, &resume());
-    assert_same(&ending(&trainer), &want);
+    assert_same(&ending(&trainer), want);
 }
 
 #[test]
 fn a_torn_checkpoint_and_a_half_written_one_are_passed_over() {
     let bench = Bench::new();
-    let want = uninterrupted(&bench);
+    let want = uninterrupted();
     let config = bench.config("torn", &[]);
     sit(&config, &TrainOptions { stop_at: Some(30), ..fresh() });
     let checkpoints = config.run.dir.join("checkpoints");
@@ -116,7 +123,7 @@ fn a_torn_checkpoint_and_a_half_written_one_are_passed_over() {
     assert!(skipped[0].contains("step-30") && skipped[0].contains("model.safetensors has"), "{}", skipped[0]);
     assert!(!half.exists(), "what a dead process left is cleared away");
     trainer.run(&mut (), &StopFlag::default()).unwrap();
-    assert_same(&ending(&trainer), &want);
+    assert_same(&ending(&trainer), want);
     assert!(valid(&checkpoints.join("step-30")), "the torn checkpoint was replaced on the way");
 }
 
@@ -127,14 +134,14 @@ fn valid(path: &Path) -> bool {
 #[test]
 fn when_things_are_shown_and_kept_changes_nothing() {
     let bench = Bench::new();
-    let want = uninterrupted(&bench);
+    let want = uninterrupted();
     let sets = ["train.log_every=1", "train.checkpoint_every=0", "train.keep_last=1"];
     let config = bench.config("other", &sets);
     let options = TrainOptions { prefetch: 0, ..fresh() };
     sit(&config, &TrainOptions { stop_at: Some(12), ..options.clone() });
     let config = bench.config("other", &["train.log_every=13", "train.checkpoint_every=4"]);
     let (trainer, _) = sit(&config, &TrainOptions { start: flowhn_train::run_dir::Start::Resume, ..options });
-    assert_same(&ending(&trainer), &want);
+    assert_same(&ending(&trainer), want);
 }
 
 #[test]

@@ -8,13 +8,14 @@ use std::sync::Arc;
 use common::storage::SmallDisk;
 use common::{Bench, fresh, lines, resume, sit};
 use flowhn_train::checkpoint::resolve;
-use flowhn_train::data::{Score, Tokenizer};
+use flowhn_train::data::Score;
 use flowhn_train::eval::evaluate;
 use flowhn_train::generate::{SampleOptions, StopReason, generate};
 use flowhn_train::metrics::{StepRecord, ValidRecord, read};
 use flowhn_train::observe::{Event, StopFlag};
-use flowhn_train::run_dir::{LOSS_PLOT, METRICS, SUMMARY, TOKENIZER, VALIDATION};
-use flowhn_train::{Error, Outcome, RunConfig, TrainOptions, Trainer};
+use flowhn_train::run_dir::{LOSS_PLOT, METRICS, SUMMARY, VALIDATION};
+use flowhn_train::{Error, Outcome, RunConfig, TrainOptions, Trained, Trainer};
+use tch::Device;
 
 #[test]
 fn a_run_learns_and_writes_everything_down() {
@@ -49,13 +50,8 @@ fn a_run_learns_and_writes_everything_down() {
     assert_eq!(RunConfig::from_table(written).unwrap(), config);
 }
 
-/// The model of a run's newest checkpoint, made as a command would make it.
-fn load(config: &RunConfig) -> flowhn_model::Model {
-    let checkpoint = resolve(&config.run.dir).unwrap().checkpoint.unwrap();
-    let stored = checkpoint.config().unwrap();
-    let model = flowhn_model::Model::new(&stored.model, tch::Device::Cpu, 99).unwrap();
-    checkpoint.load_into(model.params()).unwrap();
-    model
+fn load(config: &RunConfig) -> Trained {
+    Trained::load(&config.run.dir, None, Device::Cpu, None).unwrap()
 }
 
 #[test]
@@ -64,13 +60,12 @@ fn a_checkpoint_evaluates_to_the_loss_that_training_logged_and_speaks() {
     let config = bench.config("speaks", &[]);
     let (trainer, outcome) = sit(&config, &fresh());
     let Outcome::Done(summary) = outcome else { panic!("{outcome:?}") };
-    let model = load(&config);
+    let Trained { model, tokenizer, .. } = load(&config);
     let score: Score = evaluate(&model, trainer.valid(), true).unwrap();
     assert_eq!(score.nats_per_token().to_bits(), summary.val_loss.to_bits());
     assert_eq!(score.n_targets, trainer.valid().n_targets());
     assert_eq!(score.text_bytes, trainer.valid().text_bytes());
 
-    let tokenizer = Tokenizer::load(&config.run.dir.join(TOKENIZER)).unwrap();
     let options = SampleOptions { max_tokens: 30, ..SampleOptions::default() };
     let speak = |options: &SampleOptions| {
         let mut pieces = String::new();
@@ -87,8 +82,10 @@ fn a_checkpoint_evaluates_to_the_loss_that_training_logged_and_speaks() {
     assert_eq!(speak(&greedy), speak(&SampleOptions { seed: 1, top_p: 0.3, ..greedy }));
     let said = speak(&greedy);
     assert!(said.n_tokens == 30 || said.stop == StopReason::EndOfText, "{said:?}");
-    let broken_off = generate(&model, &tokenizer, "", &options, &mut |_| ControlFlow::Break(())).unwrap();
+    assert!(!said.text.is_empty());
+    let broken_off = generate(&model, &tokenizer, "the fox", &greedy, &mut |_| ControlFlow::Break(())).unwrap();
     assert_eq!(broken_off.stop, StopReason::Interrupted);
+    assert!(said.text.starts_with(&broken_off.text) && broken_off.n_tokens < said.n_tokens);
 }
 
 /// Greedy decoding by definition: the whole text again for every token.
@@ -97,8 +94,7 @@ fn greedy_tokens_are_those_of_the_full_forward() {
     let bench = Bench::new();
     let config = bench.config("greedy", &["train.steps=30"]);
     sit(&config, &fresh());
-    let model = load(&config);
-    let tokenizer = Tokenizer::load(&config.run.dir.join(TOKENIZER)).unwrap();
+    let Trained { model, tokenizer, .. } = load(&config);
     let options = SampleOptions { temperature: 0., max_tokens: 20, ..SampleOptions::default() };
     let said = generate(&model, &tokenizer, "a crow", &options, &mut |_| ControlFlow::Continue(())).unwrap();
 
@@ -123,26 +119,53 @@ fn a_model_of_the_released_form_speaks_too() {
     assert!(!summary.sample.is_empty());
 }
 
+/// Trains until a weight is spoiled right after step `at`, and returns the error.
+fn spoiled_at(config: &RunConfig, at: u64) -> Error {
+    let mut trainer = Trainer::new(config, &fresh(), &mut ()).unwrap();
+    let weight = trainer.model().params().iter().next().unwrap().weight.master().detach();
+    let mut observer = move |event: Event<'_>| {
+        if matches!(event, Event::Step { step, .. } if step == at) {
+            let _ = weight.shallow_clone().fill_(f64::NAN);
+        }
+    };
+    trainer.run(&mut observer, &StopFlag::default()).unwrap_err()
+}
+
 #[test]
 fn divergence_stops_with_the_batch_and_the_last_good_checkpoint() {
     let bench = Bench::new();
-    // The first weights saved are good; the learning rate of the later steps is beyond any model.
-    let sets =
-        ["train.checkpoint_every=1", "train.log_every=5", "train.steps=20", "train.lr=1e30", "train.clip_norm=0"];
-    let config = bench.config("diverges", &sets);
-    let mut trainer = Trainer::new(&config, &fresh(), &mut ()).unwrap();
-    let error = trainer.run(&mut (), &StopFlag::default()).unwrap_err();
-    let Error::NonFinite { step, provenance, last_good, .. } = &error else { panic!("{error}") };
+    let config = bench.config("diverges", &[]);
+    let error = spoiled_at(&config, 12);
+    let Error::NonFinite { step, loss, provenance, last_good, .. } = &error else { panic!("{error}") };
+    // Step 13 is the first to see the weight; losses are read at step 14.
+    assert_eq!((*step, loss.is_nan()), (13, true));
     assert!(provenance.contains("train.jsonl") && provenance.contains("window"), "{provenance}");
     assert!(error.to_string().contains("train.lr"), "{error}");
-    let logged: Vec<StepRecord> = read(&config.run.dir.join(METRICS)).unwrap();
-    assert_eq!(logged.last().map_or(0, |record| record.step) + 1, *step, "all steps before it are logged");
-    if let Some(good) = last_good {
-        assert!(good.ends_with(format!("step-{}", step - 1)));
-        let checkpoint = resolve(good).unwrap().checkpoint.unwrap();
-        let finite = |t: &tch::Tensor| t.isfinite().all().int64_value(&[]) == 1;
-        assert!(checkpoint.model().unwrap().iter().all(|(_, tensor)| finite(tensor)));
-    }
+    assert_eq!(lines(&config.run.dir.join(METRICS)).len(), 12, "all steps before it are logged");
+    assert!(last_good.as_ref().unwrap().ends_with("step-10"));
+    let saved = resolve(&config.run.dir).unwrap().checkpoint.unwrap().model().unwrap();
+    assert!(saved.iter().all(|(_, tensor)| tensor.isfinite().all().int64_value(&[]) == 1));
+}
+
+#[test]
+fn weights_that_are_not_numbers_are_not_saved_though_the_losses_are() {
+    let bench = Bench::new();
+    let error = spoiled_at(&bench.config("spoiled", &[]), 10);
+    let Error::NonFinite { step: 10, what, loss, provenance, last_good: None, .. } = &error else { panic!("{error}") };
+    assert!(what.contains("weights") && loss.is_finite() && provenance.contains("train.jsonl"), "{error}");
+}
+
+#[test]
+fn bf16_computes_with_masters_in_fp32() {
+    let bench = Bench::new();
+    let config = bench.config("half", &["train.dtype=bf16", "train.steps=60", "train.eval_every=0"]);
+    let (trainer, outcome) = sit(&config, &fresh());
+    let Outcome::Done(summary) = outcome else { panic!("{outcome:?}") };
+    assert_eq!(summary.dtype, "bf16");
+    assert!(summary.val_bits_per_byte < summary.unigram_bits_per_byte, "{summary:?}");
+    let state = trainer.optimizer_state();
+    let masters = trainer.model().params().iter().map(|param| param.weight.master().kind());
+    assert!(masters.chain(state.iter().map(|(_, tensor)| tensor.kind())).all(|kind| kind == tch::Kind::Float));
 }
 
 #[test]
@@ -199,6 +222,8 @@ fn a_resume_with_another_setting_tokenizer_or_text_is_refused() {
     flowhn_train::data::train_tokenizer(&text, 290, &other, &flowhn_train::data::ReadOptions::default()).unwrap();
     let set = format!("data.tokenizer={}", other.display());
     let error = refused(&bench.config("refuses", &["train.steps=12", &set]));
+    assert!(error.contains("checkpoint") && error.contains("tokenizer"), "{error}");
+    let error = Trained::load(&config.run.dir, Some(&other), Device::Cpu, None).unwrap_err().to_string();
     assert!(error.contains("checkpoint") && error.contains("tokenizer"), "{error}");
 
     let set = format!("data.train=[\"{}\"]", bench.path("valid.jsonl").display());

@@ -75,6 +75,7 @@ impl Trainer {
             train_data,
             valid,
             estimate,
+            last_read: None,
             clock: Clock::new(before_s),
             stop_at: options.stop_at,
             run,
