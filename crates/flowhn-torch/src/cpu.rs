@@ -152,7 +152,9 @@ pub fn from_slice<T: Element>(shape: &[i64], elements: &[T]) -> Result<Tensor> {
             want: format!("as many elements as {shape:?} has"),
         });
     }
-    Ok(try_build(shape, |out: &mut [T]| Ok(out.copy_from_slice(elements)))?.0)
+    let mut tensor = uninitialised::<T>(shape)?;
+    slice_mut(&mut tensor).copy_from_slice(elements);
+    Ok(tensor)
 }
 
 fn uninitialised<T: Element>(shape: &[i64]) -> Result<Tensor> {
