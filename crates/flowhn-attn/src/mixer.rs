@@ -109,7 +109,7 @@ enum Input {
     Bridge { q_proj: Linear, kv_proj: Linear },
 }
 
-/// Keys and values with what the mask needs to know of them.
+/// Keys and values of some tokens.
 struct Heads {
     k_bmkp: Tensor,
     v_bmkp: Tensor,

@@ -157,9 +157,11 @@ fn turn_on_cpu<T: Pair>(x: &Tensor, table: &RotaryTable, sense: Sense) -> Result
             let start = b * input.strides[0] + i * input.strides[1] + head * input.strides[2];
             let (first, second) = input.data[start..start + d_head].split_at(half);
             let (out_first, out_second) = out.split_at_mut(half);
-            for j in 0..half {
-                let sin = if sense == Sense::Forth { sin[j] } else { -sin[j] };
-                (out_first[j], out_second[j]) = T::turn(first[j], second[j], cos[j], sin);
+            let angles = cos.iter().zip(sin);
+            let turned = out_first.iter_mut().zip(out_second);
+            for (((&first, &second), (&cos, &sin)), turned) in first.iter().zip(second).zip(angles).zip(turned) {
+                let sin = if sense == Sense::Forth { sin } else { -sin };
+                (*turned.0, *turned.1) = T::turn(first, second, cos, sin);
             }
         }
     };
