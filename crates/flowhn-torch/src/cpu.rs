@@ -77,7 +77,7 @@ pub fn slice<T: Element>(tensor: &Tensor) -> Result<&[T]> {
 /// ```
 ///
 /// # Errors
-/// As [`slice`], but for contiguity.
+/// As [`slice()`], but for contiguity.
 pub fn strided<T: Element>(tensor: &Tensor) -> Result<Strided<'_, T>> {
     let data = elements("cpu::strided", tensor)?;
     let to_usize = |sizes: Vec<i64>| -> Vec<usize> { sizes.into_iter().map(|size| size as usize).collect() };
