@@ -2,7 +2,6 @@
 
 use std::fmt::Display;
 
-use rayon::prelude::*;
 use tch::{Kind, Tensor};
 
 use flowhn_torch::{BackwardCtx, Error, ForwardCtx, Function, Result, apply, check, cpu};
@@ -147,35 +146,68 @@ impl<T: Storage + 'static> Function for EmbeddingCpu<T> {
         let ids = cpu::slice::<i64>(&ctx.saved()[0])?;
         let d = dx.size().last().copied().unwrap_or(0);
         let dweight = cpu::build(&[self.vocab_size, d], |dweight: &mut [T::Acc]| {
-            if !dweight.is_empty() {
-                self.scatter(dweight, ids, &dx_rows, d as usize);
-            }
+            self.scatter(dweight, ids, &dx_rows, d as usize);
         });
         Ok(vec![Some(dweight), None])
     }
 }
 
 impl<T: Storage> EmbeddingCpu<T> {
-    /// Adds row `t` of `dx` to row `ids[t]`. Tasks own columns, not tokens, so that none waits for another and every element is
-    /// summed in the order of the tokens.
+    /// Adds row `t` of `dx` to row `ids[t]`. Tasks own rows of the result, and each row is summed in the order of its tokens.
     fn scatter(&self, dweight: &mut [T::Acc], ids: &[i64], dx: &Rows<T>, d: usize) {
-        // Two cache lines of f32.
-        const BLOCK_COLS: usize = 32;
-        cpu::column_blocks(dweight, d, BLOCK_COLS).into_par_iter().for_each(|mut columns| {
-            let (start, n_cols) = (columns.start(), columns.n_cols());
-            for row_idx in 0..self.vocab_size as usize {
-                columns.row(row_idx).fill(T::Acc::ZERO);
-            }
-            for (token_idx, &id) in ids.iter().enumerate() {
-                if Some(id) == self.padding_idx {
-                    continue;
-                }
-                let source = &dx.row(token_idx)[start..start + n_cols];
-                for (sum, dx) in columns.row(id as usize).iter_mut().zip(source) {
-                    *sum += dx.widen();
-                }
-            }
+        if dweight.is_empty() {
+            return;
+        }
+        let tokens = TokensById::new(ids, self.vocab_size as usize);
+        let block = block_rows(self.vocab_size as usize);
+        map_blocks(dweight, block * d, |block_idx, rows| {
+            dispatch(
+                #[inline(always)]
+                || {
+                    for (i, sum) in rows.chunks_exact_mut(d).enumerate() {
+                        let id = block_idx * block + i;
+                        sum.fill(T::Acc::ZERO);
+                        if Some(id as i64) == self.padding_idx {
+                            continue;
+                        }
+                        for &token_idx in tokens.of(id) {
+                            for (sum, dx) in sum.iter_mut().zip(dx.row(token_idx)) {
+                                *sum += dx.widen();
+                            }
+                        }
+                    }
+                },
+            );
         });
+    }
+}
+
+/// The positions of every id, in order, by a counting sort.
+struct TokensById {
+    positions: Vec<usize>,
+    /// Where the positions of an id end; those of the next begin there.
+    ends: Vec<usize>,
+}
+
+impl TokensById {
+    fn new(ids: &[i64], vocab_size: usize) -> Self {
+        let mut ends = vec![0; vocab_size + 1];
+        ids.iter().for_each(|&id| ends[id as usize + 1] += 1);
+        for id in 0..vocab_size {
+            ends[id + 1] += ends[id];
+        }
+        // `ends[id]` is now where the id begins, and moves to where it ends while its positions are filled in.
+        let mut positions = vec![0; ids.len()];
+        for (position, &id) in ids.iter().enumerate() {
+            positions[ends[id as usize]] = position;
+            ends[id as usize] += 1;
+        }
+        Self { positions, ends }
+    }
+
+    fn of(&self, id: usize) -> &[usize] {
+        let start = id.checked_sub(1).map_or(0, |before| self.ends[before]);
+        &self.positions[start..self.ends[id]]
     }
 }
 

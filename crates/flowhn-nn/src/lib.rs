@@ -22,3 +22,8 @@ pub use loss::{linear_cross_entropy, token_losses};
 pub use norm::{RmsNorm, gated_rms_norm, rms_norm};
 pub use params::{Decay, Param, Params, Path, Weight};
 pub use swiglu::{SwiGluMlp, swiglu};
+
+/// The example of the README.
+#[cfg(doctest)]
+#[doc = include_str!("../README.md")]
+struct Readme;

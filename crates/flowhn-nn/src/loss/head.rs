@@ -8,9 +8,9 @@ use flowhn_torch::{Result, cpu};
 
 use crate::simd::{self, Real, Storage, dispatch};
 
-/// Bytes of a chunk's logits. Chunks that fit a large cache are fastest; very wide vocabularies still get
+/// Bytes of a chunk's logits: few enough to stay in a large cache and in memory that the allocator keeps; wide vocabularies still get
 /// [`MIN_CHUNK_ROWS`] so that each pass over the weight does enough work.
-const CHUNK_BYTES: usize = 16 << 20;
+const CHUNK_BYTES: usize = 8 << 20;
 const MIN_CHUNK_ROWS: usize = 64;
 
 /// Which gradients to compute.

@@ -40,7 +40,7 @@ fn errors_stay_within_twice_those_of_the_formula() {
 
 #[test]
 fn many_chunks_are_one_sum() {
-    // 16 MiB of logits are 64 rows of this vocabulary, so 150 tokens make three chunks.
+    // Chunks have at most 64 rows of this vocabulary in f32, so 150 tokens make three.
     let (n_tokens, d, vocab_size) = (150, 4, 65_536);
     let inputs = [noise(&[n_tokens, d], 6), noise(&[vocab_size, d], 7) * 2., targets(n_tokens, vocab_size)];
     for kind in [Kind::Float, Kind::BFloat16] {
