@@ -12,8 +12,8 @@ use crate::{Decay, Init, Path, Weight};
 
 /// Returns row `ids[..]` of the weight, rounded to `kind`.
 ///
-/// The gradient of the weight is summed in the weight's own type, in the order of the tokens: it comes out the same on any
-/// number of threads. Row `padding_idx` gets none.
+/// The gradient of the weight is summed in the weight's own type, in the order of the tokens: it comes out the same on
+/// any number of threads. Row `padding_idx` gets none.
 ///
 /// # Shapes
 /// - `weight_vd`: `[vocab_size, d_model]`, f32 (f64 for `Kind::Double`), contiguous
@@ -31,8 +31,8 @@ use crate::{Decay, Init, Path, Weight};
 /// ```
 ///
 /// # Errors
-/// [`Error::Shape`], [`Error::Dtype`] or [`Error::Device`], naming the argument at fault; [`Error::Invalid`] with the position and
-/// value of an id outside the vocabulary.
+/// [`Error::Shape`], [`Error::Dtype`] or [`Error::Device`], naming the argument at fault; [`Error::Invalid`] with the
+/// position and value of an id outside the vocabulary.
 pub fn embedding(weight_vd: &Tensor, ids: &Tensor, kind: Kind, padding_idx: Option<i64>) -> Result<Tensor> {
     const OP: &str = "embedding";
     check::dims::<2>(OP, "weight_vd", weight_vd, "[vocab_size, d_model]")?;
@@ -58,11 +58,12 @@ pub struct Embedding {
 }
 
 impl Embedding {
-    /// Registers `name.weight`, `[vocab_size, d_model]`. The row of `padding_idx` is initialised like any other and gets no gradient
-    /// from look-ups.
+    /// Registers `name.weight`, `[vocab_size, d_model]`. The row of `padding_idx` is initialised like any other and
+    /// gets no gradient from look-ups.
     ///
     /// # Errors
-    /// [`Error::Invalid`] if the name is taken, the initial values do not fit, or the padding id is outside the vocabulary.
+    /// [`Error::Invalid`] if the name is taken, the initial values do not fit, or the padding id is outside the
+    /// vocabulary.
     pub fn new(
         path: &mut Path,
         name: impl Display,
@@ -153,7 +154,8 @@ impl<T: Storage + 'static> Function for EmbeddingCpu<T> {
 }
 
 impl<T: Storage> EmbeddingCpu<T> {
-    /// Adds row `t` of `dx` to row `ids[t]`. Tasks own rows of the result, and each row is summed in the order of its tokens.
+    /// Adds row `t` of `dx` to row `ids[t]`. Tasks own rows of the result, and each row is summed in the order of its
+    /// tokens.
     fn scatter(&self, dweight: &mut [T::Acc], ids: &[i64], dx: &Rows<T>, d: usize) {
         if dweight.is_empty() {
             return;

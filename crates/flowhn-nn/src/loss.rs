@@ -11,10 +11,10 @@ use crate::rows::{for_float_kind, only_cpu};
 
 /// Returns the mean over tokens of `-ln softmax(x W^T)[target]`, leaving out tokens whose target is `ignore_index`.
 ///
-/// The logits are computed in chunks of rows. Where a gradient is wanted, each chunk's logits become their own gradient at once and
-/// the gradients of `x` and `W` are done when this returns; the backward only scales them. The softmax and the loss are f32
-/// (f64 for f64 inputs), and with bf16 inputs the gradient of `W` is summed in f32. If every target is ignored, the loss and the
-/// gradients are 0.
+/// The logits are computed in chunks of rows. Where a gradient is wanted, each chunk's logits become their own gradient
+/// at once and the gradients of `x` and `W` are done when this returns; the backward only scales them. The softmax and
+/// the loss are f32 (f64 for f64 inputs), and with bf16 inputs the gradient of `W` is summed in f32. If every target is
+/// ignored, the loss and the gradients are 0.
 ///
 /// # Shapes
 /// - `x_td`: `[n_tokens, d_model]`, f32, bf16 or f64
@@ -35,8 +35,8 @@ use crate::rows::{for_float_kind, only_cpu};
 /// ```
 ///
 /// # Errors
-/// [`Error::Shape`], [`Error::Dtype`] or [`Error::Device`], naming the argument at fault; [`Error::Invalid`] with the position and
-/// value of a target outside the vocabulary.
+/// [`Error::Shape`], [`Error::Dtype`] or [`Error::Device`], naming the argument at fault; [`Error::Invalid`] with the
+/// position and value of a target outside the vocabulary.
 pub fn linear_cross_entropy(
     x_td: &Tensor,
     weight_vd: &Tensor,
@@ -58,7 +58,8 @@ pub fn linear_cross_entropy(
 /// use flowhn_nn::token_losses;
 /// use tch::{Device, Kind, Tensor};
 /// let x = Tensor::from_slice(&[1f32, 0., 0., 1.]).view([2, 2]);
-/// let losses = token_losses(&x, &Tensor::eye(2, (Kind::Float, Device::Cpu)), &Tensor::from_slice(&[0i64, -100]), -100)?;
+/// let weight = Tensor::eye(2, (Kind::Float, Device::Cpu));
+/// let losses = token_losses(&x, &weight, &Tensor::from_slice(&[0i64, -100]), -100)?;
 /// assert!((losses.double_value(&[0]) - (1f64 + (-1f64).exp()).ln()).abs() < 1e-6);
 /// assert_eq!(losses.double_value(&[1]), 0.);
 /// # Ok::<(), flowhn_nn::Error>(())

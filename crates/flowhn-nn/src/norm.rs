@@ -14,8 +14,8 @@ use crate::{Decay, Init, Path, Weight};
 
 /// Returns `x / sqrt(mean(x^2) + eps) * weight`, the mean over the last axis (Zhang and Sennrich 2019).
 ///
-/// Statistics are f32 (f64 for f64 inputs). As in Llama's models the normalised value is rounded to the type of `x` before the
-/// weight multiplies it.
+/// Statistics are f32 (f64 for f64 inputs). As in Llama's models the normalised value is rounded to the type of `x`
+/// before the weight multiplies it.
 ///
 /// # Shapes
 /// - `x`: `[.., d]`, f32, bf16 or f64; copied only if its last axis is not contiguous
@@ -40,8 +40,8 @@ pub fn rms_norm(x: &Tensor, weight: &Tensor, eps: f64) -> Result<Tensor> {
     apply(plain::RmsNormCpu { eps }, &[x, weight]).map(first)
 }
 
-/// Returns `rms_norm(x * silu(z)) * weight` with the mean taken over each of `n_groups` equal parts of the last axis, as Mamba-2
-/// normalises its output (gate before norm).
+/// Returns `rms_norm(x * silu(z)) * weight` with the mean taken over each of `n_groups` equal parts of the last axis,
+/// as Mamba-2 normalises its output (gate before norm).
 ///
 /// # Shapes
 /// - `x`, `z`: `[.., d]`, both f32, bf16 or f64; copied only if the last axis is not contiguous
@@ -61,8 +61,8 @@ pub fn rms_norm(x: &Tensor, weight: &Tensor, eps: f64) -> Result<Tensor> {
 /// ```
 ///
 /// # Errors
-/// [`Error::Shape`], [`Error::Dtype`] or [`Error::Device`], naming the argument at fault; [`Error::Invalid`] if the groups do not
-/// divide `d`.
+/// [`Error::Shape`], [`Error::Dtype`] or [`Error::Device`], naming the argument at fault; [`Error::Invalid`] if the
+/// groups do not divide `d`.
 pub fn gated_rms_norm(x: &Tensor, z: &Tensor, weight: &Tensor, eps: f64, n_groups: i64) -> Result<Tensor> {
     const OP: &str = "gated_rms_norm";
     let d = check_arguments(OP, x, weight)?;

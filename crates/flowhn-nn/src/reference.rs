@@ -1,7 +1,7 @@
 //! The formulas of this crate's operations in plain tensor operations: what the kernels are tested against.
 //!
-//! They compute in the type of their arguments, except where a formula asks for f32, and leave the derivative to autograd.
-//! Arguments are as in the operation of the same name; they are not checked.
+//! They compute in the type of their arguments, except where a formula asks for f32, and leave the derivative to
+//! autograd. Arguments are as in the operation of the same name; they are not checked.
 
 use tch::{Kind, Tensor};
 

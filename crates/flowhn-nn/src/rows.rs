@@ -110,7 +110,8 @@ impl<'a, T: Element> Rows<'a, T> {
     }
 }
 
-/// Rows that one task takes. It depends on their number alone, so that sums over blocks come out the same on any machine.
+/// Rows that one task takes. It depends on their number alone, so that sums over blocks come out the same on any
+/// machine.
 pub(crate) fn block_rows(n_rows: usize) -> usize {
     n_rows.div_ceil(64).max(8)
 }
@@ -118,8 +119,8 @@ pub(crate) fn block_rows(n_rows: usize) -> usize {
 /// Elements below which handing work to other threads costs more than it saves.
 const PARALLEL_FROM: usize = 1 << 15;
 
-/// Calls `work(block_idx, block)` for each block of a buffer, in parallel where it pays; the results come in the order of the
-/// blocks.
+/// Calls `work(block_idx, block)` for each block of a buffer, in parallel where it pays; the results come in the order
+/// of the blocks.
 pub(crate) fn map_blocks<A: Send, R: Send>(
     buffer: &mut [A],
     block_len: usize,

@@ -1,8 +1,8 @@
 //! Scalar functions that the compiler turns into vector code, and the run-time choice of the vector instructions.
 //!
-//! Everything here is branch-free and `#[inline(always)]`, so a plain loop over a slice becomes AVX2 or AVX-512 code when it
-//! runs inside [`dispatch`]. Sums keep a fixed number of partial sums and add them in a fixed order: a result depends neither
-//! on the number of threads nor on the width of the machine's vectors.
+//! Everything here is branch-free and `#[inline(always)]`, so a plain loop over a slice becomes AVX2 or AVX-512 code
+//! when it runs inside [`dispatch`]. Sums keep a fixed number of partial sums and add them in a fixed order: a result
+//! depends neither on the number of threads nor on the width of the machine's vectors.
 //!
 //! ```
 //! use flowhn_nn::simd::{Real, dispatch};
@@ -23,8 +23,9 @@ use pulp::Arch;
 
 /// Runs `f`, compiled once for every instruction set that may be there, with the best one that is.
 ///
-/// Write the closure as `#[inline(always)] || …` in the argument itself: a closure that is not inlined keeps the baseline
-/// instructions. For the same reason work that rayon hands to other threads needs a `dispatch` inside each task.
+/// Write the closure as `#[inline(always)] || …` in the argument itself: a closure that is not inlined keeps the
+/// baseline instructions. For the same reason work that rayon hands to other threads needs a `dispatch` inside each
+/// task.
 #[inline(always)]
 pub fn dispatch<R>(f: impl FnOnce() -> R) -> R {
     static ARCH: OnceLock<Arch> = OnceLock::new();
@@ -417,8 +418,8 @@ fn power_of_two(n: i32) -> f32 {
 
 /// `ln(1 + x)` within 2 ulp; negative infinity at -1, NaN below.
 ///
-/// `1 + x = 2^n (1 + f)` with `1 + f` in [sqrt(1/2), sqrt(2)], and `ln(1 + f) = 2 artanh(f / (2 + f))` by its series. What the
-/// rounding of `1 + x` lost comes back as a correction of first order.
+/// `1 + x = 2^n (1 + f)` with `1 + f` in [sqrt(1/2), sqrt(2)], and `ln(1 + f) = 2 artanh(f / (2 + f))` by its series.
+/// What the rounding of `1 + x` lost comes back as a correction of first order.
 #[inline(always)]
 pub fn ln_1p_f32(x: f32) -> f32 {
     const SQRT_HALF_BITS: u32 = 0x3f35_04f3;

@@ -8,8 +8,8 @@ use flowhn_torch::{Result, cpu};
 
 use crate::simd::{self, Real, Storage, dispatch};
 
-/// Bytes of a chunk's logits: few enough to stay in a large cache and in memory that the allocator keeps; wide vocabularies still get
-/// [`MIN_CHUNK_ROWS`] so that each pass over the weight does enough work.
+/// Bytes of a chunk's logits: few enough to stay in a large cache and in memory that the allocator keeps; wide
+/// vocabularies still get [`MIN_CHUNK_ROWS`] so that each pass over the weight does enough work.
 const CHUNK_BYTES: usize = 8 << 20;
 const MIN_CHUNK_ROWS: usize = 64;
 
@@ -165,7 +165,8 @@ impl WeightGrad {
     }
 }
 
-/// `ln sum_j exp(l_j) - l_target`, with the largest logit taken out of both terms so that neither overflows nor cancels.
+/// `ln sum_j exp(l_j) - l_target`, with the largest logit taken out of both terms so that neither overflows nor
+/// cancels.
 #[inline(always)]
 fn token_loss<T: Storage>(logits: &[T], target: usize) -> T::Acc {
     let largest = simd::max(logits);

@@ -1,5 +1,5 @@
-//! [`gated_rms_norm`](super::gated_rms_norm) on the CPU: one pass over the rows forward, one backward; the gate is computed
-//! again in the backward instead of being kept.
+//! [`gated_rms_norm`](super::gated_rms_norm) on the CPU: one pass over the rows forward, one backward; the gate is
+//! computed again in the backward instead of being kept.
 
 use tch::Tensor;
 
@@ -90,8 +90,8 @@ fn normalise_row<T: Storage>(gated: &[T::Acc], weight: &[T::Acc], eps: f64, y: &
     }
 }
 
-/// With `u = x silu(z)`, `g = dy * weight` and `r` the saved reciprocal root of the group: `du = r g - u r^3 mean(g u)`,
-/// `dx = du silu(z)`, `dz = du x silu'(z)`, `dweight = sum_rows dy u r`.
+/// With `u = x silu(z)`, `g = dy * weight` and `r` the saved reciprocal root of the group: `du = r g - u r^3 mean(g
+/// u)`, `dx = du silu(z)`, `dz = du x silu'(z)`, `dweight = sum_rows dy u r`.
 fn backward<T: Storage>(
     x: &Tensor,
     z: &Tensor,

@@ -1,5 +1,5 @@
-//! Every operation of the crate against its reference: values, gradients, types, strides, odd sizes, bad arguments, and the same
-//! bits on any number of threads.
+//! Every operation of the crate against its reference: values, gradients, types, strides, odd sizes, bad arguments, and
+//! the same bits on any number of threads.
 
 mod embedding;
 mod gated;

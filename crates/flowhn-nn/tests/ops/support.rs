@@ -31,8 +31,9 @@ pub fn value_and_grads(f: impl Fn(&[Tensor]) -> Result<Tensor>, inputs: &[Tensor
     results
 }
 
-/// Asserts the rule for kernels: where `inputs` (f64) are rounded to `kind`, the kernel's error against the plain formula in f64 is at
-/// most twice the error of the plain formula in `kind`, plus a floor relative to the largest value. Values and all gradients.
+/// Asserts the rule for kernels: where `inputs` (f64) are rounded to `kind`, the kernel's error against the plain
+/// formula in f64 is at most twice the error of the plain formula in `kind`, plus a floor relative to the largest
+/// value. Values and all gradients.
 #[track_caller]
 pub fn assert_rule(
     what: &str,
