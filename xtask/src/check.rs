@@ -9,7 +9,7 @@ use std::time::{Duration, Instant};
 use crate::cargo::{cargo, forget_own_package, run, with_libtorch};
 use crate::fail::{Fail, Result};
 use crate::repo::Repo;
-use crate::{outside, setup, tidy};
+use crate::{commands, outside, setup, tidy};
 
 /// One step of the check.
 struct Step {
@@ -88,21 +88,27 @@ fn docs(repo: &Repo) -> Result<()> {
     run(cargo(repo).args(["doc", "--workspace", "--no-deps"]).env("RUSTDOCFLAGS", "--deny warnings"))
 }
 
-/// Plans every config that ships: a file that the program refuses has no place in the repository.
+/// Asks the program for each subcommand that we pass on, and has it plan every config that ships: a file that it refuses
+/// has no place in the repository.
 fn configs(repo: &Repo) -> Result<()> {
     run(cargo(repo).args(["build", "--package", "flowhn"]))?;
-    let program = repo.target().join("debug/flowhn");
+    let flowhn = |args: &[&str]| {
+        let mut flowhn = Command::new(repo.target().join("debug/flowhn"));
+        forget_own_package(&mut flowhn);
+        with_libtorch(repo, &mut flowhn);
+        flowhn.current_dir(repo.root()).args(args).stdout(Stdio::null());
+        flowhn
+    };
+    for subcommand in commands::of_flowhn() {
+        run(&mut flowhn(&[subcommand, "--help"]))?;
+    }
     let mut files = Vec::new();
     toml_files(&repo.path("configs"), &mut files)?;
     if files.is_empty() {
         return Err(Fail::new("configs/ holds no config"));
     }
     for file in &files {
-        let mut plan = Command::new(&program);
-        forget_own_package(&mut plan);
-        with_libtorch(repo, &mut plan);
-        plan.current_dir(repo.root()).args(["plan", "--json", "--config"]).arg(file).stdout(Stdio::null());
-        run(&mut plan)?;
+        run(flowhn(&["plan", "--json", "--config"]).arg(file))?;
     }
     eprintln!("{} configs load and plan", files.len());
     Ok(())

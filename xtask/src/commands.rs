@@ -69,6 +69,11 @@ impl Command {
     }
 }
 
+/// Names of the commands that are subcommands of `flowhn`.
+pub fn of_flowhn() -> impl Iterator<Item = &'static str> {
+    COMMANDS.iter().filter(|command| matches!(command.action, Action::Flowhn)).map(|command| command.name)
+}
+
 /// The text of `--help`.
 pub fn help() -> String {
     let mut text = String::from("Usage: cargo xtask COMMAND [args]\n");

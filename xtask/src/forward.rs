@@ -28,13 +28,18 @@ pub fn exec(repo: &Repo, subcommand: &str, args: Vec<OsString>) -> Result<ExitCo
     Err(Fail::io(format_args!("start {}", program.display()), &flowhn.exec()))
 }
 
-/// The arguments, with the tiny config for a `train` that names none.
+/// The arguments, with the tiny config for a `train` that says neither by a config nor by a run what to train.
 fn with_defaults(subcommand: &str, mut args: Vec<OsString>) -> Vec<OsString> {
-    let says_what = args
-        .iter()
-        .map(|arg| arg.to_string_lossy())
-        .any(|arg| matches!(&*arg, "--config" | "-c" | "--help" | "-h") || arg.starts_with("--config="));
-    if subcommand == "train" && !says_what {
+    let has = |flag: &str| {
+        args.iter().any(|arg| {
+            arg.to_string_lossy().strip_prefix(flag).is_some_and(|rest| rest.is_empty() || rest.starts_with('='))
+        })
+    };
+    let has_short = |flag: &str| args.iter().any(|arg| arg.to_string_lossy().starts_with(flag));
+    let config = has("--config") || has_short("-c");
+    let run = has("--resume") && has("--run-dir");
+    let help = has("--help") || has_short("-h");
+    if subcommand == "train" && !(config || run || help) {
         args.splice(0..0, ["--config".into(), DEFAULT_CONFIG.into()]);
     }
     args
@@ -55,7 +60,16 @@ mod tests {
     fn train_without_a_config_trains_the_tiny_one() {
         assert_eq!(defaults("train"), "--config configs/tiny.toml");
         assert_eq!(defaults("train --resume"), "--config configs/tiny.toml --resume");
-        for kept in ["--config a.toml", "--config=a.toml", "-c a.toml --resume", "--help"] {
+        assert_eq!(defaults("train --run-dir runs/b"), "--config configs/tiny.toml --run-dir runs/b");
+        for kept in [
+            "--config a.toml",
+            "--config=a.toml",
+            "-c a.toml --resume",
+            "-ca.toml",
+            "--run-dir runs/b --resume",
+            "--resume --run-dir=runs/b",
+            "--help",
+        ] {
             assert_eq!(defaults(&format!("train {kept}")), kept);
         }
         assert_eq!(defaults("plan --json"), "--json");

@@ -12,7 +12,7 @@ use crate::libtorch::VERSION;
 /// The oldest Python that PyTorch 2.11 has packages for.
 const OLDEST_PYTHON: (u32, u32) = (3, 10);
 
-/// Free space an installation needs: what stays (4.6 GB) and what is downloaded beside it until it is unpacked.
+/// Free space an installation needs: what stays (4.8 GB) and what is downloaded beside it until it is unpacked.
 const INSTALL_BYTES: u64 = 8_000_000_000;
 
 /// Prints, one a line: major, minor, whether environments can be made, and where torch is (or an empty line).

@@ -102,7 +102,7 @@ fn find_or_install(repo: &Repo) -> Result<PathBuf> {
     }
     eprintln!(
         "Installing PyTorch {VERSION}, which brings libtorch, into {} with pip: about 2.7 GB to download,\n\
-         4.6 GB on the disk, a few minutes, once. (To use one you have, stop this and set LIBTORCH to it.)",
+         4.8 GB on the disk, a few minutes, once. (To use one you have, stop this and set LIBTORCH to it.)",
         repo.venv().display(),
     );
     // A link into the environment must not outlive what it led to.

@@ -165,7 +165,7 @@ fn fake_torch(dir: &Path, version: &str) {
 fn a_bare_machine_gets_libtorch_once() {
     let machine = Machine::new();
     let first = machine.setup().done();
-    assert!(first.said.contains("4.6 GB"), "it says how large that is: {}", first.said);
+    assert!(first.said.contains("4.8 GB"), "it says how large that is: {}", first.said);
     assert!(first.said.contains("Collecting torch"), "pip is seen at work: {}", first.said);
     assert_eq!(machine.link(), machine.installed());
 
