@@ -36,7 +36,7 @@ fn ssd_chunks(c: &mut Criterion) {
     let [b, cc] = std::array::from_fn(|_| randn(&[BATCH, SEQ_LEN, 1, n]));
     let a = -Tensor::rand([h], (Kind::Float, Device::Cpu)) * 16.;
     let run = || {
-        let input = Ssd { dt_activation: DtActivation::Softplus, ..Ssd::new(&x, &dt, &a, &b, &cc, 64) };
+        let input = Ssd { dt_activation: DtActivation::Softplus, chunk_len: 64, ..Ssd::new(&x, &dt, &a, &b, &cc) };
         ssd(&input).expect("shapes fit").y_blhp
     };
     let mut group = c.benchmark_group("ssd");

@@ -22,7 +22,7 @@ pub use function::{BackwardCtx, ForwardCtx, Function, apply};
 #[cfg(flowhn_cuda)]
 pub use graph::{CaptureMode, Graph, GraphPool};
 pub use mapped::MappedFile;
-pub use memory::{DeviceProperties, MemoryStats};
+pub use memory::{DeviceProperties, MemoryStats, keep_freed_host_memory};
 pub use stream::{Event, Priority, Stream, StreamGuard, record_stream};
 
 /// Folder of the libtorch that this process runs on.
