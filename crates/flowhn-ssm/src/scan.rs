@@ -4,7 +4,7 @@
 use flowhn_torch::Result;
 use tch::{Device, Tensor};
 
-use crate::args::Checker;
+use crate::args::{Checker, check_sizes};
 use crate::{cpu, reference};
 
 /// How the step sizes are made from `dt_ble`, after the bias is added.
@@ -123,6 +123,7 @@ fn check(args: &SelectiveScan) -> Result<Checker> {
     let checker = Checker::new("selective_scan", "x_ble", args.x_ble)?;
     let [batch, seq_len, d_inner] = checker.dims("x_ble", args.x_ble, "[batch, seq_len, d_inner]")?;
     let [_, d_state] = checker.dims("a_en", args.a_en, "[d_inner, d_state]")?;
+    check_sizes("selective_scan", &[("d_state", d_state)])?;
     checker.activation("dt_ble", args.dt_ble, &[batch, seq_len, d_inner])?;
     checker.state("a_en", args.a_en, &[d_inner, d_state])?;
     checker.activation("b_bln", args.b_bln, &[batch, seq_len, d_state])?;

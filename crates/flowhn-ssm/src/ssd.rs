@@ -4,7 +4,7 @@
 use flowhn_torch::{Error, Result};
 use tch::{Device, Tensor};
 
-use crate::args::Checker;
+use crate::args::{Checker, check_sizes};
 use crate::scan::DtActivation;
 use crate::{cpu, reference};
 
@@ -111,6 +111,7 @@ fn check(args: &Ssd) -> Result<Checker> {
     let checker = Checker::new("ssd", "x_blhp", args.x_blhp)?;
     let [batch, seq_len, n_heads, d_head] = checker.dims("x_blhp", args.x_blhp, "[batch, seq_len, n_heads, d_head]")?;
     let [_, _, n_groups, d_state] = checker.dims("b_blgn", args.b_blgn, "[batch, seq_len, n_groups, d_state]")?;
+    check_sizes("ssd", &[("d_head", d_head), ("d_state", d_state)])?;
     if n_groups == 0 || n_heads % n_groups != 0 {
         return Err(Error::invalid(
             "ssd",

@@ -284,9 +284,11 @@ fn errors_name_the_argument() {
     assert!(message(&|t| t[0] = t[0].select(0, 0)).contains("[batch, seq_len, d_inner]"));
     assert!(message(&|t| t[8] = t[8].narrow(0, 0, 1)).contains("initial_state_ben"));
     assert!(message(&|t| t[6] = t[6].to_kind(Kind::Double)).contains("z_ble is Double, expected Float"));
-    let meta = Tensor::zeros([2, 4, 6], (Kind::Float, Device::Cpu)).to_device(Device::Cpu);
-    let wrong = SelectiveScan { reset_bl: Some(&meta), ..args(&t, None) };
-    assert!(selective_scan(&wrong).unwrap_err().to_string().contains("reset_bl"));
+    let not_a_mask = Tensor::zeros([2, 4], (Kind::Float, Device::Cpu));
+    let wrong = SelectiveScan { reset_bl: Some(&not_a_mask), ..args(&t, None) };
+    assert!(selective_scan(&wrong).unwrap_err().to_string().contains("reset_bl is Float, expected Bool"));
+    let no_states = message(&|t| [2, 3, 4, 8].into_iter().for_each(|i| t[i] = t[i].narrow(-1, 0, 0)));
+    assert_eq!(no_states, "selective_scan: d_state is 0, expected at least 1");
 }
 
 proptest! {
