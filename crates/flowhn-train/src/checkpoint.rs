@@ -9,6 +9,7 @@ mod state;
 mod tensors;
 mod write;
 
+use std::io::ErrorKind;
 use std::path::{Path, PathBuf};
 
 pub use read::{Checkpoint, Latest, latest_valid, resolve};
@@ -95,7 +96,7 @@ pub fn step_dir(dir: &Path, step: u64) -> PathBuf {
 /// [`Error::Io`] where the directory cannot be read.
 pub fn list(dir: &Path) -> Result<Vec<(u64, PathBuf)>> {
     let entries = match std::fs::read_dir(dir) {
-        Err(error) if error.kind() == std::io::ErrorKind::NotFound => return Ok(Vec::new()),
+        Err(error) if matches!(error.kind(), ErrorKind::NotFound | ErrorKind::NotADirectory) => return Ok(Vec::new()),
         entries => entries.map_err(Error::io(dir, "read the directory"))?,
     };
     let mut steps = Vec::new();
