@@ -1,2 +1,39 @@
-//! The `flowhn` command line.
-fn main() {}
+#![doc = include_str!("../README.md")]
+#![forbid(unsafe_code)]
+#![deny(missing_docs)]
+
+mod checkpoint_args;
+mod cli;
+mod config_args;
+mod console;
+mod data;
+mod device;
+mod eval;
+mod fail;
+mod generate;
+mod golden;
+mod interrupt;
+mod plan;
+mod shards;
+mod train;
+mod units;
+
+use std::process::ExitCode;
+
+use clap::Parser;
+
+use cli::{Cli, Command};
+
+fn main() -> ExitCode {
+    fail::report_panics();
+    let cli = Cli::parse();
+    let outcome = match &cli.command {
+        Command::Train(args) => train::run(args),
+        Command::Eval(args) => eval::run(args),
+        Command::Generate(args) => generate::run(args),
+        Command::Plan(args) => plan::run(args),
+        Command::Golden(args) => golden::run(args),
+        Command::Data(args) => data::run(args),
+    };
+    outcome.unwrap_or_else(|error| fail::exit_code(&error))
+}

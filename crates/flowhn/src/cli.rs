@@ -1,0 +1,86 @@
+//! The command line as a whole.
+
+use std::sync::LazyLock;
+
+use clap::{Parser, Subcommand};
+
+use crate::{data, eval, generate, golden, plan, train};
+
+const AFTER_HELP: &str = "\
+Results go to standard output, progress and warnings to standard error.
+Exit codes: 0 done, 1 failed with a message, 2 the command line makes no sense, 130 interrupted.";
+
+/// Language models in which attention and a state-space model share the tokens of every block.
+#[derive(Debug, Parser)]
+#[command(name = "flowhn", version, long_version = LONG_VERSION.as_str(), after_help = AFTER_HELP)]
+pub struct Cli {
+    /// What to do.
+    #[command(subcommand)]
+    pub command: Command,
+}
+
+/// The subcommands.
+#[derive(Debug, Subcommand)]
+pub enum Command {
+    /// Train a model, or go on with a run that was interrupted.
+    Train(train::Args),
+    /// Measure the loss and the bits per byte of a checkpoint on text.
+    Eval(eval::Args),
+    /// Continue a prompt with a checkpoint.
+    Generate(generate::Args),
+    /// Show who reads which token in each block, and what that costs.
+    Plan(plan::Args),
+    /// Compare models with files of recorded outputs and gradients.
+    Golden(golden::Args),
+    /// Prepare data: a vocabulary, token shards.
+    Data(data::Args),
+}
+
+/// The split policies, for help texts.
+pub fn policies_help() -> String {
+    let lines = flowhn_split::POLICIES.iter().map(|policy| format!("  {:<13} {}", policy.name(), policy.summary()));
+    format!("Split policies (model.split.policy):\n{}", lines.collect::<Vec<_>>().join("\n"))
+}
+
+static LONG_VERSION: LazyLock<String> = LazyLock::new(|| {
+    let cuda = match (flowhn_torch::BUILT_WITH_CUDA, tch::Cuda::is_available()) {
+        (true, true) => format!("yes, {} device(s)", tch::Cuda::device_count()),
+        (true, false) => "built in, no device here".to_owned(),
+        (false, _) => "no".to_owned(),
+    };
+    let (dir, version) = match flowhn_torch::torch_lib_dir() {
+        Ok(dir) => (dir.display().to_string(), torch_version(&dir)),
+        Err(error) => (error.to_string(), None),
+    };
+    let version = version.unwrap_or_else(|| "of unknown version".to_owned());
+    format!("{}\nlibtorch {version} in {dir}\nCUDA     {cuda}", env!("CARGO_PKG_VERSION"))
+});
+
+/// The version that a libtorch says of itself: the Python package in `version.py`, the C++ archive in `build-version`.
+fn torch_version(lib: &std::path::Path) -> Option<String> {
+    let root = lib.parent()?;
+    if let Ok(text) = std::fs::read_to_string(root.join("build-version")) {
+        return Some(text.trim().to_owned());
+    }
+    let text = std::fs::read_to_string(root.join("version.py")).ok()?;
+    let line = text.lines().find_map(|line| line.strip_prefix("__version__ = "))?;
+    Some(line.trim_matches(['\'', '"']).to_owned())
+}
+
+#[cfg(test)]
+mod tests {
+    use clap::CommandFactory;
+
+    use super::*;
+
+    #[test]
+    fn the_command_line_is_consistent() {
+        Cli::command().debug_assert();
+    }
+
+    #[test]
+    fn every_policy_is_in_the_help() {
+        let help = policies_help();
+        assert!(flowhn_split::POLICIES.iter().all(|policy| help.contains(policy.name())), "{help}");
+    }
+}

@@ -1,0 +1,141 @@
+//! `flowhn train`.
+
+mod report;
+mod watch;
+
+use std::ffi::OsString;
+use std::path::PathBuf;
+use std::process::ExitCode;
+
+use anyhow::Result;
+use flowhn_train::run_dir::Start;
+use flowhn_train::{Outcome, RunConfig, TrainOptions, Trainer};
+use serde_json::json;
+
+use crate::cli::policies_help;
+use crate::config_args::{self, SetArgs};
+use crate::console::{self, Console};
+use crate::device::DeviceArgs;
+use crate::fail::INTERRUPTED;
+use crate::interrupt::Interrupt;
+use watch::Watch;
+
+/// Arguments of `flowhn train`.
+#[derive(Debug, clap::Args)]
+#[command(after_long_help = policies_help())]
+pub struct Args {
+    /// The configuration of the run, a TOML file; with --resume and --run-dir, the run's own by default
+    #[arg(long, short, value_name = "FILE", required_unless_present_all = ["resume", "run_dir"])]
+    config: Option<PathBuf>,
+    #[command(flatten)]
+    sets: SetArgs,
+    /// Go on from the newest undamaged checkpoint in the run's directory
+    #[arg(long)]
+    resume: bool,
+    /// Where the run is kept, instead of run.dir
+    #[arg(long, value_name = "DIR")]
+    run_dir: Option<PathBuf>,
+    /// Checkpoints to keep, instead of train.keep_last; 0 keeps all
+    #[arg(long, value_name = "N")]
+    keep_last: Option<usize>,
+    #[command(flatten)]
+    device: DeviceArgs,
+    /// Print one JSON object at the end, that of summary.json
+    #[arg(long)]
+    json: bool,
+}
+
+/// Trains until the end or an interruption.
+pub fn run(args: &Args) -> Result<ExitCode> {
+    let console = Console::new();
+    let device = args.device.device()?;
+    let config = configuration(args)?;
+    for warning in config.model.routing()?.warnings() {
+        console.warn(warning);
+    }
+    let interrupt = Interrupt::install(&console)?;
+    let start = if args.resume { Start::Resume } else { Start::Fresh };
+    let options = TrainOptions { start, device, ..TrainOptions::default() };
+
+    let mut watch = Watch::new(&console, &config);
+    let mut trainer = Trainer::new(&config, &options, &mut watch)?;
+    let complete = trainer.step() >= config.train.steps;
+    if complete {
+        let dir = trainer.run_dir().display();
+        console.line(format_args!("{dir}: all {} steps are done; there is nothing to resume", config.train.steps));
+    } else {
+        console.line(report::intent(&trainer));
+        if trainer.estimate().exceeds_memory() {
+            console.warn("this is more memory than is free; lower train.batch_size and raise train.grad_accum instead");
+        }
+    }
+    interrupt.training_starts();
+    watch.start(trainer.step());
+    let outcome = trainer.run(&mut watch, interrupt.stop_flag());
+    watch.finish();
+    match outcome? {
+        Outcome::Done(summary) if args.json => console::print_json(&*summary)?,
+        Outcome::Done(summary) => console::print(&report::outcome(&trainer, &summary))?,
+        Outcome::Stopped { step, checkpoint } => {
+            let command = resume_command();
+            console.line(format_args!(
+                "stopped after step {step} of {}; checkpoint {}\nresume with: {command}",
+                config.train.steps,
+                checkpoint.display(),
+            ));
+            if args.json {
+                let checkpoint = checkpoint.display().to_string();
+                console::print_json(
+                    &json!({"stopped": true, "step": step, "checkpoint": checkpoint, "resume": command}),
+                )?;
+            }
+            return Ok(ExitCode::from(INTERRUPTED));
+        }
+    }
+    Ok(ExitCode::SUCCESS)
+}
+
+fn configuration(args: &Args) -> Result<RunConfig> {
+    let mut config = match (&args.config, &args.run_dir) {
+        (Some(file), _) => config_args::load(file, &args.sets.sets)?,
+        (None, Some(dir)) => config_args::load_of_run(dir, &args.sets.sets)?,
+        (None, None) => anyhow::bail!("name the configuration with --config FILE"),
+    };
+    if let Some(dir) = &args.run_dir {
+        config.run.dir.clone_from(dir);
+    }
+    if let Some(keep_last) = args.keep_last {
+        config.train.keep_last = keep_last;
+    }
+    Ok(config)
+}
+
+/// This process's own command line with `--resume`, as a shell reads it.
+fn resume_command() -> String {
+    let mut words: Vec<OsString> = std::env::args_os().collect();
+    if !words.iter().any(|word| word == "--resume") {
+        words.push("--resume".into());
+    }
+    words.iter().map(|word| quoted(&word.to_string_lossy())).collect::<Vec<_>>().join(" ")
+}
+
+fn quoted(word: &str) -> String {
+    let plain = |c: char| c.is_ascii_alphanumeric() || "-_./=:,+@%".contains(c);
+    match !word.is_empty() && word.chars().all(plain) {
+        true => word.to_owned(),
+        false => format!("'{}'", word.replace('\'', r"'\''")),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn words_are_quoted_for_a_shell() {
+        assert_eq!(quoted("configs/tiny.toml"), "configs/tiny.toml");
+        assert_eq!(quoted("data.train=[\"a b.txt\"]"), "'data.train=[\"a b.txt\"]'");
+        assert_eq!(quoted("it's"), r"'it'\''s'");
+        assert_eq!(quoted(""), "''");
+    }
+}
