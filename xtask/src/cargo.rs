@@ -63,6 +63,16 @@ pub fn run(command: &mut Command) -> Result<()> {
     Err(Fail::new(format!("`{}` failed ({status})", show(command))))
 }
 
+/// Runs a command to its end; what it says is shown only if it fails.
+pub fn run_unseen(command: &mut Command) -> Result<()> {
+    let output = command.output().map_err(|error| cannot_start(command, &error))?;
+    if output.status.success() {
+        return Ok(());
+    }
+    eprint!("{}", String::from_utf8_lossy(&output.stderr));
+    Err(Fail::new(format!("`{}` failed ({})", show(command), output.status)))
+}
+
 /// Runs a command to its end and returns its standard output.
 pub fn output(command: &mut Command) -> Result<String> {
     let output = command.stderr(Stdio::inherit()).output().map_err(|error| cannot_start(command, &error))?;
