@@ -40,10 +40,10 @@ pub fn selective_scan(args: &SelectiveScan) -> Result<SelectiveScanOutput> {
         }
         let mut y_ble = stack_tokens(&y_be, &x_ble);
         if let Some(d_e) = args.d_e {
-            y_ble = y_ble + d_e * &x_ble;
+            y_ble = &y_ble + d_e * &x_ble;
         }
         if let Some(z_ble) = args.z_ble {
-            y_ble = y_ble * z_ble.to_kind(kind).silu();
+            y_ble = &y_ble * z_ble.to_kind(kind).silu();
         }
         Ok(SelectiveScanOutput { y_ble: y_ble.to_kind(args.x_ble.kind()), final_state_ben: state_ben })
     })
@@ -170,7 +170,7 @@ impl SsdInputs {
 
     fn finish(&self, args: &Ssd, mut y_blhp: Tensor, final_state_bhpn: Tensor) -> SsdOutput {
         if let Some(d_h) = args.d_h {
-            y_blhp = y_blhp + d_h.unsqueeze(-1) * &self.x_blhp;
+            y_blhp = &y_blhp + d_h.unsqueeze(-1) * &self.x_blhp;
         }
         SsdOutput { y_blhp: y_blhp.to_kind(args.x_blhp.kind()), final_state_bhpn }
     }
@@ -211,10 +211,10 @@ pub fn causal_conv1d(args: &CausalConv1d) -> Result<CausalConv1dOutput> {
         };
         let mut y_ble = x_ble.zeros_like();
         for tap in 0..d_conv {
-            y_ble = y_ble + visible(tap, n_before, seq_len) * weight_ek.select(1, tap);
+            y_ble = &y_ble + visible(tap, n_before, seq_len) * weight_ek.select(1, tap);
         }
         if let Some(bias_e) = args.bias_e {
-            y_ble = y_ble + bias_e.to_kind(kind);
+            y_ble = &y_ble + bias_e.to_kind(kind);
         }
         if args.activation == Activation::Silu {
             y_ble = y_ble.silu();
@@ -234,7 +234,7 @@ pub fn causal_conv1d(args: &CausalConv1d) -> Result<CausalConv1dOutput> {
 fn step_sizes(dt: &Tensor, bias: Option<&Tensor>, activation: DtActivation, kind: Kind) -> Tensor {
     let mut dt = dt.to_kind(kind);
     if let Some(bias) = bias {
-        dt = dt + bias;
+        dt = &dt + bias;
     }
     match activation {
         // libtorch's own softplus switches to the identity at 20, which is exact to f32 but not to f64.

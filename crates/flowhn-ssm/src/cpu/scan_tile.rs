@@ -2,6 +2,7 @@
 //!
 //! A tile's state lies as `[d_state, TILE]`, so that one vector holds one state element of several channels: inputs load
 //! without a shuffle, any `d_state` will do, and sums over the state are plain vector additions.
+#![allow(clippy::needless_range_loop, reason = "several arrays advance together, which one index says best")]
 // e TILE channels, n d_state, q tokens of a chunk
 
 use flowhn_nn::simd::Real;

@@ -3,6 +3,7 @@
 //! With `s_ij` the sum of `dt a` over the tokens `j + 1 ..= i` and `e_i` the sum from the chunk's start, token `i` reads token
 //! `j <= i` through `m_ij = (c_i . b_j) exp(s_ij) dt_j`, and the state before the chunk through `exp(e_i) c_i`. A reset between
 //! `j` and `i` makes `s_ij` negative infinity.
+#![allow(clippy::needless_range_loop, reason = "several arrays advance together, which one index says best")]
 // q tokens of the chunk, p d_head, n d_state
 
 use flowhn_nn::simd::Real;
