@@ -1,5 +1,4 @@
-//! FlowHN models: configuration, blocks that run attention and a state-space model side by side, the language model around
-//! them, and exact decoding.
+#![doc = include_str!("../README.md")]
 #![forbid(unsafe_code)]
 #![deny(missing_docs)]
 
