@@ -43,6 +43,9 @@ pub struct Mask<'a> {
     window: Option<usize>,
 }
 
+/// Positions of the queries and of the keys.
+type HostPositions<'a> = (Cow<'a, [i64]>, Cow<'a, [i64]>);
+
 impl<'a> Mask<'a> {
     /// A mask of this order alone.
     pub fn new(order: Order<'a>) -> Self {
@@ -119,7 +122,7 @@ impl<'a> Mask<'a> {
     }
 
     /// Positions of queries and keys, with the keys' indices in place of positions where the order has none.
-    fn host_positions(&self, op: &'static str, n: i64, m: i64) -> Result<(Cow<'a, [i64]>, Cow<'a, [i64]>)> {
+    fn host_positions(&self, op: &'static str, n: i64, m: i64) -> Result<HostPositions<'a>> {
         match self.order {
             Order::Causal if n != m => {
                 Err(Error::invalid(op, format!("{n} queries and {m} keys; a causal mask needs as many of either")))

@@ -35,6 +35,9 @@ fn positions(host: &[i64]) -> Positions {
     Positions::new(host, Device::Cpu).unwrap()
 }
 
+/// A name, and which positions attention reads.
+type Routing = (&'static str, fn(i64) -> bool);
+
 /// A sequence of which attention reads some tokens.
 struct Sequence {
     x_bld: Tensor,
@@ -78,7 +81,7 @@ impl Sequence {
 
 #[test]
 fn pieces_of_any_size_give_what_the_whole_gives() {
-    let routings: [(&str, fn(i64) -> bool); 4] = [
+    let routings: [Routing; 4] = [
         ("all", |_| true),
         ("chunks", |i| i / 4 % 2 == 1),
         ("a window in the middle", |i| (10..30).contains(&i)),
