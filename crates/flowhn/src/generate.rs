@@ -22,10 +22,10 @@ pub struct Args {
     #[arg(long, value_name = "N", default_value_t = SampleOptions::default().max_tokens)]
     max_tokens: usize,
     /// Divides the logits: below 1 safer, above 1 wilder; 0 always takes the likeliest token
-    #[arg(long, value_name = "T", default_value_t = SampleOptions::default().temperature)]
+    #[arg(long, value_name = "T", allow_negative_numbers = true, default_value_t = SampleOptions::default().temperature)]
     temperature: f64,
     /// Draw from the likeliest tokens that together have this probability
-    #[arg(long, value_name = "P", default_value_t = SampleOptions::default().top_p)]
+    #[arg(long, value_name = "P", allow_negative_numbers = true, default_value_t = SampleOptions::default().top_p)]
     top_p: f64,
     /// The same seed gives the same text
     #[arg(long, value_name = "S", default_value_t = 0)]

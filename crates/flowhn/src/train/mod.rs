@@ -40,13 +40,14 @@ pub struct Args {
     keep_last: Option<usize>,
     #[command(flatten)]
     device: DeviceArgs,
-    /// Print one JSON object at the end, that of summary.json
+    /// Print one JSON object at the end: that of summary.json, or where an interrupted run stopped
     #[arg(long)]
     json: bool,
 }
 
 /// Trains until the end or an interruption.
 pub fn run(args: &Args) -> Result<ExitCode> {
+    flowhn_torch::keep_freed_host_memory();
     let console = Console::new();
     let device = args.device.device()?;
     let config = configuration(args)?;

@@ -128,7 +128,11 @@ pub fn outcome(trainer: &Trainer, summary: &Summary) -> String {
             if below >= 0. { "below" } else { "above" },
         ),
     );
-    line("sample", format!("\"{}\" goes on:", summary.sample_prompt.escape_debug()));
+    let sample = match summary.sample_prompt.as_str() {
+        "" => "from nothing:".to_owned(),
+        prompt => format!("\"{}\" goes on:", prompt.escape_debug()),
+    };
+    line("sample", sample);
     for row in summary.sample.lines() {
         let _ = writeln!(text, "  | {row}");
     }
