@@ -38,8 +38,22 @@ pub enum Command {
 
 /// The split policies, for help texts.
 pub fn policies_help() -> String {
-    let lines = flowhn_split::POLICIES.iter().map(|policy| format!("  {:<13} {}", policy.name(), policy.summary()));
-    format!("Split policies (model.split.policy):\n{}", lines.collect::<Vec<_>>().join("\n"))
+    let mut text = "Split policies (model.split.policy):".to_owned();
+    for policy in flowhn_split::POLICIES {
+        let mut column = usize::MAX;
+        for word in policy.summary().split(' ') {
+            // Wrapped here, as clap would begin the second line at the margin.
+            if column.saturating_add(word.len()) > 78 {
+                let name = if column == usize::MAX { policy.name() } else { "" };
+                text += &format!("\n  {name:<13}");
+                column = 15;
+            }
+            text += " ";
+            text += word;
+            column += 1 + word.len();
+        }
+    }
+    text
 }
 
 static LONG_VERSION: LazyLock<String> = LazyLock::new(|| {

@@ -15,6 +15,7 @@ mod golden;
 mod interrupt;
 mod plan;
 mod shards;
+mod threads;
 mod train;
 mod units;
 

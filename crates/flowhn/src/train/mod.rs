@@ -18,6 +18,7 @@ use crate::console::{self, Console};
 use crate::device::DeviceArgs;
 use crate::fail::INTERRUPTED;
 use crate::interrupt::Interrupt;
+use crate::threads;
 use watch::Watch;
 
 /// Arguments of `flowhn train`.
@@ -47,6 +48,7 @@ pub struct Args {
 
 /// Trains until the end or an interruption.
 pub fn run(args: &Args) -> Result<ExitCode> {
+    threads::let_sleep();
     flowhn_torch::keep_freed_host_memory();
     let console = Console::new();
     let device = args.device.device()?;

@@ -52,6 +52,7 @@ impl Watch {
             // Steps of earlier sittings must not count as if they had been done just now.
             bar.set_position(step);
             bar.reset_eta();
+            bar.set_message("starting");
         }
     }
 
