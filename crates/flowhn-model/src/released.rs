@@ -126,7 +126,7 @@ fn branch_names(part: &str, (d_q, d_kv, d_ff): (i64, i64, i64)) -> Option<Pieces
         "mixer.o_proj.weight" => whole("self_attn.o_proj.weight"),
         _ => {
             let name = part.strip_prefix("mixer.")?;
-            let norm = ["dt", "b", "c"].iter().find_map(|n| (name == format!("{n}_norm.weight")).then_some(n));
+            let norm = ["dt", "b", "c"].iter().find(|n| name == format!("{n}_norm.weight"));
             match norm {
                 Some(norm) => whole(&format!("mamba.{norm}_layernorm.weight")),
                 None => whole(&format!("mamba.{name}")),
