@@ -150,6 +150,7 @@ impl Route {
 }
 
 #[cfg(test)]
+#[allow(clippy::single_range_in_vec_init, reason = "a list of one span is what is meant")]
 mod tests {
     use super::*;
 
