@@ -35,7 +35,7 @@ pub fn print(text: &str) -> Result<()> {
 /// Writes one JSON value and a newline to standard output.
 ///
 /// # Errors
-/// As [`print`].
+/// As [`print()`].
 pub fn print_json(value: &impl Serialize) -> Result<()> {
     print(&format!("{}\n", serde_json::to_string(value)?))
 }
