@@ -1,11 +1,12 @@
 //! Causal depthwise convolution + SiLU at the width of the small model.
 
 use criterion::{Criterion, Throughput, criterion_group, criterion_main};
-use flowhn_benches::{BATCH, D_MODEL, SEQ_LEN};
+use flowhn_benches::{BATCH, D_MODEL, SEQ_LEN, set_up};
 use flowhn_ssm::{Activation, CausalConv1d, causal_conv1d};
 use tch::{Device, Kind, Tensor};
 
 fn conv(c: &mut Criterion) {
+    set_up();
     let e = 2 * D_MODEL;
     let randn = |size: &[i64]| Tensor::randn(size, (Kind::Float, Device::Cpu)).set_requires_grad(true);
     let (x, weight, bias) = (randn(&[BATCH, SEQ_LEN, e]), randn(&[e, 4]), randn(&[e]));

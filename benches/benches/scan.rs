@@ -1,7 +1,7 @@
 //! Selective scan and SSD, forward and forward + backward, at the widths of the small model.
 
 use criterion::{Criterion, Throughput, criterion_group, criterion_main};
-use flowhn_benches::{BATCH, D_MODEL, SEQ_LEN};
+use flowhn_benches::{BATCH, D_MODEL, SEQ_LEN, set_up};
 use flowhn_ssm::{DtActivation, SelectiveScan, Ssd, selective_scan, ssd};
 use tch::{Device, Kind, Tensor};
 
@@ -10,6 +10,7 @@ fn randn(size: &[i64]) -> Tensor {
 }
 
 fn scan(c: &mut Criterion) {
+    set_up();
     let (e, n) = (2 * D_MODEL, 16);
     let [x, dt, z] = std::array::from_fn(|_| randn(&[BATCH, SEQ_LEN, e]));
     let [b, cc] = std::array::from_fn(|_| randn(&[BATCH, SEQ_LEN, n]));

@@ -1,12 +1,13 @@
 //! A whole training step of the small model: forward, backward, clip, AdamW; elements are tokens.
 
 use criterion::{Criterion, Throughput, criterion_group, criterion_main};
-use flowhn_benches::{BATCH, SEQ_LEN, ids, model_config};
+use flowhn_benches::{BATCH, SEQ_LEN, ids, model_config, set_up};
 use flowhn_model::Model;
 use flowhn_train::optim::{AdamW, AdamWOptions};
 use tch::Device;
 
 fn step(c: &mut Criterion) {
+    set_up();
     let model = Model::new(&model_config(4, 8192), Device::Cpu, 0).expect("the configuration fits");
     let options = AdamWOptions { beta1: 0.9, beta2: 0.95, eps: 1e-8, weight_decay: 0.1, clip_norm: 1. };
     let mut optimizer = AdamW::of_params(model.params(), options).expect("parameters are leaves");

@@ -11,6 +11,11 @@ pub const SEQ_LEN: i64 = 256;
 /// Width of the model.
 pub const D_MODEL: i64 = 128;
 
+/// Sets the process up as the `flowhn` binary does, so that a benchmark meets the memory that training meets.
+pub fn set_up() {
+    flowhn_torch::keep_freed_host_memory();
+}
+
 /// The small released model whose speed the README reports, with `n_layers` blocks and a vocabulary of `vocab_size`.
 ///
 /// # Panics
