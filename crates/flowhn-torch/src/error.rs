@@ -61,6 +61,14 @@ pub enum Error {
         /// The rule and what came instead.
         message: String,
     },
+    /// A kernel could not be compiled, loaded or launched.
+    #[error("kernel {kernel}: {message}")]
+    Kernel {
+        /// File and entry.
+        kernel: String,
+        /// What is wrong.
+        message: String,
+    },
     /// libtorch reported an error.
     #[error("libtorch: {0}")]
     Torch(String),

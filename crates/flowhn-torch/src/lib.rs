@@ -9,6 +9,7 @@ mod flag;
 mod function;
 #[cfg(flowhn_cuda)]
 mod graph;
+pub mod kernel;
 mod mapped;
 mod memory;
 pub mod op;

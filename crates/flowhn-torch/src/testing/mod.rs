@@ -1,5 +1,13 @@
 //! Helpers for tests of differentiable operations (feature `testing`).
 
+mod case;
+mod kernels;
+mod rule;
+
+pub use case::{Case, run_on_cpu};
+pub use kernels::compile_all;
+pub use rule::{Rule, noise, same_bits};
+
 use tch::{Kind, Tensor};
 
 use crate::{Error, Result, check};

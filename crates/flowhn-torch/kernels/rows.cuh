@@ -1,0 +1,179 @@
+// What kernels over the rows of a tensor share.
+//
+// A row is the dense last axis of a tensor, `d` elements; the axes before it are two, [outer, inner], with any strides.
+// A team of threads (whole warps of a block) works on one row at a time: thread t holds the vectors t, t + team.size, ... of
+// 8 neighbouring elements, V in all, in registers and as they lie in memory. Where rows are not aligned to 16 bytes, or 8
+// does not divide d, the same vectors are read and written element by element.
+#pragma once
+#include "flowhn.cuh"
+
+constexpr int VEC = 8;
+
+// ---- vectors ------------------------------------------------------------------------------------------------------------
+
+// Eight neighbours as they lie in memory.
+template <class T> struct Pack;
+
+template <> struct Pack<bf16> {
+    uint4 words;
+    __device__ __forceinline__ void load(const bf16* p) { words = *reinterpret_cast<const uint4*>(p); }
+    __device__ __forceinline__ void store(bf16* p) const { *reinterpret_cast<uint4*>(p) = words; }
+    __device__ __forceinline__ void get(float (&x)[VEC]) const {
+        x[0] = low_bf16(words.x), x[1] = high_bf16(words.x), x[2] = low_bf16(words.y), x[3] = high_bf16(words.y);
+        x[4] = low_bf16(words.z), x[5] = high_bf16(words.z), x[6] = low_bf16(words.w), x[7] = high_bf16(words.w);
+    }
+    __device__ __forceinline__ void set(const float (&x)[VEC]) {
+        words = make_uint4(pack_bf16(x[0], x[1]), pack_bf16(x[2], x[3]), pack_bf16(x[4], x[5]), pack_bf16(x[6], x[7]));
+    }
+};
+
+template <> struct Pack<float> {
+    float4 low, high;
+    __device__ __forceinline__ void load(const float* p) {
+        low = reinterpret_cast<const float4*>(p)[0], high = reinterpret_cast<const float4*>(p)[1];
+    }
+    __device__ __forceinline__ void store(float* p) const {
+        reinterpret_cast<float4*>(p)[0] = low, reinterpret_cast<float4*>(p)[1] = high;
+    }
+    __device__ __forceinline__ void get(float (&x)[VEC]) const {
+        x[0] = low.x, x[1] = low.y, x[2] = low.z, x[3] = low.w, x[4] = high.x, x[5] = high.y, x[6] = high.z, x[7] = high.w;
+    }
+    __device__ __forceinline__ void set(const float (&x)[VEC]) {
+        low = make_float4(x[0], x[1], x[2], x[3]), high = make_float4(x[4], x[5], x[6], x[7]);
+    }
+};
+
+// The first `n` elements at `p`, zeros behind them.
+template <class T> __device__ __forceinline__ void load_some(Pack<T>& pack, const T* p, int n) {
+    float x[VEC];
+    #pragma unroll
+    for (int i = 0; i < VEC; i++) x[i] = i < n ? to_f32(p[i]) : 0.f;
+    pack.set(x);
+}
+
+template <class T> __device__ __forceinline__ void store_some(const Pack<T>& pack, T* p, int n) {
+    float x[VEC];
+    pack.get(x);
+    #pragma unroll
+    for (int i = 0; i < VEC; i++)
+        if (i < n) p[i] = from_f32<T>(x[i]);
+}
+
+// ---- rows ---------------------------------------------------------------------------------------------------------------
+
+// Which threads work on a row: `size` of them, this is thread `t` of team `idx` of the block.
+struct Team {
+    int size, idx, t, n;
+    __device__ __forceinline__ explicit Team(int size)
+        : size(size), idx(threadIdx.x / size), t(threadIdx.x % size), n(blockDim.x / size) {}
+    // The first column of this thread's vector v.
+    __device__ __forceinline__ int column(int v) const { return (v * size + t) * VEC; }
+};
+
+// What all rows have in common.
+struct Width {
+    int d;
+    bool aligned;
+};
+
+template <int V, class T>
+__device__ __forceinline__ void load_row(Pack<T> (&row)[V], const T* p, const Team& team, const Width& width) {
+    if (width.aligned) {
+        #pragma unroll
+        for (int v = 0; v < V; v++) {
+            int column = team.column(v);
+            if (column < width.d) row[v].load(p + column);
+            else row[v] = Pack<T>{};
+        }
+    } else {
+        #pragma unroll
+        for (int v = 0; v < V; v++) load_some(row[v], p + team.column(v), width.d - team.column(v));
+    }
+}
+
+template <class T>
+__device__ __forceinline__ void store_vector(const Pack<T>& pack, T* p, int v, const Team& team, const Width& width) {
+    int column = team.column(v);
+    if (!width.aligned) store_some(pack, p + column, width.d - column);
+    else if (column < width.d) pack.store(p + column);
+}
+
+// Reads a vector of parameters, which all rows share, as f32; zeros past the end.
+template <int V, class T>
+__device__ __forceinline__ void load_weight(float (&w)[V][VEC], const T* weight, const Team& team, const Width& width) {
+    Pack<T> row[V];
+    load_row(row, weight, team, width);
+    #pragma unroll
+    for (int v = 0; v < V; v++) row[v].get(w[v]);
+}
+
+// Where the rows of a tensor [outer, inner, d] start.
+struct RowStrides {
+    i64 outer, inner;
+    __device__ __forceinline__ i64 start(int outer_idx, int inner_idx) const {
+        return outer_idx * outer + inner_idx * inner;
+    }
+};
+
+// ---- sums ---------------------------------------------------------------------------------------------------------------
+
+// Sums over the threads of a team, in a fixed order. Two sets of slots take turns, so that one barrier a sum is enough.
+struct TeamSum {
+    float* slots;
+    int phase;
+    // `slots` has 64 floats of shared memory for the whole block.
+    __device__ __forceinline__ explicit TeamSum(float* slots) : slots(slots), phase(0) {}
+    __device__ __forceinline__ float operator()(float x, const Team& team) {
+        x = warp_sum(x);
+        if (team.size == 32) return x;
+        float* own = slots + phase * 32 + team.idx * (team.size / 32);
+        phase ^= 1;
+        if (team.t % 32 == 0) own[team.t / 32] = x;
+        named_barrier(1 + team.idx, team.size);
+        float sum = own[0];
+        for (int warp = 1; warp < team.size / 32; warp++) sum += own[warp];
+        return sum;
+    }
+};
+
+// Adds the teams' column sums in the order of the teams and writes the block's sums to out[0 .. d). `scratch` has d floats;
+// every thread of the block must come here.
+template <int V>
+__device__ __forceinline__ void write_block_columns(float (&sums)[V][VEC], float* out, float* scratch, const Team& team, int d) {
+    for (int turn = 0; turn < team.n; turn++) {
+        if (turn == team.idx) {
+            #pragma unroll
+            for (int v = 0; v < V; v++) {
+                #pragma unroll
+                for (int i = 0; i < VEC; i++) {
+                    int column = team.column(v) + i;
+                    if (column < d) {
+                        float sum = turn == 0 ? sums[v][i] : scratch[column] + sums[v][i];
+                        if (turn == team.n - 1) out[column] = sum;
+                        else scratch[column] = sum;
+                    }
+                }
+            }
+        }
+        __syncthreads();
+    }
+}
+
+// Writes out[c] = sum of partials[k, c] over k. A block of 32 x 32 threads takes 32 columns: its thread (lane, k) adds rows
+// k, k + 32, ... and the 32 sums of a column are added in order.
+template <class W>
+__device__ __forceinline__ void sum_columns(const float* partials, W* out, int n_partials, int d) {
+    __shared__ float sums[32][33];
+    int lane = threadIdx.x % 32, first = threadIdx.x / 32, column = blockIdx.x * 32 + lane;
+    float sum = 0.f;
+    if (column < d) {
+        #pragma unroll 8
+        for (int k = first; k < n_partials; k += 32) sum += partials[(i64)k * d + column];
+    }
+    sums[first][lane] = sum;
+    __syncthreads();
+    // Now a warp has the sums of one column on its lanes.
+    sum = warp_sum(sums[lane][first]);
+    column = blockIdx.x * 32 + first;
+    if (lane == 0 && column < d) out[column] = from_f32<W>(sum);
+}

@@ -1,0 +1,268 @@
+//! Loading and launching through the CUDA driver, in the context that libtorch uses.
+
+use std::collections::HashMap;
+use std::ffi::{CString, c_int, c_void};
+use std::sync::atomic::{AtomicUsize, Ordering};
+use std::sync::{Arc, Mutex, OnceLock, RwLock};
+
+use cudarc::driver::{result, sys};
+use xxhash_rust::xxh3::xxh3_128;
+
+use super::{Arg, Kernel, nvrtc};
+use crate::stream::Stream;
+use crate::{DeviceProperties, Error, Result};
+
+/// Shared memory that a block gets without asking.
+const DEFAULT_SHARED_BYTES: usize = 48 << 10;
+/// The oldest architecture that the kernels are written for: bf16 matrix instructions and asynchronous copies.
+const MIN_CAPABILITY: u32 = 80;
+
+/// A kernel in the memory of one device, for the life of the process.
+struct Loaded {
+    function: sys::CUfunction,
+    context: sys::CUcontext,
+    arg_bytes: Vec<usize>,
+    /// The dynamic shared memory that was asked for so far.
+    shared_bytes: AtomicUsize,
+    max_shared_bytes: usize,
+}
+
+// SAFETY: both handles are names that the driver resolves; its functions may be called with them from any thread.
+unsafe impl Send for Loaded {}
+// SAFETY: as above; the only part that changes is atomic.
+unsafe impl Sync for Loaded {}
+
+pub(super) fn launch(
+    kernel: &Kernel,
+    device_idx: usize,
+    grid: [u32; 3],
+    block: u32,
+    shared_bytes: usize,
+    args: &[Arg],
+) -> Result<()> {
+    let loaded = loaded(kernel, device_idx)?;
+    check_args(kernel, &loaded, args)?;
+    let _context = Context::enter(loaded.context).map_err(|error| refused(kernel, &error))?;
+    reserve_shared(kernel, &loaded, shared_bytes)?;
+    let stream = Stream::current(device_idx)?.native_handle()?;
+    let mut values: Vec<u64> = args.iter().map(|arg| bits(*arg)).collect();
+    let mut pointers: Vec<*mut c_void> = values.iter_mut().map(|value| (value as *mut u64).cast()).collect();
+    // SAFETY: the function is loaded in the current context; every pointer leads to a value with at least as many bytes as the
+    // kernel declares for it (compared above), and the driver copies them before it returns. The tensors' memory is given back to
+    // libtorch's allocator in stream order, so it outlives the kernel, which runs in libtorch's current stream.
+    let outcome = unsafe {
+        let [x, y, z] = grid;
+        sys::cuLaunchKernel(
+            loaded.function,
+            x,
+            y,
+            z,
+            block,
+            1,
+            1,
+            shared_bytes as u32,
+            stream.cast(),
+            pointers.as_mut_ptr(),
+            std::ptr::null_mut(),
+        )
+    };
+    outcome.result().map_err(|error| {
+        let reason = describe(&error);
+        kernel.error(format!("launch of {grid:?} blocks of {block} threads with {shared_bytes} bytes: {reason}"))
+    })
+}
+
+/// The bits that the driver reads of an argument, low bytes first.
+fn bits(arg: Arg) -> u64 {
+    match arg {
+        Arg::Tensor(tensor) => tensor.data_ptr() as u64,
+        Arg::Null => 0,
+        Arg::I32(value) => u64::from(value as u32),
+        Arg::I64(value) => value as u64,
+        Arg::F32(value) => u64::from(value.to_bits()),
+    }
+}
+
+fn check_args(kernel: &Kernel, loaded: &Loaded, args: &[Arg]) -> Result<()> {
+    let fits = |(arg, want): (&Arg, &usize)| arg.n_bytes() == *want;
+    if args.len() == loaded.arg_bytes.len() && args.iter().zip(&loaded.arg_bytes).all(fits) {
+        return Ok(());
+    }
+    let got: Vec<usize> = args.iter().map(|arg| arg.n_bytes()).collect();
+    Err(kernel.error(format!("arguments of {got:?} bytes were given, but it takes {:?}", loaded.arg_bytes)))
+}
+
+/// Lets the kernel have more shared memory than the default.
+fn reserve_shared(kernel: &Kernel, loaded: &Loaded, shared_bytes: usize) -> Result<()> {
+    if shared_bytes <= DEFAULT_SHARED_BYTES || shared_bytes <= loaded.shared_bytes.load(Ordering::Relaxed) {
+        return Ok(());
+    }
+    let most = loaded.max_shared_bytes;
+    if shared_bytes > most {
+        let message = format!("it needs {shared_bytes} bytes of shared memory a block, this device offers {most}");
+        return Err(kernel.error(message));
+    }
+    let attribute = sys::CUfunction_attribute_enum::CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES;
+    // SAFETY: the function is loaded in the current context.
+    unsafe { result::function::set_function_attribute(loaded.function, attribute, shared_bytes as c_int) }
+        .map_err(|error| refused(kernel, &error))?;
+    loaded.shared_bytes.fetch_max(shared_bytes, Ordering::Relaxed);
+    Ok(())
+}
+
+type Table<K, V> = OnceLock<RwLock<HashMap<K, V>>>;
+
+/// The kernel on the device, compiled and loaded if this is the first time.
+fn loaded(kernel: &Kernel, device_idx: usize) -> Result<Arc<Loaded>> {
+    static LOADED: Table<u128, Arc<Loaded>> = Table::new();
+    // One thread compiles at a time: two that want the same variant must not both do the work.
+    static COMPILING: Mutex<()> = Mutex::new(());
+    let table = LOADED.get_or_init(RwLock::default);
+    let key = key(kernel, Some(kernel.entry), device_idx);
+    let find = || table.read().unwrap_or_else(|poisoned| poisoned.into_inner()).get(&key).cloned();
+    if let Some(found) = find() {
+        return Ok(found);
+    }
+    let _alone = COMPILING.lock().unwrap_or_else(|poisoned| poisoned.into_inner());
+    if let Some(found) = find() {
+        return Ok(found);
+    }
+    let loaded = Arc::new(load(kernel, device_idx)?);
+    table.write().unwrap_or_else(|poisoned| poisoned.into_inner()).insert(key, loaded.clone());
+    Ok(loaded)
+}
+
+/// Identifies a variant, and an entry of it, on a device. Sources and names are statics, so their addresses stand for them.
+fn key(kernel: &Kernel, entry: Option<&'static str>, device_idx: usize) -> u128 {
+    let mut bytes = Vec::with_capacity(64);
+    let mut push = |value: u64| bytes.extend_from_slice(&value.to_le_bytes());
+    push(kernel.source.text.as_ptr() as u64);
+    push(device_idx as u64);
+    for (name, value) in kernel.defines {
+        push(name.as_ptr() as u64);
+        push(name.len() as u64);
+        push(*value as u64);
+    }
+    bytes.extend_from_slice(entry.unwrap_or_default().as_bytes());
+    xxh3_128(&bytes)
+}
+
+fn load(kernel: &Kernel, device_idx: usize) -> Result<Loaded> {
+    let context = primary_context(kernel, device_idx)?;
+    let _context = Context::enter(context).map_err(|error| refused(kernel, &error))?;
+    let properties = DeviceProperties::of(device_idx)?;
+    let module = module(kernel, device_idx, &properties)?;
+    let entry = CString::new(kernel.entry).map_err(|_| kernel.error("its name contains a NUL byte"))?;
+    // SAFETY: the module is loaded in the current context and stays for the life of the process.
+    let function = unsafe { result::module::get_function(module.0, entry) }.map_err(|error| refused(kernel, &error))?;
+    Ok(Loaded {
+        function,
+        context,
+        arg_bytes: arg_bytes(function),
+        shared_bytes: AtomicUsize::new(0),
+        max_shared_bytes: properties.shared_bytes_per_block as usize,
+    })
+}
+
+/// The sizes of the arguments that a kernel declares.
+fn arg_bytes(function: sys::CUfunction) -> Vec<usize> {
+    let size_of = |arg_idx| {
+        let (mut offset, mut n_bytes) = (0, 0);
+        // SAFETY: the function is loaded; both are places for one number.
+        let outcome = unsafe { sys::cuFuncGetParamInfo(function, arg_idx, &mut offset, &mut n_bytes) };
+        outcome.result().ok().map(|()| n_bytes)
+    };
+    (0..).map_while(size_of).collect()
+}
+
+#[derive(Clone, Copy)]
+struct Module(sys::CUmodule);
+
+// SAFETY: a module is a name that the driver resolves, from any thread.
+unsafe impl Send for Module {}
+// SAFETY: as above.
+unsafe impl Sync for Module {}
+
+/// The module of a variant on a device; its entries share it.
+fn module(kernel: &Kernel, device_idx: usize, properties: &DeviceProperties) -> Result<Module> {
+    static MODULES: Table<u128, Module> = Table::new();
+    let table = MODULES.get_or_init(RwLock::default);
+    let key = key(kernel, None, device_idx);
+    if let Some(module) = table.read().unwrap_or_else(|poisoned| poisoned.into_inner()).get(&key) {
+        return Ok(*module);
+    }
+    let arch = architecture(kernel, properties)?;
+    let cubin = nvrtc::cubin(kernel.source, kernel.defines, &arch)?;
+    // SAFETY: the image is a whole cubin, which the driver copies; the context is current.
+    let module = unsafe { result::module::load_data(cubin.as_ptr().cast()) }.map_err(|error| {
+        let reason = describe(&error);
+        let remedy = "CUDA 13 needs driver 580 or newer: `nvidia-smi` shows yours";
+        kernel.error(format!("the driver does not load code for {arch}: {reason}; {remedy}"))
+    })?;
+    table.write().unwrap_or_else(|poisoned| poisoned.into_inner()).insert(key, Module(module));
+    Ok(Module(module))
+}
+
+/// The architecture to compile for: the device's own, with Hopper's specific instructions where it has them.
+fn architecture(kernel: &Kernel, properties: &DeviceProperties) -> Result<String> {
+    let capability = properties.compute_capability;
+    if capability < MIN_CAPABILITY {
+        return Err(kernel.error(format!(
+            "{} has compute capability {}.{}; the kernels need 8.0 (Ampere) or newer",
+            properties.name,
+            capability / 10,
+            capability % 10
+        )));
+    }
+    let suffix = if capability == 90 { "a" } else { "" };
+    Ok(format!("sm_{capability}{suffix}"))
+}
+
+/// The context that libtorch and all other users of the runtime share.
+fn primary_context(kernel: &Kernel, device_idx: usize) -> Result<sys::CUcontext> {
+    // The driver's library is there: a tensor is on a CUDA device.
+    let outcome = (|| {
+        result::init()?;
+        let device = result::device::get(device_idx as c_int)?;
+        // SAFETY: the device exists. The context is retained for the life of the process, as libtorch retains it.
+        unsafe { result::primary_ctx::retain(device) }
+    })();
+    outcome.map_err(|error| refused(kernel, &error))
+}
+
+/// Makes a context current on this thread until dropped; free where it is already.
+struct Context {
+    previous: Option<sys::CUcontext>,
+}
+
+impl Context {
+    fn enter(context: sys::CUcontext) -> std::result::Result<Self, result::DriverError> {
+        let current = result::ctx::get_current()?;
+        if current == Some(context) {
+            return Ok(Self { previous: None });
+        }
+        // SAFETY: the context is a primary one and retained.
+        unsafe { result::ctx::set_current(context) }?;
+        Ok(Self { previous: current })
+    }
+}
+
+impl Drop for Context {
+    fn drop(&mut self) {
+        if let Some(previous) = self.previous {
+            // SAFETY: it was current before, so it exists. If the driver refuses, the next operator sets its own.
+            let _ = unsafe { result::ctx::set_current(previous) };
+        }
+    }
+}
+
+fn refused(kernel: &Kernel, error: &result::DriverError) -> Error {
+    kernel.error(describe(error))
+}
+
+fn describe(error: &result::DriverError) -> String {
+    let text = |text: std::result::Result<&std::ffi::CStr, result::DriverError>| {
+        text.map(|text| text.to_string_lossy().into_owned()).unwrap_or_default()
+    };
+    format!("{} ({})", text(error.error_string()), text(error.error_name()))
+}

@@ -1,0 +1,139 @@
+//! CUDA kernels of our own: compiled by NVRTC when first needed, launched on tensors in libtorch's current stream.
+//!
+//! A kernel is one `.cu` file, embedded by `include_str!`, that may include the common headers `flowhn.cuh`, `ptx.cuh` and
+//! `smem.cuh` (folder `kernels/` of this crate) and nothing else, so that no CUDA toolkit is needed to run it. Its variants (dtypes,
+//! tile sizes) are chosen by integer macros. Machine code is kept on disk, see [`cache_dir`].
+
+mod cache;
+mod driver;
+mod nvrtc;
+
+use tch::{Device, Tensor};
+
+use crate::{Error, Result};
+
+pub use cache::{cache_dir, cache_problem};
+pub use nvrtc::{Compiled, EntryResources, compile};
+
+/// The source of one `.cu` file.
+#[derive(Debug)]
+pub struct KernelSource {
+    /// The file's name, for messages and the disk cache.
+    pub name: &'static str,
+    /// Its text.
+    pub text: &'static str,
+}
+
+/// Macros that choose a variant: `("X_KIND", 1)` compiles with `-DX_KIND=1`.
+pub type Defines<'a> = &'a [(&'static str, i64)];
+
+/// The variants of one source that a crate uses: tests compile each of them for every supported architecture.
+#[derive(Debug)]
+pub struct KernelSpec {
+    /// The source.
+    pub source: &'static KernelSource,
+    /// The macros of each variant.
+    pub variants: &'static [Defines<'static>],
+}
+
+/// Architectures that every kernel compiles for: Ampere, Hopper, Blackwell.
+pub const ARCHITECTURES: [&str; 3] = ["sm_80", "sm_90a", "sm_100"];
+
+/// One entry of one variant, ready to be launched.
+#[derive(Clone, Copy, Debug)]
+pub struct Kernel<'a> {
+    /// The source.
+    pub source: &'static KernelSource,
+    /// The name of its `extern "C" __global__` function.
+    pub entry: &'static str,
+    /// The macros of the variant.
+    pub defines: Defines<'a>,
+}
+
+/// One argument of a kernel.
+#[derive(Clone, Copy, Debug)]
+pub enum Arg<'a> {
+    /// The address of a tensor's first element; strides travel as integers.
+    Tensor(&'a Tensor),
+    /// A null pointer.
+    Null,
+    /// An `int`.
+    I32(i32),
+    /// A `long long`.
+    I64(i64),
+    /// A `float`.
+    F32(f32),
+}
+
+impl<'a> Arg<'a> {
+    /// A tensor that may be absent.
+    pub fn opt(tensor: Option<&'a Tensor>) -> Self {
+        tensor.map_or(Self::Null, Self::Tensor)
+    }
+
+    fn n_bytes(self) -> usize {
+        match self {
+            Self::Tensor(_) | Self::Null | Self::I64(_) => 8,
+            Self::I32(_) | Self::F32(_) => 4,
+        }
+    }
+}
+
+impl Kernel<'_> {
+    /// Launches the kernel in the current stream of the device that its tensors are on. A grid without blocks is no launch.
+    ///
+    /// The first launch of a variant on a device compiles it or reads it from the cache. Later ones cost a few microseconds and never
+    /// wait for the device. The number and the sizes of the arguments are compared with those that the compiled kernel declares;
+    /// that it stays inside its tensors is the kernel's own duty.
+    ///
+    /// A tensor that was made on another stream has to be recorded here by [`crate::record_stream`], as with any operator.
+    ///
+    /// # Errors
+    /// [`Error::Device`] if a tensor is not on the CUDA device of the first one; [`Error::Kernel`] if the arguments are not what the
+    /// kernel declares, it does not compile, or the driver refuses it, with the driver's reason.
+    pub fn launch(&self, grid: [u32; 3], block: u32, shared_bytes: usize, args: &[Arg]) -> Result<()> {
+        let device_idx = self.device_of(args)?;
+        if grid.contains(&0) {
+            return Ok(());
+        }
+        driver::launch(self, device_idx, grid, block, shared_bytes, args)
+    }
+
+    fn device_of(&self, args: &[Arg]) -> Result<usize> {
+        let mut found = None;
+        for arg in args {
+            let Arg::Tensor(tensor) = arg else { continue };
+            let device = tensor.device();
+            match (device, found) {
+                (Device::Cuda(device_idx), None) => found = Some(device_idx),
+                (Device::Cuda(device_idx), Some(first)) if device_idx == first => {}
+                _ => {
+                    let want = found.map_or("a CUDA device".to_owned(), |first| format!("Cuda({first})"));
+                    return Err(Error::Device { op: self.entry, arg: "tensor", got: device, want });
+                }
+            }
+        }
+        found.ok_or_else(|| self.error("no argument is a tensor, so there is no device to run on"))
+    }
+
+    fn error(&self, message: impl Into<String>) -> Error {
+        Error::Kernel { kernel: format!("{}/{}", self.source.name, self.entry), message: message.into() }
+    }
+}
+
+/// The number of the dtype in `DtypeOf` of `flowhn.cuh`: 0 for f32, 1 for bf16.
+///
+/// # Errors
+/// [`Error::Dtype`] for any other.
+pub fn kind_define(op: &'static str, arg: &'static str, tensor: &Tensor) -> Result<i64> {
+    match tensor.kind() {
+        tch::Kind::Float => Ok(0),
+        tch::Kind::BFloat16 => Ok(1),
+        got => Err(Error::Dtype {
+            op,
+            arg,
+            got,
+            want: "Float or BFloat16 on a CUDA device (Double runs on the CPU only)".to_owned(),
+        }),
+    }
+}

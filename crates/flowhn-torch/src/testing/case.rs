@@ -1,0 +1,50 @@
+//! Checks with names, so that the same ones run in `cargo test` on the CPU and in a program on any device.
+
+use std::fmt;
+
+use tch::Device;
+
+use crate::Result;
+
+/// What a [`Case`] runs.
+type Check = Box<dyn Fn(Device) -> Result<String> + Send + Sync>;
+
+/// One check of an operation, on whatever device it is given.
+pub struct Case {
+    /// The name, `operation: circumstances`.
+    pub name: String,
+    check: Check,
+}
+
+impl Case {
+    /// A check that returns a few words on what it found, or the error that names what is wrong.
+    pub fn new(name: impl Into<String>, check: impl Fn(Device) -> Result<String> + Send + Sync + 'static) -> Self {
+        Self { name: name.into(), check: Box::new(check) }
+    }
+
+    /// Runs the check; a panic comes back as an error.
+    ///
+    /// # Errors
+    /// What the check found wrong.
+    pub fn run(&self, device: Device) -> Result<String> {
+        crate::catch(|| (self.check)(device))
+    }
+}
+
+impl fmt::Debug for Case {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("Case").field("name", &self.name).finish_non_exhaustive()
+    }
+}
+
+/// Runs every case on the CPU.
+///
+/// # Panics
+/// If one fails; the message holds all that do.
+#[track_caller]
+pub fn run_on_cpu(cases: &[Case]) {
+    assert!(!cases.is_empty(), "there is no case");
+    let failure = |case: &Case| case.run(Device::Cpu).err().map(|error| format!("{}: {error}", case.name));
+    let failures: Vec<String> = cases.iter().filter_map(failure).collect();
+    assert!(failures.is_empty(), "{} of {} cases fail:\n{}", failures.len(), cases.len(), failures.join("\n"));
+}
