@@ -2,7 +2,7 @@
 //
 // A row is the dense last axis of a tensor, `d` elements; the axes before it are two, [outer, inner], with any strides.
 // A team of threads (whole warps of a block) works on one row at a time: thread t holds the vectors t, t + team.size, ... of
-// 8 neighbouring elements, V in all, in registers and as they lie in memory. Where rows are not aligned to 16 bytes, or 8
+// 8 neighbouring elements, N in all, in registers and as they lie in memory. Where rows are not aligned to 16 bytes, or 8
 // does not divide d, the same vectors are read and written element by element.
 #pragma once
 #include "flowhn.cuh"
@@ -76,18 +76,18 @@ struct Width {
     bool aligned;
 };
 
-template <int V, class T>
-__device__ __forceinline__ void load_row(Pack<T> (&row)[V], const T* p, const Team& team, const Width& width) {
+template <int N, class T>
+__device__ __forceinline__ void load_row(Pack<T> (&row)[N], const T* p, const Team& team, const Width& width) {
     if (width.aligned) {
         #pragma unroll
-        for (int v = 0; v < V; v++) {
+        for (int v = 0; v < N; v++) {
             int column = team.column(v);
             if (column < width.d) row[v].load(p + column);
             else row[v] = Pack<T>{};
         }
     } else {
         #pragma unroll
-        for (int v = 0; v < V; v++) load_some(row[v], p + team.column(v), width.d - team.column(v));
+        for (int v = 0; v < N; v++) load_some(row[v], p + team.column(v), width.d - team.column(v));
     }
 }
 
@@ -99,12 +99,12 @@ __device__ __forceinline__ void store_vector(const Pack<T>& pack, T* p, int v, c
 }
 
 // Reads a vector of parameters, which all rows share, as f32; zeros past the end.
-template <int V, class T>
-__device__ __forceinline__ void load_weight(float (&w)[V][VEC], const T* weight, const Team& team, const Width& width) {
-    Pack<T> row[V];
+template <int N, class T>
+__device__ __forceinline__ void load_weight(float (&w)[N][VEC], const T* weight, const Team& team, const Width& width) {
+    Pack<T> row[N];
     load_row(row, weight, team, width);
     #pragma unroll
-    for (int v = 0; v < V; v++) row[v].get(w[v]);
+    for (int v = 0; v < N; v++) row[v].get(w[v]);
 }
 
 // Where the rows of a tensor [outer, inner, d] start.
@@ -138,12 +138,12 @@ struct TeamSum {
 
 // Adds the teams' column sums in the order of the teams and writes the block's sums to out[0 .. d). `scratch` has d floats;
 // every thread of the block must come here.
-template <int V>
-__device__ __forceinline__ void write_block_columns(float (&sums)[V][VEC], float* out, float* scratch, const Team& team, int d) {
+template <int N>
+__device__ __forceinline__ void write_block_columns(float (&sums)[N][VEC], float* out, float* scratch, const Team& team, int d) {
     for (int turn = 0; turn < team.n; turn++) {
         if (turn == team.idx) {
             #pragma unroll
-            for (int v = 0; v < V; v++) {
+            for (int v = 0; v < N; v++) {
                 #pragma unroll
                 for (int i = 0; i < VEC; i++) {
                     int column = team.column(v) + i;

@@ -1,7 +1,7 @@
 //! CUDA kernels of our own: compiled by NVRTC when first needed, launched on tensors in libtorch's current stream.
 //!
-//! A kernel is one `.cu` file, embedded by `include_str!`, that may include the common headers `flowhn.cuh`, `ptx.cuh` and
-//! `smem.cuh` (folder `kernels/` of this crate) and nothing else, so that no CUDA toolkit is needed to run it. Its variants (dtypes,
+//! A kernel is one `.cu` file, embedded by `include_str!`, that may include the common headers in the folder `kernels/` of this crate
+//! and those that its [`KernelSource`] brings, and nothing else, so that no CUDA toolkit is needed to run it. Its variants (dtypes,
 //! tile sizes) are chosen by integer macros. Machine code is kept on disk, see [`cache_dir`].
 
 mod cache;
@@ -22,6 +22,8 @@ pub struct KernelSource {
     pub name: &'static str,
     /// Its text.
     pub text: &'static str,
+    /// Names and texts of the headers that it includes beside the common ones.
+    pub headers: &'static [(&'static str, &'static str)],
 }
 
 /// Macros that choose a variant: `("X_KIND", 1)` compiles with `-DX_KIND=1`.

@@ -11,9 +11,10 @@ use super::{Defines, KernelSource, cache};
 use crate::{Error, Result};
 
 /// The headers that every kernel may include.
-const HEADERS: [(&str, &str); 3] = [
+const HEADERS: [(&str, &str); 4] = [
     ("flowhn.cuh", include_str!("../../kernels/flowhn.cuh")),
     ("ptx.cuh", include_str!("../../kernels/ptx.cuh")),
+    ("rows.cuh", include_str!("../../kernels/rows.cuh")),
     ("smem.cuh", include_str!("../../kernels/smem.cuh")),
 ];
 
@@ -53,7 +54,7 @@ pub fn compile(source: &KernelSource, defines: Defines, arch: &str) -> Result<Co
 
 /// The machine code of a variant, from the disk cache where it is there.
 pub(super) fn cubin(source: &KernelSource, defines: Defines, arch: &str) -> Result<Vec<u8>> {
-    let headers: String = HEADERS.iter().map(|(_, text)| *text).collect();
+    let headers: String = HEADERS.iter().chain(source.headers).map(|(_, text)| *text).collect();
     let key = format!("{}\0{headers}\0{:?}\0{:?}", source.text, options(defines, arch), version()?);
     let file = cache::file(source.name, arch, &key);
     if let Some(cubin) = file.as_deref().and_then(cache::read) {
@@ -67,7 +68,7 @@ pub(super) fn cubin(source: &KernelSource, defines: Defines, arch: &str) -> Resu
 }
 
 fn options(defines: Defines, arch: &str) -> Vec<String> {
-    let fixed = ["--std=c++17", "--default-device", "--extra-device-vectorization", "--ptxas-options=-v", "-lineinfo"];
+    let fixed = ["--std=c++17", "-default-device", "--extra-device-vectorization", "--ptxas-options=-v", "-lineinfo"];
     let mut options = vec![format!("--gpu-architecture={arch}")];
     options.extend(fixed.map(str::to_owned));
     options.extend(defines.iter().map(|(name, value)| format!("-D{name}={value}")));
@@ -140,7 +141,7 @@ impl<'a> Program<'a> {
         load()?;
         let c_string = |text: &str| CString::new(text).map_err(|_| unnamed("a source contains a NUL byte".to_owned()));
         let (text, name) = (c_string(source.text)?, c_string(source.name)?);
-        let (names, texts): (Vec<&str>, Vec<&str>) = HEADERS.into_iter().unzip();
+        let (names, texts): (Vec<&str>, Vec<&str>) = HEADERS.iter().chain(source.headers).copied().unzip();
         let names = names.into_iter().map(c_string).collect::<Result<Vec<_>>>()?;
         let texts = texts.into_iter().map(c_string).collect::<Result<Vec<_>>>()?;
         let pointers = |strings: &[CString]| -> Vec<*const c_char> { strings.iter().map(|s| s.as_ptr()).collect() };
@@ -152,7 +153,7 @@ impl<'a> Program<'a> {
                 &mut handle,
                 text.as_ptr(),
                 name.as_ptr(),
-                HEADERS.len() as i32,
+                names.len() as i32,
                 text_ptrs.as_ptr(),
                 name_ptrs.as_ptr(),
             )
@@ -237,15 +238,17 @@ mod tests {
         name: "scale.cu",
         text: r#"
 #include "flowhn.cuh"
+#include "one.cuh"
 typedef DtypeOf<X_KIND>::type X;
 extern "C" __global__ void scale(const X* x, X* y, int n, float factor) {
     __shared__ float unused[32];
     int i = blockIdx.x * blockDim.x + threadIdx.x;
-    unused[threadIdx.x % 32] = factor;
+    unused[threadIdx.x % 32] = factor * ONE;
     __syncthreads();
     if (i < n) y[i] = from_f32<X>(to_f32(x[i]) * unused[0]);
 }
 "#,
+        headers: &[("one.cuh", "#define ONE 1\n")],
     };
 
     #[test]
@@ -263,7 +266,7 @@ extern "C" __global__ void scale(const X* x, X* y, int n, float factor) {
 
     #[test]
     fn the_compilers_message_names_file_and_line() {
-        let broken = KernelSource { name: "broken.cu", text: "__global__ void f() {\n  nothing();\n}\n" };
+        let broken = KernelSource { name: "broken.cu", text: "__global__ void f() {\n  nothing();\n}\n", headers: &[] };
         let message = compile(&broken, &[], "sm_90a").unwrap_err().to_string();
         assert!(message.contains("broken.cu(2)") && message.contains("nothing"), "{message}");
         let message = compile(&SCALE, &[("X_KIND", 0)], "sm_9").unwrap_err().to_string();
