@@ -6,12 +6,12 @@
 
 // b batch, n queries, m keys, h query heads, k key heads, p d_head
 
-use tch::{Kind, Tensor};
+use tch::{Device, Kind, Tensor};
 
 use flowhn_torch::{Error, Result, check};
 
-use crate::Mask;
 use crate::mask::Pattern;
+use crate::{Mask, fused};
 
 /// `softmax(q k^T / sqrt(d_head)) v` over the keys that `mask` shows each query; a query that sees no key gets zeros.
 ///
@@ -59,7 +59,9 @@ pub fn attention(q_bnhp: &Tensor, k_bmkp: &Tensor, v_bmkp: &Tensor, mask: &Mask)
         return Ok(q_bnhp.f_zeros_like()?);
     }
 
-    let visible = mask.resolve(OP, [batch, n, m], q_bnhp.device())?;
+    let on_cpu = q_bnhp.device() == Device::Cpu;
+    let windows = !on_cpu && q_bnhp.kind() == Kind::BFloat16;
+    let visible = mask.resolve(OP, [batch, n, m], q_bnhp.device(), windows)?;
     if visible.keys.is_empty() {
         return Ok(q_bnhp.f_zeros_like()?);
     }
@@ -70,12 +72,22 @@ pub fn attention(q_bnhp: &Tensor, k_bmkp: &Tensor, v_bmkp: &Tensor, mask: &Mask)
         }
         heads_first(&x.f_narrow(1, visible.keys.start as i64, visible.keys.len() as i64)?)
     };
-    let (dense, is_causal) = match &visible.pattern {
+    let (q, k, v) = (heads_first(q_bnhp)?, shown(k_bmkp)?, shown(v_bmkp)?);
+    let o_bhnp = match on_cpu {
+        true => on_the_cpu(&q, &k, &v, &visible.pattern)?,
+        false => fused::attend(&q, &k, &v, &visible.pattern)?,
+    };
+    heads_first(&o_bhnp)
+}
+
+/// On the CPU libtorch has one fused operator, for all dtypes and masks.
+fn on_the_cpu(q_bhnp: &Tensor, k_bkmp: &Tensor, v_bkmp: &Tensor, pattern: &Pattern) -> Result<Tensor> {
+    let (dense, is_causal) = match pattern {
         Pattern::All => (None, false),
         Pattern::Causal => (None, true),
         Pattern::Dense(mask_bnm) => (Some(mask_bnm), false),
+        Pattern::Window(_) => return Err(Error::invalid("attention", "a window must be spelled out on the CPU")),
     };
-    let (q, k, v) = (heads_first(q_bnhp)?, shown(k_bmkp)?, shown(v_bmkp)?);
-    let o_bhnp = Tensor::f_scaled_dot_product_attention(&q, &k, &v, dense, 0., is_causal, None, n_heads != n_kv_heads)?;
-    heads_first(&o_bhnp)
+    let shared = q_bhnp.size()[1] != k_bkmp.size()[1];
+    Ok(Tensor::f_scaled_dot_product_attention(q_bhnp, k_bkmp, v_bkmp, dense, 0., is_causal, None, shared)?)
 }

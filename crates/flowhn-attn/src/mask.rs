@@ -79,8 +79,9 @@ impl<'a> Mask<'a> {
         Self { window: Some(window), ..self }
     }
 
-    /// What the mask comes to for `n` queries and `m` keys, both not 0, as far as the host can say.
-    pub(crate) fn resolve(&self, op: &'static str, sizes: [i64; 3], device: Device) -> Result<Visible> {
+    /// What the mask comes to for `n` queries and `m` keys, both not 0, as far as the host can say. Only where `windows` is true does
+    /// it answer with [`Pattern::Window`].
+    pub(crate) fn resolve(&self, op: &'static str, sizes: [i64; 3], device: Device, windows: bool) -> Result<Visible> {
         let [batch, n, m] = sizes;
         let window = self.checked_window(op)?;
         self.check_segments(op, sizes, device)?;
@@ -97,6 +98,10 @@ impl<'a> Mask<'a> {
         let pattern = match self.segments {
             None if window_is_idle && k[end - 1] <= first => Pattern::All,
             None if window_is_idle && *q == k[keys.clone()] => Pattern::Causal,
+            // Without gaps, so many positions are so many keys.
+            None if windows && *q == k[keys.clone()] && last - first == n - 1 => {
+                Pattern::Window(window.unwrap_or(last - first + 1))
+            }
             _ => Pattern::Dense(self.dense(batch, n, m, &keys, window.filter(|_| !window_is_idle), device)?),
         };
         Ok(Visible { keys, pattern })
@@ -190,6 +195,8 @@ pub(crate) enum Pattern {
     All,
     /// Query `i` the keys up to `i`.
     Causal,
+    /// Query `i` the last so many keys up to `i`.
+    Window(i64),
     /// Those with `true`: bool, `[batch or 1, 1, n, keys]`.
     Dense(Tensor),
 }
