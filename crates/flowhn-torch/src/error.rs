@@ -69,6 +69,9 @@ pub enum Error {
         /// What is wrong.
         message: String,
     },
+    /// A tensor did not fit into the memory of its device.
+    #[error("{0}")]
+    OutOfMemory(String),
     /// libtorch reported an error.
     #[error("libtorch: {0}")]
     Torch(String),
@@ -90,12 +93,22 @@ impl Error {
     pub fn invalid(op: &'static str, message: impl Into<String>) -> Self {
         Self::Invalid { op, message: message.into() }
     }
+
+    /// The error for a message of libtorch.
+    pub(crate) fn torch(message: &str) -> Self {
+        let message = without_backtrace(message);
+        match message.find("CUDA out of memory") {
+            // The rest is advice about allocator settings.
+            Some(start) => Self::OutOfMemory(message[start..].split(" If reserved").next().unwrap_or(message).to_owned()),
+            None => Self::Torch(message.to_owned()),
+        }
+    }
 }
 
 impl From<TchError> for Error {
     fn from(error: TchError) -> Self {
         match error {
-            TchError::Torch(message) => Self::Torch(without_backtrace(&message).to_owned()),
+            TchError::Torch(message) => Self::torch(&message),
             other => Self::Torch(other.to_string()),
         }
     }
@@ -156,7 +169,7 @@ fn from_panic(payload: &(dyn Any + Send)) -> Error {
         .or_else(|| payload.downcast_ref::<&str>().copied())
         .unwrap_or("a panic without a message");
     match tch_message(text) {
-        Some(message) => Error::Torch(without_backtrace(&message).to_owned()),
+        Some(message) => Error::torch(&message),
         None => Error::Panic(text.to_owned()),
     }
 }
@@ -196,6 +209,16 @@ fn without_backtrace(message: &str) -> &str {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn a_full_device_is_told_apart() {
+        let message = "while f: CUDA out of memory. Tried to allocate 2.00 GiB. GPU 0 has 1.00 GiB free. If reserved but \
+                       unallocated memory is large try this\nException raised from malloc at a.cpp:1";
+        let error = Error::torch(message);
+        let want = "CUDA out of memory. Tried to allocate 2.00 GiB. GPU 0 has 1.00 GiB free.";
+        assert!(matches!(&error, Error::OutOfMemory(text) if text == want), "{error:?}");
+        assert!(matches!(Error::torch("another\nException raised from g"), Error::Torch(text) if text == "another"));
+    }
 
     #[test]
     fn a_panic_of_tch_becomes_its_message() {

@@ -140,7 +140,7 @@ pub(crate) fn status(code: c_int) -> Result<()> {
     }
     // SAFETY: the shim returns a NUL-terminated string that lives until the thread's next shim error; it is copied at once.
     let message = unsafe { CStr::from_ptr(flowhn_last_error()) };
-    Err(Error::Torch(message.to_string_lossy().into_owned()))
+    Err(Error::torch(&message.to_string_lossy()))
 }
 
 /// Copies and frees a string that the shim allocated.

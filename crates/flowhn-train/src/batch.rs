@@ -1,7 +1,7 @@
 //! Batches on the device.
 
 use flowhn_torch::catch;
-use tch::{Device, Tensor};
+use tch::{Device, Kind, Tensor};
 
 use crate::Result;
 use crate::data::Batch;
@@ -21,7 +21,14 @@ impl DeviceBatch {
     /// Copies a batch to the device.
     pub(crate) fn new(batch: &Batch, device: Device, reset_documents: bool) -> Result<Self> {
         let shape = [batch.batch_size as i64, batch.seq_len as i64];
-        let copy = |values: &[i64]| Tensor::from_slice(values).view(shape).to_device(device);
+        // From pinned memory the copy runs beside the host, which goes on to launch the step's work.
+        let copy = |values: &[i64]| match device {
+            Device::Cuda(_) => {
+                let pinned = Tensor::from_slice(values).view(shape).pin_memory(device);
+                pinned.to_device_(device, Kind::Int64, true, false)
+            }
+            _ => Tensor::from_slice(values).view(shape).to_device(device),
+        };
         Ok(catch(|| {
             Ok(Self {
                 ids_bl: copy(&batch.inputs),

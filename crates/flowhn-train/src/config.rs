@@ -13,6 +13,7 @@
 //! batch_size = 8               # sequences of model.seq_len in a micro-batch
 //! grad_accum = 1               # micro-batches in an update
 //! dtype = "fp32"               # compute type; weights and optimiser state are fp32. "bf16" on GPUs that have it
+//! deterministic = true         # on a GPU: equal runs give equal bits; false lets attention use faster kernels that do not
 //! seed = 0                     # initial weights and the order of the text
 //! lr = 1e-3                    # peak learning rate
 //! min_lr_frac = 0.1            # last learning rate over the peak
@@ -133,6 +134,8 @@ pub struct TrainConfig {
     pub grad_accum: usize,
     /// Compute type.
     pub dtype: Dtype,
+    /// Whether equal runs give equal bits on a GPU too. Our own kernels always do; attention has faster ones that do not.
+    pub deterministic: bool,
     /// Seed of initial weights and of the order of the text.
     pub seed: u64,
     /// Peak learning rate.
@@ -176,6 +179,7 @@ impl Default for TrainConfig {
             batch_size: 8,
             grad_accum: 1,
             dtype: Dtype::Fp32,
+            deterministic: true,
             seed: 0,
             lr: 1e-3,
             min_lr_frac: 0.1,

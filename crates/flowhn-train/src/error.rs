@@ -106,6 +106,21 @@ pub enum Error {
         /// What was found and why it was not used; empty or starting with a colon.
         skipped: String,
     },
+    /// The device has too little memory for a step.
+    #[error(
+        "step {step}, with {batch_size} sequences of {seq_len} tokens at a time: {message} Lower train.batch_size (train.grad_accum \
+         makes up for it at the same step size) or model.seq_len, or give the run a device of its own"
+    )]
+    OutOfMemory {
+        /// The step, from 1.
+        step: u64,
+        /// Sequences of a micro-batch.
+        batch_size: usize,
+        /// Tokens of a sequence.
+        seq_len: usize,
+        /// What libtorch said: how much was asked for and how much is free.
+        message: String,
+    },
     /// The loss, the gradient or the weights are not numbers any more.
     #[error(
         "step {step}: {what} (loss {loss}, gradient norm {grad_norm}): training has diverged and stopped before such \
@@ -164,6 +179,15 @@ impl Error {
                 free_bytes: storage.available_bytes(path.parent().unwrap_or(path)).unwrap_or(0),
             },
             _ => Error::Io { path: path.to_owned(), action: "write", source },
+        }
+    }
+
+    /// What libtorch said, if a tensor did not fit into the memory of its device.
+    pub(crate) fn out_of_memory(&self) -> Option<&str> {
+        match self {
+            Error::Tensor(flowhn_torch::Error::OutOfMemory(message))
+            | Error::Model(flowhn_model::Error::Tensor(flowhn_torch::Error::OutOfMemory(message))) => Some(message),
+            _ => None,
         }
     }
 

@@ -91,7 +91,7 @@ impl Trainer {
         self.clock.start();
         let steps = self.config.train.steps;
         while self.step() < steps {
-            self.stepper.train_step()?;
+            self.stepper.train_step().map_err(|error| self.explain_memory(error))?;
             let step = self.step();
             observer.event(Event::Step { step, steps });
 
@@ -247,6 +247,19 @@ impl Trainer {
         observer.event(Event::Saved { path: &path, removed: &removed });
         self.clock.skip();
         Ok(path)
+    }
+
+    /// Adds to a shortage of memory what of the run asked for it.
+    fn explain_memory(&self, error: Error) -> Error {
+        match error.out_of_memory() {
+            None => error,
+            Some(message) => Error::OutOfMemory {
+                step: self.step() + 1,
+                batch_size: self.config.train.batch_size,
+                seq_len: self.config.model.seq_len,
+                message: message.to_owned(),
+            },
+        }
     }
 
     /// The last line of defence before weights are saved: a finite gradient can still lead to weights that are not.

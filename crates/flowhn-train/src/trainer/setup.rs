@@ -4,6 +4,8 @@ use std::fs;
 use std::sync::Mutex;
 
 use flowhn_model::Model;
+use flowhn_torch::Flag;
+use tch::Device;
 
 use super::{Clock, TrainOptions, Trainer};
 use crate::checkpoint::{self, Checkpoint, CheckpointProblem, OPTIMIZER_FILE};
@@ -30,6 +32,7 @@ impl Trainer {
     /// [`Error::NoCheckpoint`]).
     pub fn new(config: &RunConfig, options: &TrainOptions, observer: &mut dyn Observer) -> Result<Self> {
         config.data.check_for_training()?;
+        prepare_device(options.device, config.train.deterministic)?;
         let run = RunDir::open(&config.run.dir, options.start, options.storage.clone())?;
         let tokenizer = Tokenizer::load(&config.data.tokenizer)?;
         tokenizer.check_vocab_size(config.model.vocab_size)?;
@@ -87,6 +90,16 @@ impl Trainer {
         trainer.run.write(run_dir::CONFIG, config.to_toml()?.as_bytes())?;
         Ok(trainer)
     }
+}
+
+/// Asks a GPU's libraries for deterministic algorithms. The switch belongs to the process, so it is only ever turned on.
+fn prepare_device(device: Device, deterministic: bool) -> Result<()> {
+    if device.is_cuda() && deterministic && !Flag::Deterministic.is_set()? {
+        // That mode would also fill all new memory with NaN, which finds errors and costs time.
+        Flag::DeterministicFill.set(false)?;
+        Flag::Deterministic.set(true)?;
+    }
+    Ok(())
 }
 
 fn find_checkpoint(
