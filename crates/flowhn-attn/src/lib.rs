@@ -8,14 +8,19 @@
 
 mod attention;
 mod cache;
+mod fused;
+mod kernels;
 mod mask;
 mod mixer;
 mod positions;
 mod rotary;
+#[cfg(feature = "selftest")]
+pub mod selftest;
 
 pub use attention::attention;
 pub use cache::KvCache;
 pub use flowhn_torch::{Error, Result};
+pub use kernels::KERNELS;
 pub use mask::{Mask, Order};
 pub use mixer::{AttnConfig, AttnContext, AttnInit, AttnMixer, Bridge, Rope};
 pub use positions::Positions;

@@ -11,13 +11,17 @@
 
 mod fusion;
 mod gather;
+mod kernels;
 mod merge;
 mod pieces;
 mod route;
+#[cfg(feature = "selftest")]
+pub mod selftest;
 
 pub use flowhn_torch::{Error, Result};
 pub use fusion::{FUSIONS, FuseShape, Fusion, FusionKind, FusionSpec, Topology};
 pub use gather::{gather, gather_norm, split};
+pub use kernels::KERNELS;
 pub use merge::{merge, merge_residual};
 pub use route::Route;
 

@@ -13,6 +13,8 @@ mod layout;
 mod mixer;
 mod model;
 mod released;
+#[cfg(feature = "selftest")]
+pub mod selftest;
 mod weights;
 
 pub use config::ModelConfig;

@@ -5,18 +5,22 @@
 
 mod embedding;
 mod init;
+mod kernels;
 mod linear;
 mod loss;
 mod norm;
 mod params;
 pub mod reference;
 mod rows;
+#[cfg(feature = "selftest")]
+pub mod selftest;
 pub mod simd;
 mod swiglu;
 
 pub use embedding::{Embedding, embedding};
 pub use flowhn_torch::{Error, Result};
 pub use init::Init;
+pub use kernels::KERNELS;
 pub use linear::{Bias, Linear};
 pub use loss::{linear_cross_entropy, token_losses};
 pub use norm::{RmsNorm, gated_rms_norm, rms_norm};

@@ -13,6 +13,8 @@ pub mod kernel;
 mod mapped;
 mod memory;
 pub mod op;
+#[cfg(feature = "selftest")]
+pub mod selftest;
 mod stream;
 #[cfg(feature = "testing")]
 pub mod testing;

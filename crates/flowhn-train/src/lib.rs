@@ -17,6 +17,8 @@ pub mod peak;
 pub mod plot;
 pub mod run_dir;
 pub mod schedule;
+#[cfg(feature = "selftest")]
+pub mod selftest;
 mod step;
 pub mod storage;
 mod summary;

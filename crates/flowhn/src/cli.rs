@@ -4,7 +4,7 @@ use std::sync::LazyLock;
 
 use clap::{Parser, Subcommand};
 
-use crate::{data, eval, generate, golden, plan, train};
+use crate::{data, eval, generate, golden, kernels, plan, selftest, train};
 
 const AFTER_HELP: &str = "\
 Results go to standard output, progress and warnings to standard error.
@@ -32,6 +32,10 @@ pub enum Command {
     Plan(plan::Args),
     /// Compare models with files of recorded outputs and gradients.
     Golden(golden::Args),
+    /// Check every operation, model and run on this machine's devices.
+    Selftest(selftest::Args),
+    /// Show what every kernel takes of a GPU: registers, shared memory, spills.
+    Kernels(kernels::Args),
     /// Prepare data: a vocabulary, token shards.
     Data(data::Args),
 }

@@ -13,7 +13,9 @@ mod fail;
 mod generate;
 mod golden;
 mod interrupt;
+mod kernels;
 mod plan;
+mod selftest;
 mod shards;
 mod threads;
 mod train;
@@ -34,6 +36,8 @@ fn main() -> ExitCode {
         Command::Generate(args) => generate::run(args),
         Command::Plan(args) => plan::run(args),
         Command::Golden(args) => golden::run(args),
+        Command::Selftest(args) => selftest::run(args),
+        Command::Kernels(args) => kernels::run(args),
         Command::Data(args) => data::run(args),
     };
     outcome.unwrap_or_else(|error| fail::exit_code(&error))

@@ -1,0 +1,125 @@
+//! Attention against the formula, with every kind of mask.
+
+use flowhn_torch::testing::{Case, Rule, noise};
+use flowhn_torch::{Result, cpu};
+use tch::{Device, Kind, Tensor};
+
+use crate::{Mask, Positions, attention};
+
+const BATCH: i64 = 2;
+
+/// A mask in words: where queries and keys stand, the length of documents, the window.
+#[derive(Clone, Debug)]
+struct Pattern {
+    name: &'static str,
+    q: Vec<i64>,
+    k: Vec<i64>,
+    document_len: Option<i64>,
+    window: Option<usize>,
+}
+
+/// Sizes: query heads, key heads, width of a head.
+const SHAPES: [(i64, i64, i64); 4] = [(4, 4, 64), (12, 3, 64), (4, 2, 24), (2, 1, 20)];
+
+pub(super) fn cases() -> Vec<Case> {
+    let mut cases = Vec::new();
+    for pattern in patterns() {
+        for shape in SHAPES {
+            for kind in [Kind::Float, Kind::BFloat16] {
+                let (heads, kv_heads, width) = shape;
+                let name = format!("attention: {}, heads {heads}/{kv_heads} x {width}, {kind:?}", pattern.name);
+                let pattern = pattern.clone();
+                cases.push(Case::new(name, move |device| check(&pattern, shape, kind, device)));
+            }
+        }
+    }
+    cases
+}
+
+fn patterns() -> Vec<Pattern> {
+    let plain = |name, q: Vec<i64>, k: Vec<i64>| Pattern { name, q, k, document_len: None, window: None };
+    let causal = |name, n: i64| plain(name, (0..n).collect(), (0..n).collect());
+    vec![
+        causal("causal, 1 token", 1),
+        causal("causal, 31 tokens", 31),
+        causal("causal, 200 tokens", 200),
+        plain("last of a cache", vec![76], (0..77).collect()),
+        plain("last few of a cache", (70..77).collect(), (0..77).collect()),
+        plain("scattered among all", vec![2, 3, 9, 10, 66], (0..80).collect()),
+        plain("both scattered", vec![5, 8, 21], vec![0, 1, 4, 5, 6, 9, 20, 21, 22]),
+        plain("first query sees nothing", vec![1, 6, 9], vec![3, 4, 8, 30]),
+        Pattern { window: Some(17), ..causal("window of 17", 100) },
+        Pattern { window: Some(1), ..causal("window of 1", 70) },
+        Pattern { document_len: Some(13), ..causal("documents", 100) },
+        Pattern { document_len: Some(23), window: Some(9), ..causal("documents and window", 90) },
+    ]
+}
+
+impl Pattern {
+    /// The document of a position; those of the second sequence begin elsewhere.
+    fn document(&self, batch_idx: i64, position: i64) -> i64 {
+        self.document_len.map_or(0, |len| (position + 5 * batch_idx) / len)
+    }
+
+    fn sees(&self, batch_idx: i64, q: i64, k: i64) -> bool {
+        k <= q
+            && self.document(batch_idx, q) == self.document(batch_idx, k)
+            && self.window.is_none_or(|window| k > q - window as i64)
+    }
+
+    /// `[batch, 1, n, m]`.
+    fn visible(&self) -> Result<Tensor> {
+        let (n, m) = (self.q.len() as i64, self.k.len() as i64);
+        let mut flags = Vec::with_capacity((BATCH * n * m) as usize);
+        for batch_idx in 0..BATCH {
+            for &q in &self.q {
+                flags.extend(self.k.iter().map(|&k| self.sees(batch_idx, q, k)));
+            }
+        }
+        cpu::from_slice(&[BATCH, 1, n, m], &flags)
+    }
+
+    fn documents(&self, positions: &[i64]) -> Result<Tensor> {
+        let of = |batch_idx| positions.iter().map(move |&position| self.document(batch_idx, position));
+        let all: Vec<i64> = (0..BATCH).flat_map(of).collect();
+        cpu::from_slice(&[BATCH, positions.len() as i64], &all)
+    }
+}
+
+fn check(pattern: &Pattern, shape: (i64, i64, i64), kind: Kind, device: Device) -> Result<String> {
+    let (heads, kv_heads, width) = shape;
+    let (n, m) = (pattern.q.len() as i64, pattern.k.len() as i64);
+    // Queries, keys and values are parts of one projection, as in the mixer, and so have gaps between tokens.
+    let part = |len, heads, seed| noise(&[BATCH, len, heads + 1, width], seed).narrow(2, 1, heads) * 2.;
+    let inputs = [part(n, heads, 1), part(m, kv_heads, 2), part(m, kv_heads, 3)];
+    let visible = pattern.visible()?.to_device(device);
+    let (q_positions, k_positions) = (Positions::new(&pattern.q, device)?, Positions::new(&pattern.k, device)?);
+    let (q_documents, k_documents) =
+        (pattern.documents(&pattern.q)?.to_device(device), pattern.documents(&pattern.k)?.to_device(device));
+    let kernel = |x: &[Tensor]| -> Result<Vec<Tensor>> {
+        let mut mask = Mask::positions(&q_positions, &k_positions);
+        if pattern.document_len.is_some() {
+            mask = mask.with_segments(&q_documents, &k_documents);
+        }
+        if let Some(window) = pattern.window {
+            mask = mask.with_window(window);
+        }
+        Ok(vec![attention(&x[0], &x[1], &x[2], &mask)?])
+    };
+    let plain = |x: &[Tensor]| Ok(vec![formula(&x[0], &x[1], &x[2], &visible)]);
+    Rule { kernel: &kernel, plain: &plain, floor: Rule::floor_of(kind) }.check(&inputs, &[kind; 3], device)
+}
+
+/// `softmax(q k^T / sqrt(d_head)) v` over the visible keys; zeros where there is none.
+fn formula(q_bnhp: &Tensor, k_bmkp: &Tensor, v_bmkp: &Tensor, visible: &Tensor) -> Tensor {
+    let repeats = q_bnhp.size()[2] / k_bmkp.size()[2];
+    let for_heads = |x: &Tensor| x.repeat_interleave_self_int(repeats, 2, None).transpose(1, 2);
+    let scale = (q_bnhp.size()[3] as f64).sqrt().recip();
+    let scores = q_bnhp.transpose(1, 2).matmul(&for_heads(k_bmkp).transpose(-1, -2)) * scale;
+    // The softmax of a row without keys is 0 / 0; such rows are computed as if all were visible and then cleared.
+    let any = visible.any_dim(-1, true);
+    let hidden = visible.logical_not().logical_and(&any);
+    let weights = scores.masked_fill(&hidden, f64::NEG_INFINITY).softmax(-1, None::<Kind>);
+    let cleared = weights.masked_fill(&any.logical_not(), 0.);
+    cleared.matmul(&for_heads(v_bmkp)).transpose(1, 2)
+}
