@@ -13,7 +13,7 @@ pub mod kernel;
 mod mapped;
 mod memory;
 pub mod op;
-#[cfg(feature = "selftest")]
+#[cfg(feature = "testing")]
 pub mod selftest;
 mod stream;
 #[cfg(feature = "testing")]
