@@ -6,7 +6,7 @@ use std::process::ExitCode;
 
 use crate::fail::Result;
 use crate::repo::Repo;
-use crate::{bench, cargo, check, forward, setup, tidy};
+use crate::{bench, cargo, check, dist, forward, setup, tidy};
 
 /// One word after `cargo xtask`.
 #[derive(Debug)]
@@ -34,10 +34,18 @@ pub const COMMANDS: &[Command] = &[
     Command::flowhn("plan", "who reads which token, and what it costs"),
     Command::flowhn("golden", "compare with files of recorded outputs and gradients"),
     Command::flowhn("data", "prepare data: tokenizer, token shards"),
+    Command::flowhn("selftest", "every operation, model and run on one device; --device cuda"),
+    Command::flowhn("kernels", "registers, shared memory and spills of every kernel"),
     Command::chore("setup", "", "find or install libtorch and link it as .libtorch", setup::command),
     Command::chore("test", "[args]", "every CPU test; arguments go to `cargo test`", cargo::test),
     Command::chore("check", "[step…]", "what CI runs: tidy, fmt, clippy, test, docs, configs, outside", check::command),
     Command::chore("tidy", "", "the repository's own rules", tidy::command),
+    Command::chore(
+        "dist",
+        "[--out DIR]",
+        "dist/flowhn-*.tar.gz, which runs without Rust beside a PyTorch",
+        dist::command,
+    ),
     Command::chore("bench", "--cpu [args]", "benchmarks; arguments go to `cargo bench`", bench::command),
 ];
 

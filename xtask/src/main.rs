@@ -9,6 +9,7 @@ mod bench;
 mod cargo;
 mod check;
 mod commands;
+mod dist;
 mod fail;
 mod forward;
 mod libtorch;
