@@ -75,7 +75,7 @@ pub fn attention(q_bnhp: &Tensor, k_bmkp: &Tensor, v_bmkp: &Tensor, mask: &Mask)
     let (q, k, v) = (heads_first(q_bnhp)?, shown(k_bmkp)?, shown(v_bmkp)?);
     let o_bhnp = match on_cpu {
         true => on_the_cpu(&q, &k, &v, &visible.pattern)?,
-        false => fused::attend(&q, &k, &v, &visible.pattern)?,
+        false => fused::attend(&q, &k, &v, &visible)?,
     };
     heads_first(&o_bhnp)
 }

@@ -3,13 +3,11 @@
 //! Each operator is called by its own name, never through the one that picks among them: that one falls back to the plain formula,
 //! and its memory, without a word. What was chosen, and why, by measurement on an H100 (`docs/kernels/attention.md`):
 //!
-//! | case | operator |
-//! |---|---|
-//! | bf16, whole sequences, the backward may add in any order | cuDNN |
-//! | bf16, equal runs must give equal bits; a few queries against a cache | FlashAttention |
-//! | bf16, sliding window | FlashAttention |
-//! | bf16, masks that are spelled out (documents, routed positions) | cuDNN with a bias |
-//! | f32 | the plain formula: the fused operators would round to fewer bits |
+//! - bf16, whole sequences: cuDNN, or FlashAttention where equal runs must give equal bits (cuDNN's backward adds in any order);
+//! - bf16, a few queries against a cache, and sliding windows: FlashAttention (cuDNN would plan anew for every length of the cache);
+//! - bf16, masks that are spelled out (documents, routed positions): cuDNN with a bias, or where equal bits are wanted, or a query may
+//!   see no key at all, the memory-efficient operator, whose result is then 0;
+//! - f32: the plain formula, because the fused operators would round to fewer bits.
 
 // b batch, h query heads, k key heads, n queries, m keys, p d_head
 
@@ -18,21 +16,21 @@ use tch::{Kind, Tensor};
 use flowhn_torch::op::{Arg, call};
 use flowhn_torch::{Error, Flag, Result};
 
-use crate::mask::Pattern;
+use crate::mask::{Pattern, Visible};
 
-/// Head widths that the fused operators take are multiples of this.
-const HEAD_MULTIPLE: i64 = 8;
+/// Head widths, and the rows of a bias in memory, are multiples of this in the fused operators.
+const MULTIPLE: i64 = 8;
 /// The widest head of FlashAttention.
 const MAX_HEAD: i64 = 256;
 /// The widest head of cuDNN's backward.
 const MAX_CUDNN_HEAD: i64 = 128;
-/// Fewer queries than this are decoding: cuDNN would make a plan for every length of the cache.
+/// Fewer queries than this are decoding.
 const MIN_CUDNN_QUERIES: i64 = 64;
 
 /// Attention of heads-first tensors, `[b, h, n, p]` and `[b, k, m, p]`, on a CUDA device.
-pub(crate) fn attend(q_bhnp: &Tensor, k_bkmp: &Tensor, v_bkmp: &Tensor, pattern: &Pattern) -> Result<Tensor> {
+pub(crate) fn attend(q_bhnp: &Tensor, k_bkmp: &Tensor, v_bkmp: &Tensor, visible: &Visible) -> Result<Tensor> {
     if q_bhnp.kind() != Kind::BFloat16 {
-        return plain(q_bhnp, k_bkmp, v_bkmp, pattern);
+        return plain(q_bhnp, k_bkmp, v_bkmp, &visible.pattern);
     }
     let d_head = q_bhnp.size()[3];
     if d_head > MAX_HEAD {
@@ -41,24 +39,28 @@ pub(crate) fn attend(q_bhnp: &Tensor, k_bkmp: &Tensor, v_bkmp: &Tensor, pattern:
     }
     let scale = (d_head as f64).sqrt().recip();
     let padded = |x: &Tensor| -> Result<Tensor> {
-        match (HEAD_MULTIPLE - d_head % HEAD_MULTIPLE) % HEAD_MULTIPLE {
+        match missing(d_head) {
             0 => Ok(x.shallow_clone()),
             missing => Ok(x.f_constant_pad_nd([0, missing])?),
         }
     };
     let heads = Heads { q: padded(q_bhnp)?, k: padded(k_bkmp)?, v: padded(v_bkmp)?, scale };
-    let o_bhnp = match pattern {
-        Pattern::Dense(mask) => heads.cudnn(Some(mask), false)?,
+    let cudnn = heads.suits_cudnn() && !Flag::Deterministic.is_set()?;
+    let o_bhnp = match &visible.pattern {
+        Pattern::Dense(mask) if cudnn && visible.sees_itself => heads.cudnn(Some(mask), false)?,
+        Pattern::Dense(mask) => heads.memory_efficient(mask)?,
         Pattern::Window(window) => heads.flash_window(*window)?,
-        Pattern::All | Pattern::Causal => {
-            let is_causal = matches!(pattern, Pattern::Causal);
-            match heads.suits_cudnn() && !Flag::Deterministic.is_set()? {
-                true => heads.cudnn(None, is_causal)?,
-                false => heads.flash(is_causal)?,
-            }
-        }
+        Pattern::All if cudnn => heads.cudnn(None, false)?,
+        Pattern::Causal if cudnn => heads.cudnn(None, true)?,
+        Pattern::All => heads.flash(false)?,
+        Pattern::Causal => heads.flash(true)?,
     };
     Ok(o_bhnp.f_narrow(3, 0, d_head)?)
+}
+
+/// What a length lacks to a multiple that the operators take.
+fn missing(len: i64) -> i64 {
+    (MULTIPLE - len % MULTIPLE) % MULTIPLE
 }
 
 /// Queries, keys and values with heads as wide as the operators want them.
@@ -75,9 +77,13 @@ impl Heads {
         size[3] <= MAX_CUDNN_HEAD && size[2] >= MIN_CUDNN_QUERIES
     }
 
-    fn cudnn(&self, visible: Option<&Tensor>, is_causal: bool) -> Result<Tensor> {
-        let bias = visible.map(|visible| self.bias(visible)).transpose()?;
-        let recorded = [&self.q, &self.k, &self.v].iter().any(|x| x.requires_grad());
+    /// Whether a backward may follow, which needs the sums of the softmax.
+    fn recorded(&self) -> bool {
+        [&self.q, &self.k, &self.v].iter().any(|x| x.requires_grad())
+    }
+
+    fn cudnn(&self, mask: Option<&Tensor>, is_causal: bool) -> Result<Tensor> {
+        let bias = mask.map(|mask| self.bias(mask)).transpose()?;
         first(call(
             "aten::_scaled_dot_product_cudnn_attention",
             "",
@@ -86,7 +92,7 @@ impl Heads {
                 Arg::Tensor(&self.k),
                 Arg::Tensor(&self.v),
                 bias.as_ref().map_or(Arg::None, Arg::Tensor),
-                Arg::Bool(recorded),
+                Arg::Bool(self.recorded()),
                 Arg::Double(0.),
                 Arg::Bool(is_causal),
                 Arg::Bool(false),
@@ -95,12 +101,41 @@ impl Heads {
         )?)
     }
 
-    /// What is added to the scores: 0 for keys that a query sees, minus infinity for the others.
-    fn bias(&self, visible: &Tensor) -> Result<Tensor> {
-        let [batch, .., n] = [self.q.size()[0], self.q.size()[1], self.q.size()[2]];
-        let bias = Tensor::f_zeros(visible.size(), (self.q.kind(), self.q.device()))?;
-        let bias = bias.f_masked_fill(&visible.f_logical_not()?, f64::NEG_INFINITY)?;
-        Ok(bias.f_expand([batch, 1, n, self.k.size()[2]], false)?)
+    /// It does not share keys among heads, so they are repeated.
+    fn memory_efficient(&self, mask: &Tensor) -> Result<Tensor> {
+        let size = self.q.size();
+        let (batch, n_heads, m) = (size[0], size[1], self.k.size()[2]);
+        let bias = self.bias(mask)?.f_expand([batch, n_heads, size[2], m], false)?;
+        let repeated = |x: &Tensor| -> Result<Tensor> {
+            let [kv_heads, width] = [x.size()[1], x.size()[3]];
+            let grouped = x.f_unsqueeze(2)?.f_expand([batch, kv_heads, n_heads / kv_heads, m, width], false)?;
+            Ok(grouped.f_reshape([batch, n_heads, m, width])?)
+        };
+        first(call(
+            "aten::_scaled_dot_product_efficient_attention",
+            "",
+            &[
+                Arg::Tensor(&self.q),
+                Arg::Tensor(&repeated(&self.k)?),
+                Arg::Tensor(&repeated(&self.v)?),
+                Arg::Tensor(&bias),
+                Arg::Bool(self.recorded()),
+                Arg::Double(0.),
+                Arg::Bool(false),
+                Arg::Double(self.scale),
+            ],
+        )?)
+    }
+
+    /// What is added to the scores, `[batch, 1, n, m]`: 0 for keys that a query sees, minus infinity for the others. Its rows are
+    /// aligned in memory.
+    fn bias(&self, mask: &Tensor) -> Result<Tensor> {
+        let [batch, n, m] = [self.q.size()[0], self.q.size()[2], self.k.size()[2]];
+        let rows = mask.size()[0];
+        let room = Tensor::f_zeros([rows, 1, n, m + missing(m)], (self.q.kind(), self.q.device()))?;
+        let mut bias = room.f_narrow(3, 0, m)?;
+        let _ = bias.f_masked_fill_(&mask.f_logical_not()?, f64::NEG_INFINITY)?;
+        Ok(bias.f_expand([batch, 1, n, m], false)?)
     }
 
     fn flash(&self, is_causal: bool) -> Result<Tensor> {

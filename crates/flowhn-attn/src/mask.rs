@@ -91,7 +91,7 @@ impl<'a> Mask<'a> {
         let start = window.map_or(0, |window| k.partition_point(|&key| key <= first - window));
         let end = k.partition_point(|&key| key <= last);
         if start >= end {
-            return Ok(Visible { keys: start..start, pattern: Pattern::All });
+            return Ok(Visible { keys: start..start, pattern: Pattern::All, sees_itself: false });
         }
         let keys = start..end;
         let window_is_idle = window.is_none_or(|window| last - k[start] < window);
@@ -104,7 +104,8 @@ impl<'a> Mask<'a> {
             }
             _ => Pattern::Dense(self.dense(batch, n, m, &keys, window.filter(|_| !window_is_idle), device)?),
         };
-        Ok(Visible { keys, pattern })
+        let sees_itself = q.iter().all(|position| k.binary_search(position).is_ok());
+        Ok(Visible { keys, pattern, sees_itself })
     }
 
     fn checked_window(&self, op: &'static str) -> Result<Option<i64>> {
@@ -187,6 +188,8 @@ pub(crate) struct Visible {
     pub keys: Range<usize>,
     /// Which of those keys each query sees.
     pub pattern: Pattern,
+    /// Whether every query is among the keys and so sees at least itself.
+    pub sees_itself: bool,
 }
 
 #[derive(Debug)]

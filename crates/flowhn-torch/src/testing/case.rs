@@ -13,13 +13,27 @@ type Check = Box<dyn Fn(Device) -> Result<String> + Send + Sync>;
 pub struct Case {
     /// The name, `operation: circumstances`.
     pub name: String,
+    only_cuda: bool,
     check: Check,
 }
 
 impl Case {
     /// A check that returns a few words on what it found, or the error that names what is wrong.
     pub fn new(name: impl Into<String>, check: impl Fn(Device) -> Result<String> + Send + Sync + 'static) -> Self {
-        Self { name: name.into(), check: Box::new(check) }
+        Self { name: name.into(), only_cuda: false, check: Box::new(check) }
+    }
+
+    /// A check of something that only a CUDA device has.
+    pub fn on_cuda(
+        name: impl Into<String>,
+        check: impl Fn(Device) -> Result<String> + Send + Sync + 'static,
+    ) -> Self {
+        Self { only_cuda: true, ..Self::new(name, check) }
+    }
+
+    /// Whether the check says anything about this device.
+    pub fn runs_on(&self, device: Device) -> bool {
+        device.is_cuda() || !self.only_cuda
     }
 
     /// Runs the check; a panic comes back as an error.
@@ -37,14 +51,15 @@ impl fmt::Debug for Case {
     }
 }
 
-/// Runs every case on the CPU.
+/// Runs every case that the CPU can run.
 ///
 /// # Panics
 /// If one fails; the message holds all that do.
 #[track_caller]
 pub fn run_on_cpu(cases: &[Case]) {
+    let cases: Vec<&Case> = cases.iter().filter(|case| case.runs_on(Device::Cpu)).collect();
     assert!(!cases.is_empty(), "there is no case");
-    let failure = |case: &Case| case.run(Device::Cpu).err().map(|error| format!("{}: {error}", case.name));
+    let failure = |case: &&Case| case.run(Device::Cpu).err().map(|error| format!("{}: {error}", case.name));
     let failures: Vec<String> = cases.iter().filter_map(failure).collect();
     assert!(failures.is_empty(), "{} of {} cases fail:\n{}", failures.len(), cases.len(), failures.join("\n"));
 }

@@ -34,6 +34,21 @@ impl Rule<'_> {
     /// # Errors
     /// Those of the operations; [`Error::Invalid`] that names the output or gradient that is off.
     pub fn check(&self, inputs: &[Tensor], kinds: &[Kind], device: Device) -> Result<String> {
+        self.check_at_scale(0., inputs, kinds, device)
+    }
+
+    /// As [`Rule::check`], where values of this size cancel inside the formula: the floor counts from it even where nothing that
+    /// large is left.
+    ///
+    /// # Errors
+    /// As there.
+    pub fn check_at_scale(
+        &self,
+        least_scale: f64,
+        inputs: &[Tensor],
+        kinds: &[Kind],
+        device: Device,
+    ) -> Result<String> {
         let rounded: Vec<Tensor> =
             inputs.iter().zip(kinds).map(|(x, kind)| round(x, *kind).to_device(device)).collect();
         let doubles: Vec<Tensor> = rounded.iter().map(|x| round(x, Kind::Double)).collect();
@@ -57,7 +72,7 @@ impl Rule<'_> {
             }
             let error = |x: &Tensor| max_abs(&(x.to_kind(Kind::Double) - want));
             let (kernel_error, plain_error, scale) = (error(got), error(plain), max_abs(want));
-            let allowed = 2. * plain_error + self.floor * scale;
+            let allowed = 2. * plain_error + self.floor * scale.max(least_scale);
             // Written so that NaN fails.
             let fits = kernel_error <= allowed;
             if !fits {
