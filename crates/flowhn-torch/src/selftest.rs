@@ -1,8 +1,56 @@
-//! Checks of streams, events, memory, graphs and functions that run on any device.
+//! Checks of streams, events, memory, graphs, autograd functions and kernel launches.
+//!
+//! Those about the device itself are for CUDA devices alone; on the CPU they check that asking is refused by name.
+
+mod device;
+mod function;
+#[cfg(flowhn_cuda)]
+mod graph;
+mod launch;
+
+use tch::{Device, Kind, Tensor};
 
 use crate::testing::Case;
+use crate::{Error, Event, Result};
 
 /// Every check of this crate.
 pub fn cases() -> Vec<Case> {
-    Vec::new()
+    let mut cases = device::cases();
+    cases.extend(function::cases());
+    #[cfg(flowhn_cuda)]
+    cases.extend(graph::cases());
+    cases.extend(launch::cases());
+    cases
+}
+
+/// A check of what only a CUDA device has, given its index.
+fn of_cuda(name: &str, check: fn(usize) -> Result<String>) -> Case {
+    Case::new(name, move |device| match device {
+        Device::Cuda(device_idx) => check(device_idx),
+        _ if tch::Cuda::is_available() => Ok("nothing to check on the CPU".to_owned()),
+        _ => {
+            let message = error_of(Event::new(true))?;
+            ensure(message.contains("CUDA"), || format!("the refusal does not name CUDA: {message}"))?;
+            Ok("refused without a CUDA device".to_owned())
+        }
+    })
+}
+
+/// An error with this message unless `holds`.
+fn ensure(holds: bool, message: impl FnOnce() -> String) -> Result<()> {
+    if holds { Ok(()) } else { Err(Error::invalid("selftest", message())) }
+}
+
+/// The message of what has to fail.
+fn error_of<T>(outcome: Result<T>) -> Result<String> {
+    match outcome {
+        Ok(_) => Err(Error::invalid("selftest", "what had to fail went through".to_owned())),
+        Err(error) => Ok(error.to_string()),
+    }
+}
+
+/// Fails unless every element of a tensor is `want`.
+fn all_equal(tensor: &Tensor, want: f64) -> Result<()> {
+    let n_off = tensor.f_ne(want)?.f_sum(Kind::Int64)?.int64_value(&[]);
+    ensure(n_off == 0, || format!("{n_off} of {} elements are not {want}", tensor.numel()))
 }

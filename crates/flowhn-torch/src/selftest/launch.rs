@@ -1,0 +1,137 @@
+//! Kernel launches, right ones and wrong ones.
+
+use tch::{Device, Kind, Tensor};
+
+use super::{all_equal, ensure, error_of};
+use crate::kernel::{Arg, Kernel, KernelSource, compile, kind_define};
+use crate::testing::Case;
+use crate::{Error, Priority, Result, Stream, record_stream};
+
+/// `y = factor * x`; block `i` also uses dynamic shared memory, one float a thread.
+const SCALE: KernelSource = KernelSource {
+    name: "selftest_scale.cu",
+    text: r#"
+#include "flowhn.cuh"
+#include "smem.cuh"
+typedef DtypeOf<X_KIND>::type X;
+extern "C" __global__ void selftest_scale(const X* x, X* y, int n, float factor) {
+    float* staged = (float*)shared_memory();
+    int i = blockIdx.x * blockDim.x + threadIdx.x;
+    staged[threadIdx.x] = i < n ? to_f32(x[i]) : 0.f;
+    __syncthreads();
+    if (i < n) y[i] = from_f32<X>(factor * staged[threadIdx.x]);
+}
+"#,
+    headers: &[],
+};
+
+const BLOCK: u32 = 128;
+const N: i64 = 1000;
+
+pub(super) fn cases() -> Vec<Case> {
+    vec![
+        Case::new("kernel: f32 and bf16 on the default stream and another", runs),
+        Case::new("kernel: wrong arguments are refused", wrong_arguments),
+        Case::new("kernel: tensors of another device are refused", wrong_device),
+        Case::new("kernel: too much shared memory is refused", too_much_shared_memory),
+        Case::new("kernel: what does not compile is told with file and line", does_not_compile),
+    ]
+}
+
+fn launch(x: &Tensor, y: &Tensor, shared_bytes: usize, last: &[Arg]) -> Result<()> {
+    let defines = [("X_KIND", kind_define("selftest_scale", "x", x)?)];
+    let kernel = Kernel { source: &SCALE, entry: "selftest_scale", defines: &defines };
+    let n_blocks = (x.numel() as u32).div_ceil(BLOCK);
+    let args = [&[Arg::Tensor(x), Arg::Tensor(y)], last].concat();
+    kernel.launch([n_blocks, 1, 1], BLOCK, shared_bytes, &args)
+}
+
+const SHARED_BYTES: usize = 4 * BLOCK as usize;
+const RIGHT: [Arg; 2] = [Arg::I32(N as i32), Arg::F32(3.)];
+
+/// On the CPU, where no kernel runs, the variant has to compile and the launch to be refused by name.
+fn on_the_cpu(x: &Tensor, y: &Tensor) -> Result<String> {
+    for kind in [0, 1] {
+        let compiled = compile(&SCALE, &[("X_KIND", kind)], "sm_90a")?;
+        ensure(compiled.entries.len() == 1, || format!("{:?}", compiled.entries))?;
+    }
+    let message = error_of(launch(x, y, SHARED_BYTES, &RIGHT))?;
+    ensure(message.contains("Cpu, expected a CUDA device"), || message.clone())?;
+    Ok("compiles; refused on the CPU".to_owned())
+}
+
+fn inputs(kind: Kind, device: Device) -> Result<(Tensor, Tensor)> {
+    Ok((Tensor::f_full([N], 2., (kind, device))?, Tensor::f_full([N], f64::NAN, (kind, device))?))
+}
+
+fn runs(device: Device) -> Result<String> {
+    for kind in [Kind::Float, Kind::BFloat16] {
+        let (x, y) = inputs(kind, device)?;
+        let Device::Cuda(device_idx) = device else { return on_the_cpu(&x, &y) };
+        launch(&x, &y, SHARED_BYTES, &RIGHT)?;
+        all_equal(&y, 6.)?;
+        let (x, y) = inputs(kind, device)?;
+        Stream::current(device_idx)?.synchronize()?;
+        let side = Stream::from_pool(device_idx, Priority::Normal)?;
+        {
+            let _guard = side.enter()?;
+            record_stream(&x, side)?;
+            record_stream(&y, side)?;
+            launch(&x, &y, SHARED_BYTES, &RIGHT)?;
+        }
+        side.synchronize()?;
+        all_equal(&y, 6.)?;
+    }
+    Ok(String::new())
+}
+
+fn wrong_arguments(device: Device) -> Result<String> {
+    let (x, y) = inputs(Kind::Float, device)?;
+    if device == Device::Cpu {
+        return on_the_cpu(&x, &y);
+    }
+    for wrong in [&RIGHT[..1], &[Arg::I64(N), Arg::F32(3.)], &[Arg::I32(N as i32), Arg::F32(3.), Arg::Null]] {
+        let message = error_of(launch(&x, &y, SHARED_BYTES, wrong))?;
+        ensure(message.contains("it takes [8, 8, 4, 4]"), || message.clone())?;
+    }
+    let error = kind_define("selftest_scale", "x", &x.to_kind(Kind::Double)).err();
+    ensure(matches!(error, Some(Error::Dtype { arg: "x", .. })), || format!("doubles: {error:?}"))?;
+    // Nothing of it was launched, and the device goes on.
+    launch(&x, &y, SHARED_BYTES, &RIGHT)?;
+    all_equal(&y, 6.)?;
+    Ok(String::new())
+}
+
+fn wrong_device(device: Device) -> Result<String> {
+    let (x, y) = inputs(Kind::Float, device)?;
+    if device == Device::Cpu {
+        return on_the_cpu(&x, &y);
+    }
+    let (on_cpu, _) = inputs(Kind::Float, Device::Cpu)?;
+    for (x, y) in [(&x, &on_cpu), (&on_cpu, &y)] {
+        let outcome = launch(x, y, SHARED_BYTES, &RIGHT);
+        ensure(matches!(outcome, Err(Error::Device { .. })), || format!("{outcome:?}"))?;
+    }
+    Ok(String::new())
+}
+
+fn too_much_shared_memory(device: Device) -> Result<String> {
+    let (x, y) = inputs(Kind::Float, device)?;
+    if device == Device::Cpu {
+        return on_the_cpu(&x, &y);
+    }
+    let message = error_of(launch(&x, &y, 1 << 20, &RIGHT))?;
+    ensure(message.contains("1048576 bytes of shared memory"), || message.clone())?;
+    // More than a block gets unasked is there for those who ask.
+    launch(&x, &y, 64 << 10, &RIGHT)?;
+    all_equal(&y, 6.)?;
+    Ok(String::new())
+}
+
+fn does_not_compile(_: Device) -> Result<String> {
+    const BROKEN: KernelSource =
+        KernelSource { name: "selftest_broken.cu", text: "__global__ void f() {\n  nothing();\n}\n", headers: &[] };
+    let message = error_of(compile(&BROKEN, &[], "sm_90a"))?;
+    ensure(message.contains("selftest_broken.cu(2)"), || message.clone())?;
+    Ok(String::new())
+}
