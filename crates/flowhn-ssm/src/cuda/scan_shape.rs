@@ -1,0 +1,318 @@
+//! The host's half of `selective_scan_tile.cuh`: operands as the kernels take them, variants, grids and shared memory.
+// b batch, l seq_len, e d_inner, n d_state
+
+use flowhn_torch::kernel::rows::with_dense_rows;
+use flowhn_torch::kernel::{Arg, kind_define};
+use flowhn_torch::{DeviceProperties, Error, Result};
+use tch::{Device, Kind, Tensor};
+
+use super::scan::OP;
+
+/// States that a channel's four lanes hold at once, `SLICE` in the kernels.
+const SLICE: i64 = 16;
+/// Widest state; more would need more shared memory than a block has.
+const MAX_STATE: i64 = 256;
+/// Warps of a block, `WARPS`.
+const WARPS: i64 = 4;
+/// Channels of a block.
+const CHANNELS: i64 = 8 * WARPS;
+/// Tokens between two recorded states, `CHUNK`: 4 bytes a state element in 64 tokens is an eighth of a bf16 input.
+const CHUNK: i64 = 64;
+/// Tokens of a tile of the forward kernels, `TILE`.
+const TILE: i64 = 32;
+/// Tokens that the backward keeps in registers, `STRIP`.
+const STRIP: i64 = 8;
+/// Blocks that a multiprocessor holds at once.
+const RESIDENT_BLOCKS: i64 = 3;
+/// Shorter segments cost more in carries than they gain.
+const MIN_SEGMENT: i64 = 256;
+
+/// The macros of a variant.
+pub(crate) type ScanDefines = [(&'static str, i64); 15];
+
+/// What the macros of the kernels choose.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct ScanVariant {
+    /// Dtypes of x, dt, z, b, c: 0 f32, 1 bf16.
+    pub(crate) kinds: [i64; 5],
+    /// Whether pairs of channels, or of states, may be read at once.
+    pub(crate) paired_channels: bool,
+    pub(crate) paired_states: bool,
+    pub(crate) softplus: bool,
+    pub(crate) gated: bool,
+    pub(crate) reset: bool,
+    pub(crate) n_slices: i64,
+    /// The direction of a carry.
+    pub(crate) reverse: bool,
+}
+
+impl ScanVariant {
+    /// Mamba-1 with everything in one dtype.
+    pub(crate) const fn mamba(kind: i64) -> Self {
+        Self {
+            kinds: [kind; 5],
+            paired_channels: true,
+            paired_states: true,
+            softplus: true,
+            gated: true,
+            reset: false,
+            n_slices: 1,
+            reverse: false,
+        }
+    }
+
+    pub(crate) const fn defines(self) -> ScanDefines {
+        let [x, dt, z, b, c] = self.kinds;
+        [
+            ("X_KIND", x),
+            ("DT_KIND", dt),
+            ("Z_KIND", z),
+            ("B_KIND", b),
+            ("C_KIND", c),
+            ("PAIRED_CHANNELS", self.paired_channels as i64),
+            ("PAIRED_STATES", self.paired_states as i64),
+            ("SOFTPLUS", self.softplus as i64),
+            ("GATED", self.gated as i64),
+            ("RESET", self.reset as i64),
+            ("SLICES", self.n_slices),
+            ("WARPS", WARPS),
+            ("CHUNK", CHUNK),
+            ("MIN_BLOCKS", if self.n_slices == 1 { RESIDENT_BLOCKS } else { 1 }),
+            ("REVERSE", self.reverse as i64),
+        ]
+    }
+}
+
+/// Which kernel runs.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Pass {
+    Forward,
+    Backward,
+    CarryForward,
+    CarryBackward,
+}
+
+/// Sizes of a scan.
+#[derive(Clone, Copy, Debug)]
+pub(super) struct Shape {
+    pub(super) batch: i64,
+    pub(super) seq_len: i64,
+    pub(super) d_inner: i64,
+    pub(super) d_state: i64,
+}
+
+impl Shape {
+    pub(super) fn x(self) -> [i64; 3] {
+        [self.batch, self.seq_len, self.d_inner]
+    }
+
+    pub(super) fn state(self) -> [i64; 3] {
+        [self.batch, self.d_inner, self.d_state]
+    }
+
+    /// The states that the forward records: `[batch, chunks, groups of 4 states, d_inner, 4]`.
+    pub(super) fn chunk_states(self) -> [i64; 5] {
+        [self.batch, ceil_div(self.seq_len, CHUNK), 4 * self.n_slices(), self.d_inner, 4]
+    }
+
+    /// The parts of the gradients of B and C: `[blocks of channels, tokens, states of both]`.
+    pub(super) fn state_parts(self) -> [i64; 3] {
+        [self.n_blocks(), self.batch * self.seq_len, 2 * SLICE * self.n_slices()]
+    }
+
+    fn n_blocks(self) -> i64 {
+        ceil_div(self.d_inner, CHANNELS)
+    }
+
+    fn n_slices(self) -> i64 {
+        ceil_div(self.d_state, SLICE)
+    }
+
+    /// Number and length of the segments that fill a device of `n_multiprocessors`. Two segments would do the work of one and a
+    /// half for the carries, so there are at least three or one.
+    fn segments(self, n_multiprocessors: i64) -> (i64, i64) {
+        let room = n_multiprocessors * RESIDENT_BLOCKS / (self.n_blocks() * self.batch);
+        let wanted = room.min(self.seq_len / MIN_SEGMENT);
+        if wanted < 3 {
+            return (1, self.seq_len);
+        }
+        let segment_len = ceil_div(ceil_div(self.seq_len, CHUNK), wanted) * CHUNK;
+        (ceil_div(self.seq_len, segment_len), segment_len)
+    }
+}
+
+/// The inputs with dense rows, and what the kernels have to know about them.
+#[derive(Debug)]
+pub(super) struct Operands {
+    shape: Shape,
+    /// x, dt, b, c.
+    activations: [Tensor; 4],
+    z: Option<Tensor>,
+    grad: Option<Tensor>,
+    /// a, d, dt_bias, contiguous.
+    parameters: [Option<Tensor>; 3],
+    reset: Option<Tensor>,
+    softplus: bool,
+}
+
+impl Operands {
+    /// # Errors
+    /// [`Error::Dtype`] for f64, [`Error::Invalid`] for sizes that a launch cannot count.
+    pub(super) fn new(
+        activations: [&Tensor; 4],
+        z: Option<&Tensor>,
+        parameters: [Option<&Tensor>; 3],
+        reset: Option<&Tensor>,
+        softplus: bool,
+    ) -> Result<Self> {
+        kind_define(OP, "x_ble", activations[0])?;
+        let (batch, seq_len, d_inner) = activations[0].size3()?;
+        let d_state = activations[2].size()[2];
+        let limits =
+            [("d_state", d_state, MAX_STATE), ("batch", batch, 65_535), ("seq_len", seq_len, i64::from(i32::MAX) - CHUNK)];
+        for (name, size, limit) in limits {
+            if size > limit {
+                let message = format!("{name} is {size}, the CUDA kernel takes at most {limit}: split it, or use the CPU");
+                return Err(Error::invalid(OP, message));
+            }
+        }
+        let [x, dt, b, c] = activations.map(with_dense_rows);
+        let contiguous = |t: Option<&Tensor>| t.map(Tensor::f_contiguous).transpose();
+        let [a, d, dt_bias] = parameters.map(contiguous);
+        Ok(Self {
+            shape: Shape { batch, seq_len, d_inner, d_state },
+            activations: [x?, dt?, b?, c?],
+            z: z.map(with_dense_rows).transpose()?,
+            grad: None,
+            parameters: [a?, d?, dt_bias?],
+            reset: reset.map(Tensor::shallow_clone),
+            softplus,
+        })
+    }
+
+    /// The operands of the backward, with the gradient by the output.
+    pub(super) fn with_grad(self, grad_ble: &Tensor) -> Result<Self> {
+        Ok(Self { grad: Some(with_dense_rows(grad_ble)?), ..self })
+    }
+
+    pub(super) fn shape(&self) -> Shape {
+        self.shape
+    }
+
+    pub(super) fn device(&self) -> Device {
+        self.activations[0].device()
+    }
+
+    /// Number and length of the segments.
+    pub(super) fn segments(&self) -> Result<(i64, i64)> {
+        let n_multiprocessors = match self.device() {
+            Device::Cuda(device_idx) => DeviceProperties::of(device_idx)?.n_multiprocessors,
+            _ => 1,
+        };
+        Ok(self.shape.segments(n_multiprocessors.into()))
+    }
+
+    pub(super) fn grid(&self, n_segments: i64) -> [u32; 3] {
+        [self.shape.n_blocks() as u32, n_segments as u32, self.shape.batch as u32]
+    }
+
+    pub(super) fn block(&self) -> u32 {
+        32 * WARPS as u32
+    }
+
+    /// The macros of the variant.
+    pub(super) fn defines(&self, pass: Pass) -> Result<ScanDefines> {
+        let [x, dt, b, c] = &self.activations;
+        let z = self.z.as_ref().unwrap_or(x);
+        let even = |parts: &[Option<&Tensor>]| parts.iter().flatten().all(|t| pairs_are_aligned(t));
+        let variant = ScanVariant {
+            kinds: [
+                kind_define(OP, "x_ble", x)?,
+                kind_define(OP, "dt_ble", dt)?,
+                kind_define(OP, "z_ble", z)?,
+                kind_define(OP, "b_bln", b)?,
+                kind_define(OP, "c_bln", c)?,
+            ],
+            paired_channels: even(&[Some(x), Some(dt), Some(z), self.grad.as_ref()]),
+            paired_states: even(&[Some(b), Some(c)]),
+            softplus: self.softplus,
+            gated: self.z.is_some(),
+            reset: self.reset.is_some(),
+            n_slices: self.shape.n_slices(),
+            reverse: pass == Pass::CarryBackward,
+        };
+        Ok(variant.defines())
+    }
+
+    /// Dynamic shared memory of a block, as the kernels lay it out.
+    pub(super) fn shared_bytes(&self, pass: Pass) -> usize {
+        let (slices, gated) = (self.shape.n_slices(), i64::from(self.z.is_some()));
+        let (threads, sum_stride) = (32 * WARPS, CHANNELS + 8);
+        // Bytes of four states a thread, for each of `n` of them.
+        let states = |n: i64| 16 * threads * n;
+        let per_slice = |n: i64| if slices == 1 { 0 } else { states(n * slices) };
+        let bytes = match pass {
+            Pass::Forward => 4 * (TILE * (2 * CHANNELS + sum_stride) + 2 * TILE * SLICE) + per_slice(1),
+            Pass::Backward => {
+                let sums = 2 + gated + if slices == 1 { 0 } else { 2 };
+                let warp_sums = 2 * WARPS * 2 * STRIP * SLICE;
+                4 * (CHUNK * (CHANNELS + sum_stride * sums + 2 * SLICE) + warp_sums)
+                    + states(CHUNK / STRIP + 1)
+                    + per_slice(2)
+            }
+            Pass::CarryForward | Pass::CarryBackward => 4 * (TILE * 2 * CHANNELS + TILE * SLICE + 32) + per_slice(2),
+        };
+        bytes as usize
+    }
+
+    /// Addresses, then strides of batch and token: the output's gradient if there is one, x, dt, z, b, c.
+    pub(super) fn push_activations<'a>(&'a self, args: &mut Vec<Arg<'a>>) {
+        let [x, dt, b, c] = &self.activations;
+        let tensors = [Some(x), Some(dt), self.z.as_ref(), Some(b), Some(c)];
+        push_rows(args, self.grad.as_ref().map(Some).into_iter().chain(tensors));
+    }
+
+    /// The same for the carry of one direction: x or the output's gradient, dt, z, b or c.
+    pub(super) fn push_carry_activations<'a>(&'a self, args: &mut Vec<Arg<'a>>, pass: Pass) {
+        let [x, dt, b, c] = &self.activations;
+        let (driver, states) = if pass == Pass::CarryBackward { (self.grad.as_ref(), c) } else { (Some(x), b) };
+        push_rows(args, [driver, Some(dt), self.z.as_ref(), Some(states)].into_iter());
+        let [a, _, dt_bias] = &self.parameters;
+        args.extend([Arg::opt(a.as_ref()), Arg::opt(dt_bias.as_ref())]);
+    }
+
+    /// a, d, dt_bias.
+    pub(super) fn push_parameters<'a>(&'a self, args: &mut Vec<Arg<'a>>) {
+        args.extend(self.parameters.iter().map(|p| Arg::opt(p.as_ref())));
+    }
+
+    pub(super) fn push_reset<'a>(&'a self, args: &mut Vec<Arg<'a>>) {
+        push_rows(args, std::iter::once(self.reset.as_ref()));
+    }
+
+    pub(super) fn push_sizes(&self, args: &mut Vec<Arg>, segment_len: i64) {
+        let Shape { seq_len, d_inner, d_state, .. } = self.shape;
+        args.extend([seq_len, d_inner, d_state, segment_len].map(|size| Arg::I32(size as i32)));
+    }
+}
+
+/// Addresses of tensors `[batch, seq_len, ..]`, then their strides of batch and token; null and zeros for one that is not there.
+fn push_rows<'a>(args: &mut Vec<Arg<'a>>, tensors: impl Iterator<Item = Option<&'a Tensor>> + Clone) {
+    args.extend(tensors.clone().map(Arg::opt));
+    for tensor in tensors {
+        let strides = tensor.map_or([0, 0], |t| [t.stride()[0], t.stride()[1]]);
+        args.extend(strides.map(Arg::I64));
+    }
+}
+
+/// Whether elements 2 i and 2 i + 1 of every row may be read at once.
+fn pairs_are_aligned(t: &Tensor) -> bool {
+    let (size, stride) = (t.size(), t.stride());
+    let element: usize = if t.kind() == Kind::Float { 4 } else { 2 };
+    let even = |axis: usize| size[axis] == 1 || stride[axis] % 2 == 0;
+    size[2] % 2 == 0 && t.data_ptr() as usize % (2 * element) == 0 && even(0) && even(1)
+}
+
+fn ceil_div(a: i64, b: i64) -> i64 {
+    (a + b - 1) / b
+}
