@@ -11,7 +11,11 @@ use rayon::prelude::*;
 use tch::{Device, Kind, Tensor};
 
 use flowhn_torch::cpu::{self, Element};
+use flowhn_torch::kernel::rows::{aligned, with_dense_rows};
+use flowhn_torch::kernel::{Arg, Kernel, kind_define};
 use flowhn_torch::{BackwardCtx, Error, ForwardCtx, Function, Result, apply, check};
+
+use crate::kernels::ROTARY;
 
 /// Elements that one task of the CPU path turns.
 const TASK_LEN: usize = 1 << 14;
@@ -84,7 +88,7 @@ impl Clone for RotaryTable {
 /// Turns every head of every token by the angles of its position.
 ///
 /// # Shapes
-/// - `x_bnhp`: `[batch, n, heads, d_head]`, f32, f64 or bf16, any strides; bf16 is turned in f32
+/// - `x_bnhp`: `[batch, n, heads, d_head]`, f32, f64 (on the CPU only) or bf16, any strides; bf16 is turned in f32
 /// - `table`: `n` positions, `d_head` features
 /// - returns the shape and dtype of `x_bnhp`, contiguous
 ///
@@ -137,8 +141,46 @@ fn turn(x: &Tensor, table: &RotaryTable, sense: Sense) -> Result<Tensor> {
         (Device::Cpu, Kind::Float) => turn_on_cpu::<f32>(x, table, sense),
         (Device::Cpu, Kind::Double) => turn_on_cpu::<f64>(x, table, sense),
         (Device::Cpu, Kind::BFloat16) => turn_on_cpu::<bf16>(x, table, sense),
+        (Device::Cuda(_), _) => turn_on_cuda(x, table, sense),
         _ => turn_by_ops(x, table, sense),
     }
+}
+
+/// One kernel, in which a thread turns eight pairs.
+fn turn_on_cuda(x: &Tensor, table: &RotaryTable, sense: Sense) -> Result<Tensor> {
+    const BLOCK: i64 = 256;
+    let x = with_dense_rows(x)?;
+    let (batch, n, heads, d_head) = x.size4()?;
+    let y = Tensor::f_empty(x.size(), (x.kind(), x.device()))?;
+    let half = d_head / 2;
+    let n_tokens = i32::try_from(batch * n).map_err(|_| {
+        Error::invalid("rotary", format!("{} tokens are more than a launch counts; split the batch", batch * n))
+    })?;
+    let tokens_per_block = (BLOCK / (heads * ((half + 7) / 8))).clamp(1, BLOCK) as i32;
+    let strides = x.stride();
+    let defines = [("X_KIND", kind_define("rotary", "x_bnhp", &x)?)];
+    Kernel { source: &ROTARY, entry: "rotary", defines: &defines }.launch(
+        [(n_tokens as u32).div_ceil(tokens_per_block as u32), 1, 1],
+        BLOCK as u32,
+        0,
+        &[
+            Arg::Tensor(&x),
+            Arg::Tensor(&table.cos),
+            Arg::Tensor(&table.sin),
+            Arg::Tensor(&y),
+            Arg::I64(strides[0]),
+            Arg::I64(strides[1]),
+            Arg::I64(strides[2]),
+            Arg::I32(batch as i32),
+            Arg::I32(n as i32),
+            Arg::I32(heads as i32),
+            Arg::I32(half as i32),
+            Arg::I32(tokens_per_block),
+            aligned(half, &[&x, &y, &table.cos, &table.sin]),
+            Arg::F32(if sense == Sense::Forth { 1. } else { -1. }),
+        ],
+    )?;
+    Ok(y)
 }
 
 /// One pass over the elements, tokens shared out to threads.

@@ -17,10 +17,10 @@
 
 use tch::Tensor;
 
-use flowhn_nn::{Bias, Init, Linear, Path};
+use flowhn_nn::{Bias, Init, Linear, Path, RmsNorm};
 use flowhn_torch::{Error, Result, check};
 
-use crate::{Route, merge, merge_residual};
+use crate::{Route, merge, merge_residual, merge_residual_norm};
 
 /// A way to fuse the branches.
 #[derive(Clone, Copy, Debug, PartialEq)]
@@ -192,6 +192,34 @@ impl Fusion {
             (Form::Plain | Form::Gated { .. }, _) => {
                 let (a_bnd, s_bmd) = self.gated(a_bnd, s_bmd)?;
                 merge_residual(x_bld, &a_bnd, &s_bmd, attn, ssm)
+            }
+        }
+    }
+
+    /// [`Fusion::forward_residual`] and the norm of its result, in one pass where no product stands between.
+    ///
+    /// # Shapes
+    /// As [`Fusion::forward_residual`]; the norm is over `d_model`.
+    ///
+    /// # Errors
+    /// As [`Fusion::forward_residual`], and those of the norm.
+    pub fn forward_residual_norm(
+        &self,
+        x_bld: &Tensor,
+        a: Option<&Tensor>,
+        s: Option<&Tensor>,
+        attn: &Route,
+        ssm: &Route,
+        norm: &RmsNorm,
+    ) -> Result<(Tensor, Tensor)> {
+        let (a_bnd, s_bmd) = self.outputs("fusion", a, s, attn, ssm)?;
+        match (&self.form, self.shape.topology) {
+            (Form::Proj(_), _) | (_, Topology::Both) => {
+                norm.forward_residual(x_bld, Some(&self.fuse(&a_bnd, &s_bmd, attn, ssm)?))
+            }
+            (Form::Plain | Form::Gated { .. }, _) => {
+                let (a_bnd, s_bmd) = self.gated(a_bnd, s_bmd)?;
+                merge_residual_norm(x_bld, &a_bnd, &s_bmd, attn, ssm, norm)
             }
         }
     }

@@ -7,6 +7,7 @@ use tch::Tensor;
 use flowhn_nn::RmsNorm;
 use flowhn_torch::{BackwardCtx, Error, ForwardCtx, Function, Result, apply, check};
 
+use crate::cuda::{GatherNorm, SplitNorm};
 use crate::{Route, pieces};
 
 /// The tokens of one branch, in order: `y_bnd[:, j] = x_bld[:, route.positions()[j]]`.
@@ -41,7 +42,7 @@ pub fn gather(x_bld: &Tensor, route: &Route) -> Result<Tensor> {
     one(apply(Gather { route: route.clone() }, &[x_bld])?)
 }
 
-/// [`gather`], then the norm that opens the branch; the slot of a kernel that does both in one pass.
+/// [`gather`], then the norm that opens the branch: on CUDA one pass over the branch's tokens, forward and backward.
 ///
 /// # Shapes
 /// As [`gather`]; the norm is over `d`.
@@ -49,7 +50,93 @@ pub fn gather(x_bld: &Tensor, route: &Route) -> Result<Tensor> {
 /// # Errors
 /// Those of [`gather`] and of the norm.
 pub fn gather_norm(x_bld: &Tensor, route: &Route, norm: &RmsNorm) -> Result<Tensor> {
-    norm.forward(&gather(x_bld, route)?)
+    if !x_bld.device().is_cuda() || route.is_all() || route.is_empty() {
+        return norm.forward(&gather(x_bld, route)?);
+    }
+    const OP: &str = "gather_norm";
+    check_sequence(OP, x_bld, route)?;
+    let weight = norm_weight(OP, x_bld, norm)?;
+    one(apply(GatherNorm { route: route.clone(), eps: norm.eps() }, &[x_bld, &weight])?)
+}
+
+/// What [`split_norm`] returns.
+#[derive(Debug)]
+pub struct SplitNormed {
+    /// `x + delta`, or `x` where nothing is added: `[batch, seq_len, d]`.
+    pub sum_bld: Tensor,
+    /// The attention branch's tokens, normed: `[batch, attn.len(), d]`.
+    pub attn_bnd: Tensor,
+    /// The state-space branch's tokens, normed: `[batch, ssm.len(), d]`.
+    pub ssm_bmd: Tensor,
+}
+
+/// `x + delta`, and of its tokens both branches', each through the norm that opens the branch.
+///
+/// On CUDA one pass over the sequence forward and one backward, if the routes share out the sequence and the norms agree in
+/// what they add to the mean square. Use the sum in the place of `x` afterwards, also without `delta`: its gradient is then
+/// added to those of the norms in the same pass.
+///
+/// # Shapes
+/// - `x_bld`, `delta_bld`: `[batch, seq_len, d]`, of one dtype, any strides; the norms are over `d`
+///
+/// ```
+/// use flowhn_fuse::{Route, split_norm};
+/// use flowhn_nn::{Params, RmsNorm};
+/// use tch::{Device, Kind, Tensor};
+/// let mut params = Params::new(Device::Cpu, 0);
+/// let norm = RmsNorm::new(&mut params.root(), "norm", 1, 0.)?;
+/// let x = Tensor::ones([1, 3, 1], (Kind::Float, Device::Cpu));
+/// let (attn, ssm) = (Route::new(3, &[2..3], Device::Cpu)?, Route::new(3, &[0..2], Device::Cpu)?);
+/// let normed = split_norm(&x, Some(&x), &attn, &ssm, &norm, &norm)?;
+/// assert_eq!(normed.sum_bld, &x * 2.);
+/// assert_eq!((normed.attn_bnd.size(), normed.ssm_bmd.size()), (vec![1, 1, 1], vec![1, 2, 1]));
+/// # Ok::<(), flowhn_fuse::Error>(())
+/// ```
+///
+/// # Errors
+/// Those of [`split`] and of the norms; [`Error::Shape`] and its kin for `delta_bld`.
+pub fn split_norm(
+    x_bld: &Tensor,
+    delta_bld: Option<&Tensor>,
+    attn: &Route,
+    ssm: &Route,
+    attn_norm: &RmsNorm,
+    ssm_norm: &RmsNorm,
+) -> Result<SplitNormed> {
+    const OP: &str = "split_norm";
+    check_sequence(OP, x_bld, attn)?;
+    check_sequence(OP, x_bld, ssm)?;
+    if let Some(delta_bld) = delta_bld {
+        check::shape(OP, "delta_bld", delta_bld, &x_bld.size())?;
+        check::kind(OP, "delta_bld", delta_bld, &[x_bld.kind()])?;
+        check::device(OP, "delta_bld", delta_bld, x_bld.device())?;
+    }
+    let fused = x_bld.device().is_cuda() && attn.partitions_with(ssm) && attn_norm.eps() == ssm_norm.eps();
+    if !fused {
+        let sum_bld = delta_bld.map_or_else(|| Ok(x_bld.shallow_clone()), |delta| x_bld.f_add(delta))?;
+        let (a_bnd, s_bmd) = split(&sum_bld, attn, ssm)?;
+        return Ok(SplitNormed { attn_bnd: attn_norm.forward(&a_bnd)?, ssm_bmd: ssm_norm.forward(&s_bmd)?, sum_bld });
+    }
+    let weights = [norm_weight(OP, x_bld, attn_norm)?, norm_weight(OP, x_bld, ssm_norm)?];
+    let inputs: Vec<&Tensor> = [Some(x_bld), Some(&weights[0]), Some(&weights[1]), delta_bld].into_iter().flatten().collect();
+    let function =
+        SplitNorm { attn: attn.clone(), ssm: ssm.clone(), eps: attn_norm.eps(), n_inputs: inputs.len() };
+    let outputs: [Tensor; 3] = apply(function, &inputs)?
+        .try_into()
+        .map_err(|_| Error::invalid(OP, "the function lost its outputs"))?;
+    let [sum_bld, attn_bnd, ssm_bmd] = outputs;
+    Ok(SplitNormed { sum_bld, attn_bnd, ssm_bmd })
+}
+
+/// The weight of a norm over the tokens of `x_bld`.
+pub(crate) fn norm_weight(op: &'static str, x_bld: &Tensor, norm: &RmsNorm) -> Result<Tensor> {
+    let weight = norm.beside(x_bld.kind());
+    let [batch, seq_len, d] = check::dims(op, "x_bld", x_bld, "[batch, seq_len, d]")?;
+    if weight.size() != [d] {
+        check::shape(op, "x_bld", x_bld, &[batch, seq_len, weight.size()[0]])?;
+    }
+    check::device(op, "norm.weight", &weight, x_bld.device())?;
+    Ok(weight)
 }
 
 /// Both branches' tokens at once: `(gather(x, attn), gather(x, ssm))`, with one merged gradient instead of two padded ones
@@ -125,7 +212,8 @@ impl Function for Split {
     const NAME: &'static str = "split";
 
     fn forward(&mut self, _ctx: &mut ForwardCtx, inputs: &[&Tensor]) -> Result<Vec<Tensor>> {
-        Ok(vec![pieces::take(inputs[0], &self.attn)?, pieces::take(inputs[0], &self.ssm)?])
+        let (a_bnd, s_bmd) = pieces::take_both(inputs[0], &self.attn, &self.ssm)?;
+        Ok(vec![a_bnd, s_bmd])
     }
 
     fn backward(&self, _ctx: &BackwardCtx, grads: &[Tensor]) -> Result<Vec<Option<Tensor>>> {

@@ -1,6 +1,28 @@
 //! The kernels of this crate.
 
-use flowhn_torch::kernel::KernelSpec;
+use flowhn_torch::kernel::rows::ROW_VARIANTS;
+use flowhn_torch::kernel::{KernelSource, KernelSpec};
+
+/// Copies and sums of tokens between a sequence and its branches.
+pub(crate) static TOKENS: KernelSource =
+    KernelSource { name: "tokens.cu", text: include_str!("../kernels/tokens.cu"), headers: &[] };
+
+/// RMSNorm with the move of tokens and the residual addition beside it.
+pub(crate) static ROUTED_NORM: KernelSource =
+    KernelSource { name: "routed_norm.cu", text: include_str!("../kernels/routed_norm.cu"), headers: &[] };
 
 /// Every kernel of this crate with the variants in use; a test compiles them all.
-pub const KERNELS: &[KernelSpec] = &[];
+pub const KERNELS: &[KernelSpec] = &[
+    KernelSpec {
+        source: &TOKENS,
+        variants: &[
+            &[("X_KIND", 0), ("WORD", 1)],
+            &[("X_KIND", 0), ("WORD", 2)],
+            &[("X_KIND", 0), ("WORD", 4)],
+            &[("X_KIND", 0), ("WORD", 8)],
+            &[("X_KIND", 0), ("WORD", 16)],
+            &[("X_KIND", 1), ("WORD", 16)],
+        ],
+    },
+    KernelSpec { source: &ROUTED_NORM, variants: ROW_VARIANTS },
+];

@@ -4,11 +4,13 @@
 //! A [`Route`] says which tokens of a sequence one branch reads. [`split`] hands both branches their tokens (views where a
 //! branch owns one span), [`merge`] puts the outputs back in order with one copy, and a [`Fusion`] does what follows.
 //!
-//! The names of the pairs are the interface that fused device kernels fill later: [`gather_norm`] (gather, then the branch's
-//! first norm) and [`merge_residual`] (merge, then the residual add).
+//! Pairs and triples of steps that follow each other have names of their own, because a CUDA kernel does them in one pass:
+//! [`gather_norm`] and [`split_norm`] (the branches' tokens, then the norm that opens a branch), [`merge_residual`] and
+//! [`merge_residual_norm`] (merge, residual add, the norm that follows).
 #![forbid(unsafe_code)]
 #![deny(missing_docs)]
 
+mod cuda;
 mod fusion;
 mod gather;
 mod kernels;
@@ -20,9 +22,9 @@ pub mod selftest;
 
 pub use flowhn_torch::{Error, Result};
 pub use fusion::{FUSIONS, FuseShape, Fusion, FusionKind, FusionSpec, Topology};
-pub use gather::{gather, gather_norm, split};
+pub use gather::{SplitNormed, gather, gather_norm, split, split_norm};
 pub use kernels::KERNELS;
-pub use merge::{merge, merge_residual};
+pub use merge::{merge, merge_residual, merge_residual_norm};
 pub use route::Route;
 
 /// The example of the README.

@@ -4,9 +4,11 @@
 
 use tch::Tensor;
 
+use flowhn_nn::RmsNorm;
 use flowhn_torch::{BackwardCtx, Error, ForwardCtx, Function, Result, apply, check};
 
-use crate::gather::{check_sequence, one};
+use crate::cuda::{self, MergeResidualNorm};
+use crate::gather::{check_sequence, norm_weight, one};
 use crate::{Route, pieces};
 
 /// The two branches' tokens back in the order of the sequence, with one copy; the inverse of [`crate::split`].
@@ -42,7 +44,7 @@ pub fn merge(a_bnd: &Tensor, s_bmd: &Tensor, attn: &Route, ssm: &Route) -> Resul
     one(apply(Merge { attn: attn.clone(), ssm: ssm.clone() }, &[a_bnd, s_bmd])?)
 }
 
-/// `x_bld + merge(a, s)` in one pass over the sequence: the residual add of a block, and the slot of a kernel for it.
+/// `x_bld + merge(a, s)` in one pass over the sequence: the residual add of a block.
 ///
 /// # Shapes
 /// - `x_bld`: `[batch, seq_len, d]`, the rest as in [`merge`], of the same dtype
@@ -62,13 +64,70 @@ pub fn merge(a_bnd: &Tensor, s_bmd: &Tensor, attn: &Route, ssm: &Route) -> Resul
 /// # Errors
 /// As [`merge`], also for `x_bld`.
 pub fn merge_residual(x_bld: &Tensor, a_bnd: &Tensor, s_bmd: &Tensor, attn: &Route, ssm: &Route) -> Result<Tensor> {
-    const OP: &str = "merge_residual";
-    check_branches(OP, a_bnd, s_bmd, attn, ssm)?;
-    check_sequence(OP, x_bld, attn)?;
-    check::kind(OP, "x_bld", x_bld, &[a_bnd.kind()])?;
-    let (batch, d) = (x_bld.size()[0], x_bld.size()[2]);
-    check::shape(OP, "a_bnd", a_bnd, &[batch, attn.len() as i64, d])?;
+    check_residual("merge_residual", x_bld, a_bnd, s_bmd, attn, ssm)?;
     one(apply(MergeResidual { attn: attn.clone(), ssm: ssm.clone() }, &[x_bld, a_bnd, s_bmd])?)
+}
+
+/// [`merge_residual`] and the norm of its result: `x + merge(a, s)` and `norm(x + merge(a, s))`. On CUDA one pass over the
+/// sequence, and backward one more that adds both gradients and hands the branches theirs in their own order.
+///
+/// # Shapes
+/// As [`merge_residual`]; the norm is over `d`.
+///
+/// ```
+/// use flowhn_fuse::{Route, merge_residual_norm};
+/// use flowhn_nn::{Params, RmsNorm};
+/// use tch::{Device, Kind, Tensor};
+/// let mut params = Params::new(Device::Cpu, 0);
+/// let norm = RmsNorm::new(&mut params.root(), "norm", 1, 0.)?;
+/// let (attn, ssm) = (Route::new(3, &[1..2], Device::Cpu)?, Route::new(3, &[0..1, 2..3], Device::Cpu)?);
+/// let x = Tensor::ones([1, 3, 1], (Kind::Float, Device::Cpu));
+/// let a = Tensor::from_slice(&[20f32]).view([1, 1, 1]);
+/// let s = Tensor::from_slice(&[1f32, 3.]).view([1, 2, 1]);
+/// let (sum, normed) = merge_residual_norm(&x, &a, &s, &attn, &ssm, &norm)?;
+/// assert_eq!(Vec::<f32>::try_from(sum.view(-1)).unwrap(), [2., 21., 4.]);
+/// assert_eq!(Vec::<f32>::try_from(normed.view(-1)).unwrap(), [1., 1., 1.]);
+/// # Ok::<(), flowhn_fuse::Error>(())
+/// ```
+///
+/// # Errors
+/// As [`merge_residual`], and those of the norm.
+pub fn merge_residual_norm(
+    x_bld: &Tensor,
+    a_bnd: &Tensor,
+    s_bmd: &Tensor,
+    attn: &Route,
+    ssm: &Route,
+    norm: &RmsNorm,
+) -> Result<(Tensor, Tensor)> {
+    const OP: &str = "merge_residual_norm";
+    check_residual(OP, x_bld, a_bnd, s_bmd, attn, ssm)?;
+    if !x_bld.device().is_cuda() {
+        let sum_bld = merge_residual(x_bld, a_bnd, s_bmd, attn, ssm)?;
+        return norm.forward_residual(&sum_bld, None);
+    }
+    let weight = norm_weight(OP, x_bld, norm)?;
+    let function = MergeResidualNorm { attn: attn.clone(), ssm: ssm.clone(), eps: norm.eps() };
+    let mut outputs = apply(function, &[x_bld, a_bnd, s_bmd, &weight])?.into_iter();
+    match (outputs.next(), outputs.next()) {
+        (Some(sum_bld), Some(normed_bld)) => Ok((sum_bld, normed_bld)),
+        _ => Err(Error::invalid(OP, "the function lost its outputs")),
+    }
+}
+
+fn check_residual(
+    op: &'static str,
+    x_bld: &Tensor,
+    a_bnd: &Tensor,
+    s_bmd: &Tensor,
+    attn: &Route,
+    ssm: &Route,
+) -> Result<()> {
+    check_branches(op, a_bnd, s_bmd, attn, ssm)?;
+    check_sequence(op, x_bld, attn)?;
+    check::kind(op, "x_bld", x_bld, &[a_bnd.kind()])?;
+    let (batch, d) = (x_bld.size()[0], x_bld.size()[2]);
+    check::shape(op, "a_bnd", a_bnd, &[batch, attn.len() as i64, d])
 }
 
 fn check_branches(op: &'static str, a_bnd: &Tensor, s_bmd: &Tensor, attn: &Route, ssm: &Route) -> Result<()> {
@@ -103,7 +162,7 @@ impl Function for Merge {
     }
 
     fn backward(&self, ctx: &BackwardCtx, grads: &[Tensor]) -> Result<Vec<Option<Tensor>>> {
-        [(0, &self.attn), (1, &self.ssm)].into_iter().map(|(i, route)| branch_grad(ctx, i, &grads[0], route)).collect()
+        branch_grads(ctx, 0, &grads[0], &self.attn, &self.ssm).map(Vec::from)
     }
 }
 
@@ -116,6 +175,9 @@ impl Function for MergeResidual {
     const NAME: &'static str = "merge_residual";
 
     fn forward(&mut self, _ctx: &mut ForwardCtx, inputs: &[&Tensor]) -> Result<Vec<Tensor>> {
+        if inputs[0].device().is_cuda() {
+            return Ok(vec![cuda::merge_residual(inputs[0], inputs[1], inputs[2], &self.attn, &self.ssm)?]);
+        }
         let mut out = pieces::empty_like_sequence(inputs[0], self.attn.seq_len())?;
         pieces::put_sum(&mut out, inputs[0], inputs[1], &self.attn)?;
         pieces::put_sum(&mut out, inputs[0], inputs[2], &self.ssm)?;
@@ -124,10 +186,23 @@ impl Function for MergeResidual {
 
     fn backward(&self, ctx: &BackwardCtx, grads: &[Tensor]) -> Result<Vec<Option<Tensor>>> {
         let residual = ctx.needs_grad(0).then(|| grads[0].shallow_clone());
-        Ok(vec![residual, branch_grad(ctx, 1, &grads[0], &self.attn)?, branch_grad(ctx, 2, &grads[0], &self.ssm)?])
+        let [attn, ssm] = branch_grads(ctx, 1, &grads[0], &self.attn, &self.ssm)?;
+        Ok(vec![residual, attn, ssm])
     }
 }
 
-fn branch_grad(ctx: &BackwardCtx, input_idx: usize, grad_bld: &Tensor, route: &Route) -> Result<Option<Tensor>> {
-    ctx.needs_grad(input_idx).then(|| pieces::take(grad_bld, route)).transpose()
+/// The branches' parts of a gradient, if inputs `first` and `first + 1` want them.
+fn branch_grads(
+    ctx: &BackwardCtx,
+    first: usize,
+    grad_bld: &Tensor,
+    attn: &Route,
+    ssm: &Route,
+) -> Result<[Option<Tensor>; 2]> {
+    match (ctx.needs_grad(first), ctx.needs_grad(first + 1)) {
+        (true, true) => pieces::take_both(grad_bld, attn, ssm).map(|(a_bnd, s_bmd)| [Some(a_bnd), Some(s_bmd)]),
+        (true, false) => Ok([Some(pieces::take(grad_bld, attn)?), None]),
+        (false, true) => Ok([None, Some(pieces::take(grad_bld, ssm)?)]),
+        (false, false) => Ok([None, None]),
+    }
 }

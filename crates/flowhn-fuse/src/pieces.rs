@@ -1,7 +1,7 @@
 //! The copies behind gather and merge, outside autograd.
 //!
-//! With few spans on a CPU, whole spans are copied; with many, or on a device where every span would be a launch of its own,
-//! tokens are copied by index.
+//! With few spans on a CPU, whole spans are copied; with many, tokens are copied by index. On CUDA one kernel of our own moves
+//! all tokens.
 
 // b batch, l seq_len, n and m tokens of one branch, d features
 
@@ -11,7 +11,7 @@ use tch::{Device, Tensor};
 
 use flowhn_torch::Result;
 
-use crate::Route;
+use crate::{Route, cuda};
 
 /// Up to this many spans a CPU copies span by span.
 const MAX_SPANS: usize = 64;
@@ -26,12 +26,25 @@ pub(crate) fn take(x_bld: &Tensor, route: &Route) -> Result<Tensor> {
     match route.spans() {
         [] => span_of(x_bld, &(0..0)),
         [span] => span_of(x_bld, span),
+        _ if x_bld.device().is_cuda() => Ok(cuda::split(x_bld, route, None)?.0),
         spans if by_span(x_bld, spans.len()) => {
             let views = spans.iter().map(|span| span_of(x_bld, span)).collect::<Result<Vec<Tensor>>>()?;
             Ok(Tensor::f_cat(&views, 1)?)
         }
         _ => Ok(x_bld.f_index_select(1, route.positions_tensor())?),
     }
+}
+
+/// The tokens of both routes: views of neighbours, and one launch for the others where launches are counted.
+pub(crate) fn take_both(x_bld: &Tensor, attn: &Route, ssm: &Route) -> Result<(Tensor, Tensor)> {
+    if x_bld.device().is_cuda() && !attn.is_single_span() && !ssm.is_single_span() {
+        let (a_bnd, s_bmd) = cuda::split(x_bld, attn, Some(ssm))?;
+        return match s_bmd {
+            Some(s_bmd) => Ok((a_bnd, s_bmd)),
+            None => Ok((a_bnd, take(x_bld, ssm)?)),
+        };
+    }
+    Ok((take(x_bld, attn)?, take(x_bld, ssm)?))
 }
 
 /// Writes the tokens of a branch to their places in `out_bld`.
@@ -48,6 +61,9 @@ pub(crate) fn put(out_bld: &mut Tensor, x_bnd: &Tensor, route: &Route) -> Result
 
 /// The tokens of two branches in order, when the routes partition the sequence: one copy.
 pub(crate) fn interleave(a_bnd: &Tensor, s_bmd: &Tensor, attn: &Route, ssm: &Route) -> Result<Tensor> {
+    if a_bnd.device().is_cuda() {
+        return cuda::merge(a_bnd, s_bmd, attn, ssm);
+    }
     if by_span(a_bnd, attn.spans().len() + ssm.spans().len()) {
         let mut parts: Vec<(usize, Tensor)> = Vec::with_capacity(attn.spans().len() + ssm.spans().len());
         for (x, route) in [(a_bnd, attn), (s_bmd, ssm)] {
@@ -80,6 +96,9 @@ pub(crate) fn put_sum(out_bld: &mut Tensor, x_bld: &Tensor, branch_bnd: &Tensor,
 
 /// Zeros of the whole sequence with the branch's tokens at their places.
 pub(crate) fn scatter(x_bnd: &Tensor, route: &Route) -> Result<Tensor> {
+    if x_bnd.device().is_cuda() {
+        return cuda::scatter(x_bnd, route);
+    }
     let mut out = empty_like_sequence(x_bnd, route.seq_len())?.f_zero_()?;
     put(&mut out, x_bnd, route)?;
     Ok(out)

@@ -1,6 +1,77 @@
 //! The kernels of this crate.
 
-use flowhn_torch::kernel::KernelSpec;
+use flowhn_torch::kernel::rows::ROW_VARIANTS;
+use flowhn_torch::kernel::{KernelSource, KernelSpec};
+
+use crate::cuda::embedding;
+use crate::cuda::head::RowVariant;
+
+/// [`rms_norm`](crate::rms_norm), also after a residual addition.
+pub(crate) static RMS_NORM: KernelSource =
+    KernelSource { name: "rms_norm.cu", text: include_str!("../kernels/rms_norm.cu"), headers: &[] };
+
+/// [`gated_rms_norm`](crate::gated_rms_norm).
+pub(crate) static GATED_RMS_NORM: KernelSource =
+    KernelSource { name: "gated_rms_norm.cu", text: include_str!("../kernels/gated_rms_norm.cu"), headers: &[] };
+
+/// [`swiglu`](crate::swiglu).
+pub(crate) static SWIGLU: KernelSource =
+    KernelSource { name: "swiglu.cu", text: include_str!("../kernels/swiglu.cu"), headers: &[] };
+
+/// Rows that a thread of [`SWIGLU`] takes.
+pub(crate) const SWIGLU_ROWS: u32 = 2;
+
+/// The softmax, loss and gradient between the products of [`linear_cross_entropy`](crate::linear_cross_entropy).
+pub(crate) static CROSS_ENTROPY: KernelSource =
+    KernelSource { name: "cross_entropy.cu", text: include_str!("../kernels/cross_entropy.cu"), headers: &[] };
+
+/// A product with a number on the device, rounded to another type.
+pub(crate) static SCALED_CAST: KernelSource =
+    KernelSource { name: "scaled_cast.cu", text: include_str!("../kernels/scaled_cast.cu"), headers: &[] };
+
+/// [`embedding`](crate::embedding).
+pub(crate) static EMBEDDING: KernelSource =
+    KernelSource { name: "embedding.cu", text: include_str!("../kernels/embedding.cu"), headers: &[] };
 
 /// Every kernel of this crate with the variants in use; a test compiles them all.
-pub const KERNELS: &[KernelSpec] = &[];
+pub const KERNELS: &[KernelSpec] = &[
+    KernelSpec {
+        source: &CROSS_ENTROPY,
+        variants: &[
+            &RowVariant::new(1, 65_536, true).defines(),
+            &RowVariant::new(1, 32_000, true).defines(),
+            &RowVariant::new(1, 8192, true).defines(),
+            &RowVariant::new(1, 128_256, true).defines(),
+            &RowVariant::new(1, 65_536, false).defines(),
+            &RowVariant::new(0, 65_536, true).defines(),
+            &RowVariant::new(0, 32_000, true).defines(),
+            &RowVariant::new(0, 65_536, false).defines(),
+        ],
+    },
+    KernelSpec {
+        source: &SCALED_CAST,
+        variants: &[
+            &[("IN_KIND", 0), ("OUT_KIND", 0)],
+            &[("IN_KIND", 0), ("OUT_KIND", 1)],
+            &[("IN_KIND", 1), ("OUT_KIND", 1)],
+        ],
+    },
+    KernelSpec {
+        source: &EMBEDDING,
+        variants: &[
+            &embedding::defines(0, 4),
+            &embedding::defines(1, 4),
+            &embedding::defines(0, 1),
+            &embedding::defines(1, 1),
+        ],
+    },
+    KernelSpec { source: &RMS_NORM, variants: ROW_VARIANTS },
+    KernelSpec { source: &GATED_RMS_NORM, variants: ROW_VARIANTS },
+    KernelSpec {
+        source: &SWIGLU,
+        variants: &[
+            &[("X_KIND", 0), ("ROWS", SWIGLU_ROWS as i64)],
+            &[("X_KIND", 1), ("ROWS", SWIGLU_ROWS as i64)],
+        ],
+    },
+];

@@ -3,6 +3,7 @@
 #![forbid(unsafe_code)]
 #![deny(missing_docs)]
 
+mod cuda;
 mod embedding;
 mod init;
 mod kernels;
@@ -17,13 +18,13 @@ pub mod selftest;
 pub mod simd;
 mod swiglu;
 
-pub use embedding::{Embedding, embedding};
+pub use embedding::{Embedding, check_ids, embedding};
 pub use flowhn_torch::{Error, Result};
 pub use init::Init;
 pub use kernels::KERNELS;
 pub use linear::{Bias, Linear};
 pub use loss::{linear_cross_entropy, token_losses};
-pub use norm::{RmsNorm, gated_rms_norm, rms_norm};
+pub use norm::{RmsNorm, gated_rms_norm, residual_norm, rms_norm};
 pub use params::{Decay, Param, Params, Path, Weight};
 pub use swiglu::{SwiGluMlp, swiglu};
 

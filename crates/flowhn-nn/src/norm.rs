@@ -5,11 +5,12 @@ mod plain;
 
 use std::fmt::Display;
 
-use tch::{Kind, Tensor};
+use tch::{Device, Kind, Tensor};
 
 use flowhn_torch::{Error, Result, apply, check};
 
-use crate::rows::{check_weight_kind, only_cpu};
+use crate::cuda::norm::{GatedRmsNormCuda, ResidualNormCuda, RmsNormCuda};
+use crate::rows::{check_weight_kind, no_kernel};
 use crate::{Decay, Init, Path, Weight};
 
 /// Returns `x / sqrt(mean(x^2) + eps) * weight`, the mean over the last axis (Zhang and Sennrich 2019).
@@ -18,7 +19,7 @@ use crate::{Decay, Init, Path, Weight};
 /// before the weight multiplies it.
 ///
 /// # Shapes
-/// - `x`: `[.., d]`, f32, bf16 or f64; copied only if its last axis is not contiguous
+/// - `x`: `[.., d]`, f32, bf16 or f64 (f64 on the CPU only); copied only if its last axis is not contiguous
 /// - `weight`: `[d]`, in the type of `x`, or f32 beside bf16
 /// - returns a contiguous tensor like `x`
 ///
@@ -36,15 +37,65 @@ use crate::{Decay, Init, Path, Weight};
 pub fn rms_norm(x: &Tensor, weight: &Tensor, eps: f64) -> Result<Tensor> {
     const OP: &str = "rms_norm";
     check_arguments(OP, x, weight)?;
-    only_cpu(OP, "x", x)?;
-    apply(plain::RmsNormCpu { eps }, &[x, weight]).map(first)
+    match x.device() {
+        Device::Cpu => apply(plain::RmsNormCpu { eps }, &[x, weight]).map(first),
+        Device::Cuda(_) => apply(RmsNormCuda { eps }, &[x, weight]).map(first),
+        other => Err(no_kernel(OP, "x", other)),
+    }
+}
+
+/// Returns `x + delta` and `rms_norm(x + delta)`: the end of one sublayer and the start of the next.
+///
+/// On CUDA both come from one pass over the rows, and backward another one adds the gradient of the sum to that of the norm.
+/// Without `delta` the sum is `x` itself: use it in the place of `x` afterwards, so that the gradients meet in that pass.
+///
+/// # Shapes
+/// - `x`, `delta`: `[.., d]`, both f32, bf16 or f64 (f64 on the CPU only); copied only if the last axis is not contiguous
+/// - `weight`: `[d]`, in the type of `x`, or f32 beside bf16
+/// - returns two tensors like `x`
+///
+/// ```
+/// use flowhn_nn::{residual_norm, rms_norm};
+/// use tch::Tensor;
+/// let (x, delta) = (Tensor::from_slice(&[1f32, 4.]), Tensor::from_slice(&[2f32, 0.]));
+/// let weight = Tensor::from_slice(&[1f32, 2.]);
+/// let (sum, normed) = residual_norm(&x, Some(&delta), &weight, 0.)?;
+/// assert_eq!(sum, &x + &delta);
+/// assert_eq!(normed, rms_norm(&sum, &weight, 0.)?);
+/// # Ok::<(), flowhn_nn::Error>(())
+/// ```
+///
+/// # Errors
+/// [`Error::Shape`], [`Error::Dtype`] or [`Error::Device`], naming the argument at fault.
+pub fn residual_norm(x: &Tensor, delta: Option<&Tensor>, weight: &Tensor, eps: f64) -> Result<(Tensor, Tensor)> {
+    const OP: &str = "residual_norm";
+    check_arguments(OP, x, weight)?;
+    if let Some(delta) = delta {
+        check::shape(OP, "delta", delta, &x.size())?;
+        check::kind(OP, "delta", delta, &[x.kind()])?;
+        check::device(OP, "delta", delta, x.device())?;
+    }
+    match x.device() {
+        Device::Cpu => {
+            let sum = delta.map_or_else(|| Ok(x.shallow_clone()), |delta| x.f_add(delta))?;
+            let normed = apply(plain::RmsNormCpu { eps }, &[&sum, weight]).map(first)?;
+            Ok((sum, normed))
+        }
+        Device::Cuda(_) => {
+            let inputs: Vec<&Tensor> = [Some(x), Some(weight), delta].into_iter().flatten().collect();
+            let mut outputs = apply(ResidualNormCuda { eps, n_inputs: inputs.len() }, &inputs)?;
+            let normed = outputs.swap_remove(1);
+            Ok((first(outputs), normed))
+        }
+        other => Err(no_kernel(OP, "x", other)),
+    }
 }
 
 /// Returns `rms_norm(x * silu(z)) * weight` with the mean taken over each of `n_groups` equal parts of the last axis,
 /// as Mamba-2 normalises its output (gate before norm).
 ///
 /// # Shapes
-/// - `x`, `z`: `[.., d]`, both f32, bf16 or f64; copied only if the last axis is not contiguous
+/// - `x`, `z`: `[.., d]`, both f32, bf16 or f64 (f64 on the CPU only); copied only if the last axis is not contiguous
 /// - `weight`: `[d]`, in the type of `x`, or f32 beside bf16
 /// - returns a contiguous tensor like `x`; the only rounding to its type is the last
 ///
@@ -72,8 +123,12 @@ pub fn gated_rms_norm(x: &Tensor, z: &Tensor, weight: &Tensor, eps: f64, n_group
     if n_groups < 1 || d % n_groups != 0 {
         return Err(Error::invalid(OP, format!("{n_groups} groups do not divide the last axis of {d}")));
     }
-    only_cpu(OP, "x", x)?;
-    apply(gated::GatedRmsNormCpu { eps, n_groups: n_groups as usize }, &[x, z, weight]).map(first)
+    let inputs = [x, z, weight];
+    match x.device() {
+        Device::Cpu => apply(gated::GatedRmsNormCpu { eps, n_groups: n_groups as usize }, &inputs).map(first),
+        Device::Cuda(_) => apply(GatedRmsNormCuda { eps, n_groups }, &inputs).map(first),
+        other => Err(no_kernel(OP, "x", other)),
+    }
 }
 
 /// [`rms_norm`] with its weight.
@@ -101,6 +156,14 @@ impl RmsNorm {
         rms_norm(x, &self.beside(x.kind()), self.eps)
     }
 
+    /// As [`residual_norm`] with this weight: `x + delta` and its norm.
+    ///
+    /// # Errors
+    /// Those of [`residual_norm`].
+    pub fn forward_residual(&self, x: &Tensor, delta: Option<&Tensor>) -> Result<(Tensor, Tensor)> {
+        residual_norm(x, delta, &self.beside(x.kind()), self.eps)
+    }
+
     /// As [`gated_rms_norm`] with this weight.
     ///
     /// # Errors
@@ -119,7 +182,8 @@ impl RmsNorm {
         self.eps
     }
 
-    fn beside(&self, activations: Kind) -> Tensor {
+    /// The weight in the type that multiplies activations of that type: f32, or f64 beside f64.
+    pub fn beside(&self, activations: Kind) -> Tensor {
         match activations {
             Kind::Double => self.weight.to(Kind::Double),
             _ => self.weight.to(Kind::Float),

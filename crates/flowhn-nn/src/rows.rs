@@ -32,12 +32,9 @@ macro_rules! for_float_kind {
 }
 pub(crate) use for_float_kind;
 
-/// The one place where an operation of this crate turns away devices that it has no kernel for.
-pub(crate) fn only_cpu(op: &'static str, arg: &'static str, tensor: &Tensor) -> Result<()> {
-    match tensor.device() {
-        Device::Cpu => Ok(()),
-        got => Err(Error::Device { op, arg, got, want: "the CPU: there is no kernel for this device yet".to_owned() }),
-    }
+/// What an operation answers on a device that it has no kernel for.
+pub(crate) fn no_kernel(op: &'static str, arg: &'static str, got: Device) -> Error {
+    Error::Device { op, arg, got, want: "the CPU or a CUDA device: there is no kernel for others".to_owned() }
 }
 
 /// Checks that parameters have the element type of the activations or, beside bf16 activations, f32.

@@ -1,11 +1,12 @@
 //! The gated activation of Llama's MLP and the MLP itself.
 
-use tch::{Kind, Tensor};
+use tch::{Device, Kind, Tensor};
 
 use flowhn_torch::cpu;
 use flowhn_torch::{BackwardCtx, Error, ForwardCtx, Function, Result, apply, check};
 
-use crate::rows::{Rows, block_rows, for_float_kind, map_blocks, only_cpu, with_contiguous_rows};
+use crate::cuda::swiglu::SwiGluCuda;
+use crate::rows::{Rows, block_rows, for_float_kind, map_blocks, no_kernel, with_contiguous_rows};
 use crate::simd::{Real, Storage, dispatch};
 use crate::{Bias, Init, Linear, Path};
 
@@ -14,7 +15,7 @@ use crate::{Bias, Init, Linear, Path};
 /// Computed in f32 (f64 for f64 inputs) and rounded once.
 ///
 /// # Shapes
-/// - `gate_up`: `[.., 2 f]`, f32, bf16 or f64; copied only if its last axis is not contiguous
+/// - `gate_up`: `[.., 2 f]`, f32, bf16 or f64 (f64 on the CPU only); copied only if its last axis is not contiguous
 /// - returns `[.., f]`, contiguous, in the type of `gate_up`
 ///
 /// ```
@@ -37,8 +38,12 @@ pub fn swiglu(gate_up: &Tensor) -> Result<Tensor> {
             return Err(Error::Shape { op: OP, arg: "gate_up", got: gate_up.size(), want });
         }
     }
-    only_cpu(OP, "gate_up", gate_up)?;
-    Ok(apply(SwiGluCpu, &[gate_up])?.swap_remove(0))
+    let mut outputs = match gate_up.device() {
+        Device::Cpu => apply(SwiGluCpu, &[gate_up])?,
+        Device::Cuda(_) => apply(SwiGluCuda, &[gate_up])?,
+        other => return Err(no_kernel(OP, "gate_up", other)),
+    };
+    Ok(outputs.swap_remove(0))
 }
 
 /// `down(silu(gate(x)) * up(x))` with the two input projections merged into one product.

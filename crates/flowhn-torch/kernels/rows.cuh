@@ -8,6 +8,19 @@
 #include "flowhn.cuh"
 
 constexpr int VEC = 8;
+#ifndef STREAM
+#define STREAM 0
+#endif
+#if STREAM & 1
+#define ROW_LOAD(p) __ldcs(p)
+#else
+#define ROW_LOAD(p) (*(p))
+#endif
+#if STREAM & 2
+#define ROW_STORE(p, v) __stcs(p, v)
+#else
+#define ROW_STORE(p, v) (*(p) = (v))
+#endif
 
 // ---- vectors ------------------------------------------------------------------------------------------------------------
 
@@ -16,8 +29,8 @@ template <class T> struct Pack;
 
 template <> struct Pack<bf16> {
     uint4 words;
-    __device__ __forceinline__ void load(const bf16* p) { words = *reinterpret_cast<const uint4*>(p); }
-    __device__ __forceinline__ void store(bf16* p) const { *reinterpret_cast<uint4*>(p) = words; }
+    __device__ __forceinline__ void load(const bf16* p) { words = ROW_LOAD(reinterpret_cast<const uint4*>(p)); }
+    __device__ __forceinline__ void store(bf16* p) const { ROW_STORE(reinterpret_cast<uint4*>(p), words); }
     __device__ __forceinline__ void get(float (&x)[VEC]) const {
         x[0] = low_bf16(words.x), x[1] = high_bf16(words.x), x[2] = low_bf16(words.y), x[3] = high_bf16(words.y);
         x[4] = low_bf16(words.z), x[5] = high_bf16(words.z), x[6] = low_bf16(words.w), x[7] = high_bf16(words.w);
@@ -161,8 +174,7 @@ __device__ __forceinline__ void write_block_columns(float (&sums)[N][VEC], float
 
 // Writes out[c] = sum of partials[k, c] over k. A block of 32 x 32 threads takes 32 columns: its thread (lane, k) adds rows
 // k, k + 32, ... and the 32 sums of a column are added in order.
-template <class W>
-__device__ __forceinline__ void sum_columns(const float* partials, W* out, int n_partials, int d) {
+__device__ __forceinline__ void sum_columns(const float* partials, float* out, int n_partials, int d) {
     __shared__ float sums[32][33];
     int lane = threadIdx.x % 32, first = threadIdx.x / 32, column = blockIdx.x * 32 + lane;
     float sum = 0.f;
@@ -175,5 +187,5 @@ __device__ __forceinline__ void sum_columns(const float* partials, W* out, int n
     // Now a warp has the sums of one column on its lanes.
     sum = warp_sum(sums[lane][first]);
     column = blockIdx.x * 32 + first;
-    if (lane == 0 && column < d) out[column] = from_f32<W>(sum);
+    if (lane == 0 && column < d) out[column] = sum;
 }

@@ -7,6 +7,7 @@
 mod cache;
 mod driver;
 mod nvrtc;
+pub mod rows;
 
 use tch::{Device, Tensor};
 

@@ -1,0 +1,173 @@
+// RMSNorm of the tokens of one or two routes, with the move of tokens and the residual addition beside it.
+//
+// Token j of route k stands at position p = positions_k[j] of its sequence. For each of the routes' tokens
+//
+//   s = x[b, p] + change       change: none, or that of the sequence, change[b, p], or of the branch, change_k[b, j]
+//   r = 1 / sqrt(mean(s^2) + eps)
+//   y = round(s r) weight_k    written to y[b, p] of a sequence or to y_k[b, j] of a branch
+//
+// which is gather + norm (no change, y of the branch), residual + split + norm (change of the sequence, y of the branches)
+// and merge + residual + norm (change of the branches, y of the sequence). Backward, with g = dy weight_k and ds the gradient
+// that reaches s on other ways (or none):
+//
+//   dx[b, p] = ds + r g - s r^3 mean(g s),   dweight = sum over tokens of dy s r
+//
+// and dx is written once more in the order of the branches where those want it.
+//
+// x, s, ds, change, dy: [batch, tokens, d], last axis dense, f32 or bf16; weight: [d], f32; sum, y, dx, dchange: contiguous;
+// rstd: [batch, seq_len], f32; positions: [n], i64.
+//
+// Teams of threads hold rows in registers as in rms_norm.cu. The first n_blocks0 blocks take the tokens of route 0, the
+// others those of route 1, so that a block has one weight and one part of its gradient.
+//
+// X_KIND: dtype of all but weights and rstd; VECS: vectors a thread; MAX_THREADS: bound of the block.
+#include "rows.cuh"
+#include "smem.cuh"
+
+typedef DtypeOf<X_KIND>::type X;
+
+// The route that a block works for, and the rows of it that a team takes: team_idx, team_idx + n_teams, ... of `n_rows`.
+struct Share {
+    int route, n, n_rows, team_idx, n_teams;
+    const i64* positions;
+    __device__ __forceinline__ Share(const Team& team, const i64* positions0, const i64* positions1, int n0, int n1, int batch,
+                                     int n_blocks0) {
+        route = blockIdx.x >= n_blocks0;
+        n = route ? n1 : n0;
+        n_rows = batch * n;
+        positions = route ? positions1 : positions0;
+        int first = route ? n_blocks0 : 0, n_blocks = route ? gridDim.x - n_blocks0 : n_blocks0;
+        team_idx = (blockIdx.x - first) * team.n + team.idx;
+        n_teams = n_blocks * team.n;
+    }
+};
+
+// One token: its sequence, its place in the branch and in the sequence.
+struct Token {
+    int b, j, p;
+    __device__ __forceinline__ Token(const Share& share, int row) {
+        b = (unsigned)row / (unsigned)share.n, j = row - b * share.n, p = (int)share.positions[j];
+    }
+};
+
+extern "C" __global__ void __launch_bounds__(MAX_THREADS)
+routed_norm_forward(const X* x, i64 x_batch, i64 x_token, const i64* positions0, const i64* positions1, int n0, int n1, int batch,
+                    int seq_len, const X* change0, const X* change1, i64 change0_batch, i64 change0_token, i64 change1_batch,
+                    i64 change1_token, int change_of_branch, const float* weight0, const float* weight1, X* sum, X* y0, X* y1,
+                    int y_of_branch, float* rstd, int n_blocks0, int d, int team_size, int aligned, float eps) {
+    __shared__ float slots[64];
+    Team team(team_size);
+    TeamSum team_sum(slots);
+    Width width{d, aligned != 0};
+    Share share(team, positions0, positions1, n0, n1, batch, n_blocks0);
+    const X* change = share.route ? change1 : change0;
+    RowStrides change_strides = share.route ? RowStrides{change1_batch, change1_token} : RowStrides{change0_batch, change0_token};
+    X* y = share.route ? y1 : y0;
+    float w[VECS][VEC];
+    load_weight(w, share.route ? weight1 : weight0, team, width);
+    for (i64 row = share.team_idx; row < share.n_rows; row += share.n_teams) {
+        Token token(share, (int)row);
+        i64 place = (i64)token.b * seq_len + token.p;
+        Pack<X> s[VECS];
+        load_row(s, x + RowStrides{x_batch, x_token}.start(token.b, token.p), team, width);
+        if (change) {
+            Pack<X> moved[VECS];
+            load_row(moved, change + change_strides.start(token.b, change_of_branch ? token.j : token.p), team, width);
+            #pragma unroll
+            for (int v = 0; v < VECS; v++) {
+                float a[VEC], b[VEC];
+                s[v].get(a), moved[v].get(b);
+                #pragma unroll
+                for (int i = 0; i < VEC; i++) a[i] += b[i];
+                s[v].set(a);
+                store_vector(s[v], sum + place * d, v, team, width);
+            }
+        }
+        float squares = 0.f;
+        #pragma unroll
+        for (int v = 0; v < VECS; v++) {
+            float a[VEC];
+            s[v].get(a);
+            #pragma unroll
+            for (int i = 0; i < VEC; i++) squares += a[i] * a[i];
+        }
+        float r = 1.f / sqrtf(team_sum(squares, team) / d + eps);
+        if (rstd && team.t == 0) rstd[place] = r;
+        #pragma unroll
+        for (int v = 0; v < VECS; v++) {
+            float a[VEC];
+            Pack<X> out;
+            s[v].get(a);
+            #pragma unroll
+            for (int i = 0; i < VEC; i++) a[i] *= r;
+            // The normalised value has the dtype of x before the weight multiplies it.
+            out.set(a), out.get(a);
+            #pragma unroll
+            for (int i = 0; i < VEC; i++) a[i] *= w[v][i];
+            out.set(a);
+            store_vector(out, y + (y_of_branch ? row : place) * d, v, team, width);
+        }
+    }
+}
+
+extern "C" __global__ void __launch_bounds__(MAX_THREADS)
+routed_norm_backward(const X* s, i64 s_batch, i64 s_token, const i64* positions0, const i64* positions1, int n0, int n1, int batch,
+                     int seq_len, const X* dy0, const X* dy1, i64 dy0_batch, i64 dy0_token, i64 dy1_batch, i64 dy1_token,
+                     int dy_of_branch, const X* ds, i64 ds_batch, i64 ds_token, const float* weight0, const float* weight1,
+                     const float* rstd, X* dx, X* dchange0, X* dchange1, float* partials, int n_blocks0, int d, int team_size,
+                     int aligned) {
+    __shared__ float slots[64];
+    Team team(team_size);
+    TeamSum team_sum(slots);
+    Width width{d, aligned != 0};
+    Share share(team, positions0, positions1, n0, n1, batch, n_blocks0);
+    const X* dy = share.route ? dy1 : dy0;
+    RowStrides dy_strides = share.route ? RowStrides{dy1_batch, dy1_token} : RowStrides{dy0_batch, dy0_token};
+    X* dchange = share.route ? dchange1 : dchange0;
+    float w[VECS][VEC], dw[VECS][VEC] = {};
+    load_weight(w, share.route ? weight1 : weight0, team, width);
+    for (i64 row = share.team_idx; row < share.n_rows; row += share.n_teams) {
+        Token token(share, (int)row);
+        i64 place = (i64)token.b * seq_len + token.p;
+        Pack<X> rows_s[VECS], rows_dy[VECS], other[VECS];
+        load_row(rows_s, s + RowStrides{s_batch, s_token}.start(token.b, token.p), team, width);
+        load_row(rows_dy, dy + dy_strides.start(token.b, dy_of_branch ? token.j : token.p), team, width);
+        if (ds) load_row(other, ds + RowStrides{ds_batch, ds_token}.start(token.b, token.p), team, width);
+        float r = rstd[place], inner_product = 0.f;
+        #pragma unroll
+        for (int v = 0; v < VECS; v++) {
+            float a[VEC], b[VEC];
+            rows_s[v].get(a), rows_dy[v].get(b);
+            #pragma unroll
+            for (int i = 0; i < VEC; i++) inner_product += b[i] * w[v][i] * a[i];
+        }
+        float slope = team_sum(inner_product, team) * r * r * r / d;
+        #pragma unroll
+        for (int v = 0; v < VECS; v++) {
+            float a[VEC], b[VEC];
+            rows_s[v].get(a), rows_dy[v].get(b);
+            #pragma unroll
+            for (int i = 0; i < VEC; i++) {
+                dw[v][i] += b[i] * (a[i] * r);
+                a[i] = r * (b[i] * w[v][i]) - a[i] * slope;
+            }
+            if (ds) {
+                other[v].get(b);
+                #pragma unroll
+                for (int i = 0; i < VEC; i++) a[i] += b[i];
+            }
+            Pack<X> out;
+            out.set(a);
+            store_vector(out, dx + place * d, v, team, width);
+            if (dchange) store_vector(out, dchange + row * d, v, team, width);
+        }
+    }
+    if (partials)
+        write_block_columns(dw, partials + (i64)blockIdx.x * d, reinterpret_cast<float*>(shared_memory()), team, d);
+}
+
+// dweight from the sums of the blocks first .. first + n_partials.
+extern "C" __global__ void __launch_bounds__(1024)
+sum_partials(const float* partials, float* dweight, int first, int n_partials, int d) {
+    sum_columns(partials + (i64)first * d, dweight, n_partials, d);
+}

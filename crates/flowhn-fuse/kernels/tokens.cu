@@ -1,0 +1,82 @@
+// Tokens between a sequence and its branches, both branches in one launch.
+//
+// Token j of route k stands at position p = positions_k[j] of its sequence:
+//
+//   copy_tokens, to the branches:  branch_k[b, j] = sequence[b, p]
+//   copy_tokens, to the sequence:  sequence[b, p] = branch_k[b, j]
+//   merge_residual:                out[b, p] = x[b, p] + branch_k[b, j]
+//
+// All tensors: [batch, tokens, d], last axis dense, the others of any strides. Copies know no dtype: they move words of WORD
+// bytes, in which strides and `n_words`, the length of a row, are counted; strides of merge_residual count elements.
+//
+// A warp takes one token, so that its position is read once and the rest are neighbouring words. blockIdx.x counts 8 warps.
+//
+// WORD: 1, 2, 4, 8 or 16; X_KIND: dtype of merge_residual.
+#include "rows.cuh"
+
+typedef DtypeOf<X_KIND>::type X;
+
+template <int N> struct Words;
+template <> struct Words<1> { typedef unsigned char type; };
+template <> struct Words<2> { typedef unsigned short type; };
+template <> struct Words<4> { typedef unsigned type; };
+template <> struct Words<8> { typedef uint2 type; };
+template <> struct Words<16> { typedef uint4 type; };
+typedef Words<WORD>::type Word;
+
+// The token of this warp: route, sequence, place in the branch and in the sequence.
+struct Token {
+    int route, b, j, p;
+    bool valid;
+    __device__ __forceinline__ Token(const i64* positions0, const i64* positions1, int n0, int n1, int batch) {
+        i64 warp = (i64)blockIdx.x * 8 + threadIdx.x / 32;
+        int n = n0 + n1;
+        valid = warp < (i64)batch * n;
+        if (!valid) return;
+        b = (int)((unsigned)warp / (unsigned)n);
+        int t = (int)warp - b * n;
+        route = t >= n0;
+        j = route ? t - n0 : t;
+        p = (int)(route ? positions1 : positions0)[j];
+    }
+};
+
+extern "C" __global__ void __launch_bounds__(256)
+copy_tokens(Word* sequence, Word* branch0, Word* branch1, i64 sequence_batch, i64 sequence_token, i64 branch0_batch,
+            i64 branch0_token, i64 branch1_batch, i64 branch1_token, const i64* positions0, const i64* positions1, int n0, int n1,
+            int batch, int n_words, int to_sequence) {
+    Token token(positions0, positions1, n0, n1, batch);
+    if (!token.valid) return;
+    RowStrides strides = token.route ? RowStrides{branch1_batch, branch1_token} : RowStrides{branch0_batch, branch0_token};
+    Word* in_branch = (token.route ? branch1 : branch0) + strides.start(token.b, token.j);
+    Word* in_sequence = sequence + RowStrides{sequence_batch, sequence_token}.start(token.b, token.p);
+    const Word* from = to_sequence ? in_branch : in_sequence;
+    Word* to = to_sequence ? in_sequence : in_branch;
+    #pragma unroll 4
+    for (int i = threadIdx.x % 32; i < n_words; i += 32) to[i] = from[i];
+}
+
+extern "C" __global__ void __launch_bounds__(256)
+merge_residual(const X* x, const X* branch0, const X* branch1, X* out, i64 x_batch, i64 x_token, i64 branch0_batch,
+               i64 branch0_token, i64 branch1_batch, i64 branch1_token, const i64* positions0, const i64* positions1, int n0, int n1,
+               int batch, int seq_len, int d, int aligned) {
+    Token token(positions0, positions1, n0, n1, batch);
+    if (!token.valid) return;
+    RowStrides strides = token.route ? RowStrides{branch1_batch, branch1_token} : RowStrides{branch0_batch, branch0_token};
+    const X* change = (token.route ? branch1 : branch0) + strides.start(token.b, token.j);
+    x += RowStrides{x_batch, x_token}.start(token.b, token.p);
+    out += ((i64)token.b * seq_len + token.p) * d;
+    #pragma unroll 4
+    for (int column = threadIdx.x % 32 * VEC; column < d; column += 32 * VEC) {
+        Pack<X> a, b;
+        if (aligned) a.load(x + column), b.load(change + column);
+        else load_some(a, x + column, d - column), load_some(b, change + column, d - column);
+        float s[VEC], t[VEC];
+        a.get(s), b.get(t);
+        #pragma unroll
+        for (int i = 0; i < VEC; i++) s[i] += t[i];
+        a.set(s);
+        if (aligned) a.store(out + column);
+        else store_some(a, out + column, d - column);
+    }
+}

@@ -1,0 +1,318 @@
+//! RMSNorm with the move of tokens and the residual addition beside it: one pass forward, one backward.
+
+// b batch, l seq_len, n and m tokens of one branch, d features
+
+use tch::{Kind, Tensor};
+
+use flowhn_torch::kernel::rows::{RowTiling, aligned, with_dense_rows};
+use flowhn_torch::kernel::{Arg, Kernel, kind_define};
+use flowhn_torch::{BackwardCtx, ForwardCtx, Function, Result};
+
+use super::{Routes, strides};
+use crate::Route;
+use crate::kernels::ROUTED_NORM;
+
+/// Blocks of a multiprocessor forward: several waves even out what the blocks' ends leave idle.
+const FORWARD_BLOCKS: i64 = 16;
+/// Blocks of a multiprocessor backward. Each writes a row of partial sums, so there are as few as keep memory busy.
+const BACKWARD_BLOCKS: i64 = 2;
+
+/// Inputs x and weight; output `norm(gather(x))`.
+pub(crate) struct GatherNorm {
+    pub(crate) route: Route,
+    pub(crate) eps: f64,
+}
+
+impl Function for GatherNorm {
+    const NAME: &'static str = "gather_norm";
+
+    fn forward(&mut self, ctx: &mut ForwardCtx, inputs: &[&Tensor]) -> Result<Vec<Tensor>> {
+        let [x_bld, weight] = inputs else { unreachable!("two inputs") };
+        let call = Call::new(Self::NAME, x_bld, Routes { first: &self.route, second: None }, &[weight])?;
+        let y_bnd = call.branch(&self.route)?;
+        let rstd_bl = call.forward(None, Order::Branch, [&y_bnd, &y_bnd], Order::Branch, None, self.eps)?;
+        if ctx.is_recorded() {
+            [*x_bld, *weight, &rstd_bl].into_iter().for_each(|x| ctx.save(x));
+        }
+        Ok(vec![y_bnd])
+    }
+
+    fn backward(&self, ctx: &BackwardCtx, grads: &[Tensor]) -> Result<Vec<Option<Tensor>>> {
+        let [x_bld, weight, rstd_bl] = ctx.saved() else { unreachable!("three tensors are saved") };
+        let call = Call::new(Self::NAME, x_bld, Routes { first: &self.route, second: None }, &[weight])?;
+        // Tokens of no route have no gradient.
+        let dx_bld = x_bld.f_zeros_like()?.f_contiguous()?;
+        let dy = [Some(&grads[0]), None];
+        let dweights = call.backward(rstd_bl, dy, Order::Branch, None, &dx_bld, [None, None], &[ctx.needs_grad(1)])?;
+        Ok([Some(dx_bld)].into_iter().chain(dweights).collect())
+    }
+}
+
+/// Inputs x, the branches' weights and, maybe, what is added to x. Outputs: the sum, and each branch's normalised tokens.
+/// Without an addend the sum is x itself, handed on so that its gradient arrives here and is added in the same pass.
+pub(crate) struct SplitNorm {
+    pub(crate) attn: Route,
+    pub(crate) ssm: Route,
+    pub(crate) eps: f64,
+    pub(crate) n_inputs: usize,
+}
+
+impl SplitNorm {
+    fn routes(&self) -> Routes<'_> {
+        Routes { first: &self.attn, second: Some(&self.ssm) }
+    }
+}
+
+impl Function for SplitNorm {
+    const NAME: &'static str = "split_norm";
+
+    fn forward(&mut self, ctx: &mut ForwardCtx, inputs: &[&Tensor]) -> Result<Vec<Tensor>> {
+        let call = Call::new(Self::NAME, inputs[0], self.routes(), &inputs[1..3])?;
+        let (a_bnd, s_bmd) = (call.branch(&self.attn)?, call.branch(&self.ssm)?);
+        let delta = inputs.get(3).map(|delta| with_dense_rows(delta)).transpose()?;
+        let sum = delta.as_ref().map(|_| call.sequence()).transpose()?;
+        let change = delta.as_ref().map(|delta| [delta, delta]);
+        let eps = self.eps;
+        let rstd_bl = call.forward(change, Order::Sequence, [&a_bnd, &s_bmd], Order::Branch, sum.as_ref(), eps)?;
+        let sum = sum.unwrap_or_else(|| inputs[0].shallow_clone());
+        if ctx.is_recorded() {
+            [&sum, inputs[1], inputs[2], &rstd_bl].into_iter().for_each(|x| ctx.save(x));
+        }
+        Ok(vec![sum, a_bnd, s_bmd])
+    }
+
+    fn backward(&self, ctx: &BackwardCtx, grads: &[Tensor]) -> Result<Vec<Option<Tensor>>> {
+        let [sum, attn_weight, ssm_weight, rstd_bl] = ctx.saved() else { unreachable!("four tensors are saved") };
+        let call = Call::new(Self::NAME, sum, self.routes(), &[attn_weight, ssm_weight])?;
+        let dsum = call.sequence()?;
+        let (dy, wanted) = ([Some(&grads[1]), Some(&grads[2])], [ctx.needs_grad(1), ctx.needs_grad(2)]);
+        let dweights = call.backward(rstd_bl, dy, Order::Branch, Some(&grads[0]), &dsum, [None, None], &wanted)?;
+        let ddelta = (self.n_inputs == 4).then(|| Some(dsum.shallow_clone()));
+        Ok([Some(dsum)].into_iter().chain(dweights).chain(ddelta).collect())
+    }
+}
+
+/// Inputs x, the branches' outputs and weight; outputs `x + merge(a, s)` and its norm.
+pub(crate) struct MergeResidualNorm {
+    pub(crate) attn: Route,
+    pub(crate) ssm: Route,
+    pub(crate) eps: f64,
+}
+
+impl MergeResidualNorm {
+    fn routes(&self) -> Routes<'_> {
+        Routes { first: &self.attn, second: Some(&self.ssm) }
+    }
+}
+
+impl Function for MergeResidualNorm {
+    const NAME: &'static str = "merge_residual_norm";
+
+    fn forward(&mut self, ctx: &mut ForwardCtx, inputs: &[&Tensor]) -> Result<Vec<Tensor>> {
+        let [x_bld, a_bnd, s_bmd, weight] = inputs else { unreachable!("four inputs") };
+        let call = Call::new(Self::NAME, x_bld, self.routes(), &[weight])?;
+        let (a_bnd, s_bmd) = (with_dense_rows(a_bnd)?, with_dense_rows(s_bmd)?);
+        let (sum, y) = (call.sequence()?, call.sequence()?);
+        let change = Some([&a_bnd, &s_bmd]);
+        let rstd_bl = call.forward(change, Order::Branch, [&y, &y], Order::Sequence, Some(&sum), self.eps)?;
+        if ctx.is_recorded() {
+            [&sum, *weight, &rstd_bl].into_iter().for_each(|x| ctx.save(x));
+        }
+        Ok(vec![sum, y])
+    }
+
+    /// The branches' gradients are the sum's at their tokens, written in their order by the same pass: what consumes them
+    /// would copy views.
+    fn backward(&self, ctx: &BackwardCtx, grads: &[Tensor]) -> Result<Vec<Option<Tensor>>> {
+        let [sum, weight, rstd_bl] = ctx.saved() else { unreachable!("three tensors are saved") };
+        let call = Call::new(Self::NAME, sum, self.routes(), &[weight])?;
+        let dsum = call.sequence()?;
+        let da_bnd = ctx.needs_grad(1).then(|| call.branch(&self.attn)).transpose()?;
+        let ds_bmd = ctx.needs_grad(2).then(|| call.branch(&self.ssm)).transpose()?;
+        let (dy, branches) = ([Some(&grads[1]), Some(&grads[1])], [da_bnd.as_ref(), ds_bmd.as_ref()]);
+        let wanted = [ctx.needs_grad(3)];
+        let dweights = call.backward(rstd_bl, dy, Order::Sequence, Some(&grads[0]), &dsum, branches, &wanted)?;
+        Ok([Some(dsum), da_bnd, ds_bmd].into_iter().chain(dweights).collect())
+    }
+}
+
+/// Where a token of a route is found in a tensor: at its place in the sequence or among the branch's tokens.
+#[derive(Clone, Copy, PartialEq)]
+enum Order {
+    Sequence,
+    Branch,
+}
+
+/// What a launch forward and one backward have in common.
+struct Call<'a> {
+    x_bld: Tensor,
+    routes: Routes<'a>,
+    /// One for all tokens, or one for each route; f32.
+    weights: Vec<Tensor>,
+    weight_kind: Kind,
+    tiling: RowTiling,
+    defines: [(&'static str, i64); 3],
+    batch: i64,
+    seq_len: i64,
+    d: i64,
+}
+
+impl<'a> Call<'a> {
+    fn new(op: &'static str, x_bld: &Tensor, routes: Routes<'a>, weights: &[&Tensor]) -> Result<Self> {
+        let (batch, seq_len, d) = x_bld.size3()?;
+        let tiling = RowTiling::new(op, d)?;
+        let defines = tiling.defines(kind_define(op, "x_bld", x_bld)?);
+        let f32s = |weight: &&Tensor| -> Result<Tensor> { Ok(weight.f_to_kind(Kind::Float)?.f_contiguous()?) };
+        routes.n_tokens(op, batch)?;
+        Ok(Self {
+            x_bld: with_dense_rows(x_bld)?,
+            routes,
+            weights: weights.iter().map(f32s).collect::<Result<_>>()?,
+            weight_kind: weights[0].kind(),
+            tiling,
+            defines,
+            batch,
+            seq_len,
+            d,
+        })
+    }
+
+    /// A tensor for all tokens, unwritten.
+    fn sequence(&self) -> Result<Tensor> {
+        self.empty(self.seq_len)
+    }
+
+    /// A tensor for the tokens of a route, unwritten.
+    fn branch(&self, route: &Route) -> Result<Tensor> {
+        self.empty(route.len() as i64)
+    }
+
+    fn empty(&self, n: i64) -> Result<Tensor> {
+        Ok(Tensor::f_empty([self.batch, n, self.d], (self.x_bld.kind(), self.x_bld.device()))?)
+    }
+
+    /// Blocks for each route: shares of what the device holds.
+    fn n_blocks(&self, per_multiprocessor: i64) -> Result<[i64; 2]> {
+        let device = self.x_bld.device();
+        let rows = |route: &Route| self.batch * route.len() as i64;
+        let total: i64 = self.routes.iter().map(rows).sum();
+        let resident = self.tiling.n_blocks(i64::from(i32::MAX), device, per_multiprocessor)?;
+        let share = |route: &Route| -> Result<i64> {
+            match rows(route) {
+                0 => Ok(0),
+                n => Ok(self.tiling.n_blocks(n, device, per_multiprocessor)?.min((resident * n / total).max(1))),
+            }
+        };
+        Ok([share(self.routes.first)?, self.routes.second.map_or(Ok(0), share)?])
+    }
+
+    fn weight(&self, route_idx: usize) -> &Tensor {
+        self.weights.get(route_idx).unwrap_or(&self.weights[0])
+    }
+
+    /// Writes the normalised tokens to `y` and, where there is a change, the sums; returns the reciprocal roots, `[batch, seq_len]`.
+    fn forward(
+        &self,
+        change: Option<[&Tensor; 2]>,
+        change_order: Order,
+        y: [&Tensor; 2],
+        y_order: Order,
+        sum: Option<&Tensor>,
+        eps: f64,
+    ) -> Result<Tensor> {
+        let rstd_bl = Tensor::f_empty([self.batch, self.seq_len], (Kind::Float, self.x_bld.device()))?;
+        let [n_blocks0, n_blocks1] = self.n_blocks(FORWARD_BLOCKS)?;
+        let change = change.map_or([None, None], |[first, second]| [Some(first), Some(second)]);
+        let mut touched = vec![&self.x_bld, y[0], y[1], self.weight(0), self.weight(1)];
+        touched.extend(change.into_iter().flatten());
+
+        let mut args = vec![Arg::Tensor(&self.x_bld)];
+        args.extend(strides(Some(&self.x_bld), 1, 1));
+        args.extend(self.routes.args());
+        args.extend([Arg::I32(self.batch as i32), Arg::I32(self.seq_len as i32)]);
+        args.extend(change.map(Arg::opt));
+        args.extend(change.into_iter().flat_map(|x| strides(x, 1, 1)));
+        args.push(Arg::I32(i32::from(change_order == Order::Branch)));
+        args.extend([Arg::Tensor(self.weight(0)), Arg::Tensor(self.weight(1)), Arg::opt(sum)]);
+        args.extend(y.map(Arg::Tensor));
+        args.extend([Arg::I32(i32::from(y_order == Order::Branch)), Arg::Tensor(&rstd_bl)]);
+        args.extend([Arg::I32(n_blocks0 as i32), Arg::I32(self.d as i32), Arg::I32(self.tiling.team as i32)]);
+        args.extend([aligned(self.d, &touched), Arg::F32(eps as f32)]);
+        let grid = [(n_blocks0 + n_blocks1) as u32, 1, 1];
+        self.kernel("routed_norm_forward").launch(grid, self.tiling.block(), 0, &args)?;
+        Ok(rstd_bl)
+    }
+
+    /// Writes the gradient of the tokens to `dx`, and to `branches` where given; returns those of the weights.
+    #[expect(clippy::too_many_arguments, reason = "one tensor for each letter of the formula")]
+    fn backward(
+        &self,
+        rstd_bl: &Tensor,
+        dy: [Option<&Tensor>; 2],
+        dy_order: Order,
+        ds_bld: Option<&Tensor>,
+        dx_bld: &Tensor,
+        branches: [Option<&Tensor>; 2],
+        wants_dweights: &[bool],
+    ) -> Result<Vec<Option<Tensor>>> {
+        let dense = |x: Option<&Tensor>| x.map(with_dense_rows).transpose();
+        let (dy, ds) = ([dense(dy[0])?, dense(dy[1])?], dense(ds_bld)?);
+        let dy = [dy[0].as_ref(), dy[1].as_ref()];
+        let [n_blocks0, n_blocks1] = self.n_blocks(BACKWARD_BLOCKS)?;
+        let n_blocks = n_blocks0 + n_blocks1;
+        let partials = match wants_dweights.contains(&true) {
+            true => Some(Tensor::f_empty([n_blocks, self.d], (Kind::Float, self.x_bld.device()))?),
+            false => None,
+        };
+        let mut touched = vec![&self.x_bld, dx_bld, self.weight(0), self.weight(1)];
+        touched.extend(dy.into_iter().chain([ds.as_ref()]).chain(branches).flatten());
+
+        let mut args = vec![Arg::Tensor(&self.x_bld)];
+        args.extend(strides(Some(&self.x_bld), 1, 1));
+        args.extend(self.routes.args());
+        args.extend([Arg::I32(self.batch as i32), Arg::I32(self.seq_len as i32)]);
+        args.extend(dy.map(Arg::opt));
+        args.extend(dy.into_iter().flat_map(|x| strides(x, 1, 1)));
+        args.extend([Arg::I32(i32::from(dy_order == Order::Branch)), Arg::opt(ds.as_ref())]);
+        args.extend(strides(ds.as_ref(), 1, 1));
+        args.extend([Arg::Tensor(self.weight(0)), Arg::Tensor(self.weight(1)), Arg::Tensor(rstd_bl)]);
+        args.push(Arg::Tensor(dx_bld));
+        args.extend(branches.map(Arg::opt));
+        args.extend([Arg::opt(partials.as_ref()), Arg::I32(n_blocks0 as i32), Arg::I32(self.d as i32)]);
+        args.extend([Arg::I32(self.tiling.team as i32), aligned(self.d, &touched)]);
+        let shared_bytes = self.tiling.column_bytes(self.d);
+        self.kernel("routed_norm_backward").launch([n_blocks as u32, 1, 1], self.tiling.block(), shared_bytes, &args)?;
+
+        let blocks_of = match self.weights.len() {
+            1 => vec![(0, n_blocks)],
+            _ => vec![(0, n_blocks0), (n_blocks0, n_blocks1)],
+        };
+        let total = |(&wanted, (first, n)): (&bool, (i64, i64))| match (&partials, wanted) {
+            (Some(partials), true) => self.column_sums(partials, first, n).map(Some),
+            _ => Ok(None),
+        };
+        wants_dweights.iter().zip(blocks_of).map(total).collect()
+    }
+
+    /// Adds the sums of some blocks in their order.
+    fn column_sums(&self, partials: &Tensor, first: i64, n: i64) -> Result<Tensor> {
+        let total = Tensor::f_empty([self.d], (Kind::Float, partials.device()))?;
+        self.kernel("sum_partials").launch(
+            [(self.d as u32).div_ceil(32), 1, 1],
+            1024,
+            0,
+            &[
+                Arg::Tensor(partials),
+                Arg::Tensor(&total),
+                Arg::I32(first as i32),
+                Arg::I32(n as i32),
+                Arg::I32(self.d as i32),
+            ],
+        )?;
+        Ok(total.f_to_kind(self.weight_kind)?)
+    }
+
+    fn kernel(&self, entry: &'static str) -> Kernel<'_> {
+        Kernel { source: &ROUTED_NORM, entry, defines: &self.defines }
+    }
+}

@@ -1,0 +1,152 @@
+// RMSNorm over the rows of x, and the same after a residual addition.
+//
+//   s = x + delta           (only where delta is given; rounded to the dtype of x)
+//   r = 1 / sqrt(mean(s^2) + eps)
+//   y = round(s r) weight
+//
+// and backward, with g = dy weight and ds the gradient that reaches s on other ways (or none):
+//
+//   dx = ds + r g - s r^3 mean(g s),   dweight = sum over rows of dy s r
+//
+// x, delta, dy, ds: [outer, inner, d], last axis dense, f32 or bf16; weight: [d], f32; y, sum, dx: contiguous; rstd:
+// [outer inner], f32. Statistics and sums are f32.
+//
+// A team of threads holds one row in registers, so that each element is read once and written once, and keeps its part of
+// the weight there from row to row. The grid is as large as the GPU holds; teams take rows in turn. Backward they also keep
+// their part of dweight in registers over all their rows; a block writes its sum once, and `sum_partials` adds the blocks in
+// order: no atomics, the same bits every time.
+//
+// X_KIND: dtype of all but weight and rstd; VECS: vectors a thread; MAX_THREADS: bound of the block.
+#include "rows.cuh"
+#include "smem.cuh"
+
+typedef DtypeOf<X_KIND>::type X;
+#ifndef PREFETCH
+#define PREFETCH 1
+#endif
+
+extern "C" __global__ void __launch_bounds__(MAX_THREADS)
+rms_norm_forward(const X* x, const X* delta, const float* weight, X* sum, X* y, float* rstd, i64 x_outer, i64 x_inner,
+                 i64 delta_outer, i64 delta_inner, int n_rows, int inner, int d, int team_size, int aligned, float eps) {
+    __shared__ float slots[64];
+    Team team(team_size);
+    TeamSum team_sum(slots);
+    Width width{d, aligned != 0};
+    float w[VECS][VEC];
+    load_weight(w, weight, team, width);
+    for (i64 next = blockIdx.x * team.n + team.idx; next < n_rows; next += gridDim.x * team.n) {
+        int row = (int)next, outer_idx = (unsigned)row / (unsigned)inner, inner_idx = row - outer_idx * inner;
+        Pack<X> s[VECS];
+        load_row(s, x + RowStrides{x_outer, x_inner}.start(outer_idx, inner_idx), team, width);
+        if (delta) {
+            Pack<X> change[VECS];
+            load_row(change, delta + RowStrides{delta_outer, delta_inner}.start(outer_idx, inner_idx), team, width);
+            #pragma unroll
+            for (int v = 0; v < VECS; v++) {
+                float a[VEC], b[VEC];
+                s[v].get(a), change[v].get(b);
+                #pragma unroll
+                for (int i = 0; i < VEC; i++) a[i] += b[i];
+                s[v].set(a);
+                store_vector(s[v], sum + (i64)row * d, v, team, width);
+            }
+        }
+        float squares = 0.f;
+        #pragma unroll
+        for (int v = 0; v < VECS; v++) {
+            float a[VEC];
+            s[v].get(a);
+            #pragma unroll
+            for (int i = 0; i < VEC; i++) squares += a[i] * a[i];
+        }
+        float r = 1.f / sqrtf(team_sum(squares, team) / d + eps);
+        if (rstd && team.t == 0) rstd[row] = r;
+        #pragma unroll
+        for (int v = 0; v < VECS; v++) {
+            float a[VEC];
+            Pack<X> out;
+            s[v].get(a);
+            #pragma unroll
+            for (int i = 0; i < VEC; i++) a[i] *= r;
+            // The normalised value has the dtype of x before the weight multiplies it.
+            out.set(a), out.get(a);
+            #pragma unroll
+            for (int i = 0; i < VEC; i++) a[i] *= w[v][i];
+            out.set(a);
+            store_vector(out, y + (i64)row * d, v, team, width);
+        }
+    }
+}
+
+extern "C" __global__ void __launch_bounds__(MAX_THREADS)
+rms_norm_backward(const X* s, const X* dy, const X* ds, const float* weight, const float* rstd, X* dx, float* partials,
+                  i64 s_outer, i64 s_inner, i64 dy_outer, i64 dy_inner, i64 ds_outer, i64 ds_inner, int n_rows, int inner,
+                  int d, int team_size, int aligned) {
+    __shared__ float slots[64];
+    Team team(team_size);
+    TeamSum team_sum(slots);
+    Width width{d, aligned != 0};
+    float w[VECS][VEC], dw[VECS][VEC] = {};
+    load_weight(w, weight, team, width);
+
+    // The next row is on its way while this one is summed.
+    struct Row {
+        Pack<X> s[VECS], dy[VECS];
+        float r;
+    } row, ahead;
+    i64 step = (i64)gridDim.x * team.n, current = blockIdx.x * team.n + team.idx;
+    auto fetch = [&](Row& to, int row_idx) {
+        int outer_idx = (unsigned)row_idx / (unsigned)inner, inner_idx = row_idx - outer_idx * inner;
+        load_row(to.s, s + RowStrides{s_outer, s_inner}.start(outer_idx, inner_idx), team, width);
+        load_row(to.dy, dy + RowStrides{dy_outer, dy_inner}.start(outer_idx, inner_idx), team, width);
+        to.r = rstd[row_idx];
+    };
+    if (current < n_rows) fetch(PREFETCH ? ahead : row, (int)current);
+    for (; current < n_rows; current += step) {
+        if (PREFETCH) {
+            row = ahead;
+            if (current + step < n_rows) fetch(ahead, (int)(current + step));
+        } else {
+            fetch(row, (int)current);
+        }
+        Pack<X> other[VECS];
+        if (ds) {
+            int outer_idx = (unsigned)current / (unsigned)inner, inner_idx = (int)current - outer_idx * inner;
+            load_row(other, ds + RowStrides{ds_outer, ds_inner}.start(outer_idx, inner_idx), team, width);
+        }
+        float inner_product = 0.f;
+        #pragma unroll
+        for (int v = 0; v < VECS; v++) {
+            float a[VEC], b[VEC];
+            row.s[v].get(a), row.dy[v].get(b);
+            #pragma unroll
+            for (int i = 0; i < VEC; i++) inner_product += b[i] * w[v][i] * a[i];
+        }
+        float r = row.r, slope = team_sum(inner_product, team) * r * r * r / d;
+        #pragma unroll
+        for (int v = 0; v < VECS; v++) {
+            float a[VEC], b[VEC];
+            row.s[v].get(a), row.dy[v].get(b);
+            #pragma unroll
+            for (int i = 0; i < VEC; i++) {
+                dw[v][i] += b[i] * (a[i] * r);
+                a[i] = r * (b[i] * w[v][i]) - a[i] * slope;
+            }
+            if (ds) {
+                other[v].get(b);
+                #pragma unroll
+                for (int i = 0; i < VEC; i++) a[i] += b[i];
+            }
+            Pack<X> out;
+            out.set(a);
+            store_vector(out, dx + current * d, v, team, width);
+        }
+    }
+    if (partials)
+        write_block_columns(dw, partials + (i64)blockIdx.x * d, reinterpret_cast<float*>(shared_memory()), team, d);
+}
+
+// dweight from the sums of the blocks.
+extern "C" __global__ void __launch_bounds__(1024) sum_partials(const float* partials, float* dweight, int n_partials, int d) {
+    sum_columns(partials, dweight, n_partials, d);
+}

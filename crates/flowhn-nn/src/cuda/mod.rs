@@ -1,0 +1,6 @@
+//! The operations on CUDA, by kernels of our own.
+
+pub(crate) mod embedding;
+pub(crate) mod head;
+pub(crate) mod norm;
+pub(crate) mod swiglu;

@@ -1,0 +1,309 @@
+//! [`rms_norm`](crate::rms_norm), [`residual_norm`](crate::residual_norm) and [`gated_rms_norm`](crate::gated_rms_norm) on
+//! CUDA: one pass over the rows forward, one backward.
+
+use tch::{Kind, Tensor};
+
+use flowhn_torch::kernel::rows::{RowTiling, Rows, aligned};
+use flowhn_torch::kernel::{Arg, Kernel, KernelSource, kind_define};
+use flowhn_torch::{BackwardCtx, ForwardCtx, Function, Result};
+
+use crate::kernels::{GATED_RMS_NORM, RMS_NORM};
+
+/// Blocks of a multiprocessor forward. Rows are short work: several waves even out what the blocks' ends leave idle.
+const FORWARD_BLOCKS: i64 = 16;
+/// Blocks of a multiprocessor backward. Each writes a row of partial sums, so there are as few as keep memory busy.
+const BACKWARD_BLOCKS: i64 = 2;
+
+pub(crate) struct RmsNormCuda {
+    pub(crate) eps: f64,
+}
+
+impl Function for RmsNormCuda {
+    const NAME: &'static str = "rms_norm";
+
+    fn forward(&mut self, ctx: &mut ForwardCtx, inputs: &[&Tensor]) -> Result<Vec<Tensor>> {
+        let Forward { y, rstd, .. } = forward(Self::NAME, inputs[0], None, inputs[1], self.eps, ctx.is_recorded())?;
+        if let Some(rstd) = rstd {
+            [inputs[0], inputs[1], &rstd].into_iter().for_each(|x| ctx.save(x));
+        }
+        Ok(vec![y])
+    }
+
+    fn backward(&self, ctx: &BackwardCtx, grads: &[Tensor]) -> Result<Vec<Option<Tensor>>> {
+        let [x, weight, rstd] = ctx.saved() else { unreachable!("three tensors are saved") };
+        let (dx, dweight) = backward(Self::NAME, x, weight, rstd, &grads[0], None, ctx.needs_grad(1))?;
+        Ok(vec![Some(dx), dweight])
+    }
+}
+
+/// Inputs: x, weight and, maybe, what is added to x. Outputs: the sum and the normalised sum. Without an addend the sum is x
+/// itself, handed on so that its gradient arrives here and is added in the same pass.
+pub(crate) struct ResidualNormCuda {
+    pub(crate) eps: f64,
+    pub(crate) n_inputs: usize,
+}
+
+impl Function for ResidualNormCuda {
+    const NAME: &'static str = "residual_norm";
+
+    fn forward(&mut self, ctx: &mut ForwardCtx, inputs: &[&Tensor]) -> Result<Vec<Tensor>> {
+        let delta = inputs.get(2).copied();
+        let Forward { sum, y, rstd } = forward(Self::NAME, inputs[0], delta, inputs[1], self.eps, ctx.is_recorded())?;
+        let sum = sum.unwrap_or_else(|| inputs[0].shallow_clone());
+        if let Some(rstd) = rstd {
+            [&sum, inputs[1], &rstd].into_iter().for_each(|x| ctx.save(x));
+        }
+        Ok(vec![sum, y])
+    }
+
+    fn backward(&self, ctx: &BackwardCtx, grads: &[Tensor]) -> Result<Vec<Option<Tensor>>> {
+        let [sum, weight, rstd] = ctx.saved() else { unreachable!("three tensors are saved") };
+        let (dsum, dweight) =
+            backward(Self::NAME, sum, weight, rstd, &grads[1], Some(&grads[0]), ctx.needs_grad(1))?;
+        let mut gradients = vec![Some(dsum.shallow_clone()), dweight];
+        if self.n_inputs == 3 {
+            gradients.push(Some(dsum));
+        }
+        Ok(gradients)
+    }
+}
+
+struct Forward {
+    /// Where something is added.
+    sum: Option<Tensor>,
+    y: Tensor,
+    /// Where a backward follows.
+    rstd: Option<Tensor>,
+}
+
+fn forward(
+    op: &'static str,
+    x: &Tensor,
+    delta: Option<&Tensor>,
+    weight: &Tensor,
+    eps: f64,
+    recorded: bool,
+) -> Result<Forward> {
+    let x_kind = kind_define(op, "x", x)?;
+    let (d, weight) = (weight.size()[0], as_f32(weight)?);
+    let tiling = RowTiling::new(op, d)?;
+    let rows = Rows::new(op, &[Some(x), delta].into_iter().flatten().collect::<Vec<_>>())?;
+    let n_rows = i64::from(rows.n_rows());
+    let y = Tensor::f_empty(x.size(), (x.kind(), x.device()))?;
+    let sum = delta.map(|_| y.f_empty_like()).transpose()?;
+    let rstd = recorded.then(|| Tensor::f_empty([n_rows], (Kind::Float, x.device()))).transpose()?;
+    let delta = delta.map(|_| rows.tensor(1));
+    let touched: Vec<&Tensor> = [Some(rows.tensor(0)), delta, Some(&weight), Some(&y)].into_iter().flatten().collect();
+    let ([x_outer, x_inner], [delta_outer, delta_inner]) = (rows.strides(0), rows.strides(1));
+    if n_rows > 0 {
+        let n_blocks = tiling.n_blocks(n_rows, x.device(), FORWARD_BLOCKS)?;
+        kernel(&RMS_NORM, "rms_norm_forward", &tiling.defines(x_kind)).launch(
+            [n_blocks as u32, 1, 1],
+            tiling.block(),
+            0,
+            &[
+                Arg::Tensor(rows.tensor(0)),
+                Arg::opt(delta),
+                Arg::Tensor(&weight),
+                Arg::opt(sum.as_ref()),
+                Arg::Tensor(&y),
+                Arg::opt(rstd.as_ref()),
+                x_outer,
+                x_inner,
+                delta_outer,
+                delta_inner,
+                Arg::I32(rows.n_rows()),
+                rows.inner(),
+                Arg::I32(d as i32),
+                Arg::I32(tiling.team as i32),
+                aligned(d, &touched),
+                Arg::F32(eps as f32),
+            ],
+        )?;
+    }
+    Ok(Forward { sum, y, rstd })
+}
+
+/// The gradients of the sum (or of x) and, if wanted, of the weight; `ds` is what reaches the sum on other ways.
+fn backward(
+    op: &'static str,
+    sum: &Tensor,
+    weight: &Tensor,
+    rstd: &Tensor,
+    dy: &Tensor,
+    ds: Option<&Tensor>,
+    wants_dweight: bool,
+) -> Result<(Tensor, Option<Tensor>)> {
+    let x_kind = kind_define(op, "x", sum)?;
+    let (d, weight_kind, weight) = (weight.size()[0], weight.kind(), as_f32(weight)?);
+    let tiling = RowTiling::new(op, d)?;
+    let rows = Rows::new(op, &[Some(sum), Some(dy), ds].into_iter().flatten().collect::<Vec<_>>())?;
+    let ds = ds.map(|_| rows.tensor(2));
+    let dx = Tensor::f_empty(sum.size(), (sum.kind(), sum.device()))?;
+    let n_blocks = tiling.n_blocks(i64::from(rows.n_rows()), sum.device(), BACKWARD_BLOCKS)?;
+    let partials = ColumnSums::new(wants_dweight, n_blocks, d, &weight)?;
+    let touched: Vec<&Tensor> = [Some(rows.tensor(0)), Some(rows.tensor(1)), ds, Some(&weight), Some(&dx)]
+        .into_iter()
+        .flatten()
+        .collect();
+    let ([s_outer, s_inner], [dy_outer, dy_inner], [ds_outer, ds_inner]) =
+        (rows.strides(0), rows.strides(1), rows.strides(2));
+    kernel(&RMS_NORM, "rms_norm_backward", &tiling.defines(x_kind)).launch(
+        [n_blocks as u32, 1, 1],
+        tiling.block(),
+        tiling.column_bytes(d),
+        &[
+            Arg::Tensor(rows.tensor(0)),
+            Arg::Tensor(rows.tensor(1)),
+            Arg::opt(ds),
+            Arg::Tensor(&weight),
+            Arg::Tensor(rstd),
+            Arg::Tensor(&dx),
+            partials.arg(),
+            s_outer,
+            s_inner,
+            dy_outer,
+            dy_inner,
+            ds_outer,
+            ds_inner,
+            Arg::I32(rows.n_rows()),
+            rows.inner(),
+            Arg::I32(d as i32),
+            Arg::I32(tiling.team as i32),
+            aligned(d, &touched),
+        ],
+    )?;
+    let dweight = partials.total(&RMS_NORM, &tiling.defines(x_kind), weight_kind)?;
+    Ok((dx, dweight))
+}
+
+pub(crate) struct GatedRmsNormCuda {
+    pub(crate) eps: f64,
+    pub(crate) n_groups: i64,
+}
+
+impl Function for GatedRmsNormCuda {
+    const NAME: &'static str = "gated_rms_norm";
+
+    fn forward(&mut self, ctx: &mut ForwardCtx, inputs: &[&Tensor]) -> Result<Vec<Tensor>> {
+        let (x, weight) = (inputs[0], as_f32(inputs[2])?);
+        let x_kind = kind_define(Self::NAME, "x", x)?;
+        let d = weight.size()[0] / self.n_groups;
+        let tiling = RowTiling::new(Self::NAME, d)?;
+        let rows = Rows::new(Self::NAME, &inputs[..2])?;
+        let n_rows = i64::from(rows.n_rows());
+        let y = Tensor::f_empty(x.size(), (x.kind(), x.device()))?;
+        let rstd = Tensor::f_empty([n_rows, self.n_groups], (Kind::Float, x.device()))?;
+        let ([x_outer, x_inner], [z_outer, z_inner]) = (rows.strides(0), rows.strides(1));
+        if n_rows > 0 {
+            let n_blocks = tiling.n_blocks(n_rows, x.device(), FORWARD_BLOCKS)?;
+            kernel(&GATED_RMS_NORM, "gated_rms_norm_forward", &tiling.defines(x_kind)).launch(
+                [n_blocks as u32, self.n_groups as u32, 1],
+                tiling.block(),
+                0,
+                &[
+                    Arg::Tensor(rows.tensor(0)),
+                    Arg::Tensor(rows.tensor(1)),
+                    Arg::Tensor(&weight),
+                    Arg::Tensor(&y),
+                    Arg::Tensor(&rstd),
+                    x_outer,
+                    x_inner,
+                    z_outer,
+                    z_inner,
+                    Arg::I32(rows.n_rows()),
+                    rows.inner(),
+                    Arg::I32(d as i32),
+                    Arg::I32(tiling.team as i32),
+                    aligned(d, &[rows.tensor(0), rows.tensor(1), &weight, &y]),
+                    Arg::F32(self.eps as f32),
+                ],
+            )?;
+        }
+        if ctx.is_recorded() {
+            inputs.iter().for_each(|input| ctx.save(input));
+            ctx.save(&rstd);
+        }
+        Ok(vec![y])
+    }
+
+    fn backward(&self, ctx: &BackwardCtx, grads: &[Tensor]) -> Result<Vec<Option<Tensor>>> {
+        let [x, z, weight, rstd] = ctx.saved() else { unreachable!("four tensors are saved") };
+        let x_kind = kind_define(Self::NAME, "x", x)?;
+        let (width, weight_kind, weight) = (weight.size()[0], weight.kind(), as_f32(weight)?);
+        let d = width / self.n_groups;
+        let tiling = RowTiling::new(Self::NAME, d)?;
+        let rows = Rows::new(Self::NAME, &[x, z, &grads[0]])?;
+        let (dx, dz) =
+            (Tensor::f_empty(x.size(), (x.kind(), x.device()))?, Tensor::f_empty(x.size(), (x.kind(), x.device()))?);
+        let n_blocks = tiling.n_blocks(i64::from(rows.n_rows()), x.device(), BACKWARD_BLOCKS)?;
+        let partials = ColumnSums::new(ctx.needs_grad(2), n_blocks, width, &weight)?;
+        let [[x_outer, x_inner], [z_outer, z_inner], [dy_outer, dy_inner]] =
+            [rows.strides(0), rows.strides(1), rows.strides(2)];
+        kernel(&GATED_RMS_NORM, "gated_rms_norm_backward", &tiling.defines(x_kind)).launch(
+            [n_blocks as u32, self.n_groups as u32, 1],
+            tiling.block(),
+            tiling.column_bytes(d),
+            &[
+                Arg::Tensor(rows.tensor(0)),
+                Arg::Tensor(rows.tensor(1)),
+                Arg::Tensor(rows.tensor(2)),
+                Arg::Tensor(&weight),
+                Arg::Tensor(rstd),
+                Arg::Tensor(&dx),
+                Arg::Tensor(&dz),
+                partials.arg(),
+                x_outer,
+                x_inner,
+                z_outer,
+                z_inner,
+                dy_outer,
+                dy_inner,
+                Arg::I32(rows.n_rows()),
+                rows.inner(),
+                Arg::I32(d as i32),
+                Arg::I32(tiling.team as i32),
+                aligned(d, &[rows.tensor(0), rows.tensor(1), rows.tensor(2), &weight, &dx, &dz]),
+            ],
+        )?;
+        let dweight = partials.total(&GATED_RMS_NORM, &tiling.defines(x_kind), weight_kind)?;
+        Ok(vec![Some(dx), Some(dz), dweight])
+    }
+}
+
+/// Sums over the rows that each block took, `[n_blocks, d]`, if they are wanted.
+struct ColumnSums(Option<Tensor>);
+
+impl ColumnSums {
+    fn new(wanted: bool, n_blocks: i64, d: i64, like: &Tensor) -> Result<Self> {
+        let empty = || Tensor::f_empty([n_blocks, d], (Kind::Float, like.device()));
+        Ok(Self(wanted.then(empty).transpose()?))
+    }
+
+    fn arg(&self) -> Arg<'_> {
+        Arg::opt(self.0.as_ref())
+    }
+
+    /// The sum over the blocks, in their order.
+    fn total(&self, source: &'static KernelSource, defines: &[(&'static str, i64)], kind: Kind) -> Result<Option<Tensor>> {
+        let Some(partials) = &self.0 else { return Ok(None) };
+        let (n_blocks, d) = partials.size2()?;
+        let total = Tensor::f_empty([d], (Kind::Float, partials.device()))?;
+        kernel(source, "sum_partials", defines).launch(
+            [(d as u32).div_ceil(32), 1, 1],
+            1024,
+            0,
+            &[Arg::Tensor(partials), Arg::Tensor(&total), Arg::I32(n_blocks as i32), Arg::I32(d as i32)],
+        )?;
+        Ok(Some(total.f_to_kind(kind)?))
+    }
+}
+
+/// The weight as the kernels take it: f32, contiguous.
+fn as_f32(weight: &Tensor) -> Result<Tensor> {
+    Ok(weight.f_to_kind(Kind::Float)?.f_contiguous()?)
+}
+
+fn kernel<'a>(source: &'static KernelSource, entry: &'static str, defines: &'a [(&'static str, i64)]) -> Kernel<'a> {
+    Kernel { source, entry, defines }
+}

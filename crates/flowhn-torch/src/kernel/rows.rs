@@ -1,0 +1,241 @@
+//! The host's half of `rows.cuh`: where the rows of tensors start, and how threads share them out.
+
+use tch::{Device, Tensor};
+
+use super::{Arg, Defines};
+use crate::{DeviceProperties, Error, Result};
+
+/// The longest row that a team of threads holds in its registers.
+pub const MAX_WIDTH: i64 = 32_768;
+
+/// Elements of a vector, `VEC` of `rows.cuh`.
+const VEC: i64 = 8;
+
+/// The macros of a kernel whose teams hold rows in registers: dtype, vectors a thread, bound of the block.
+pub const ROW_VARIANTS: &[Defines<'static>] = &[
+    &[("X_KIND", 0), ("VECS", 1), ("MAX_THREADS", 512)],
+    &[("X_KIND", 0), ("VECS", 2), ("MAX_THREADS", 512)],
+    &[("X_KIND", 0), ("VECS", 4), ("MAX_THREADS", 1024)],
+    &[("X_KIND", 1), ("VECS", 1), ("MAX_THREADS", 512)],
+    &[("X_KIND", 1), ("VECS", 2), ("MAX_THREADS", 512)],
+    &[("X_KIND", 1), ("VECS", 4), ("MAX_THREADS", 1024)],
+];
+
+/// How a block's threads share out rows: teams of whole warps, a row to a team.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct RowTiling {
+    /// Vectors that a thread holds: `VECS`.
+    pub n_vectors: u32,
+    /// Threads of a team.
+    pub team: u32,
+    /// Teams of a block.
+    pub n_teams: u32,
+    max_threads: i64,
+}
+
+impl RowTiling {
+    /// The tiling for rows of `d` elements.
+    ///
+    /// # Errors
+    /// [`Error::Invalid`] for rows longer than [`MAX_WIDTH`].
+    pub fn new(op: &'static str, d: i64) -> Result<Self> {
+        if d > MAX_WIDTH {
+            let message =
+                format!("rows of {d} elements are longer than the {MAX_WIDTH} that the CUDA kernel holds; use the CPU");
+            return Err(Error::invalid(op, message));
+        }
+        // Few vectors a thread leave registers for many threads; wider rows need more.
+        let (n_vectors, max_threads, wanted) = match d {
+            ..=4096 => (1, 512, 384),
+            ..=8192 => (2, 512, 512),
+            _ => (4, 1024, 1024),
+        };
+        let team = (d.max(1) as u32).div_ceil(VEC as u32 * n_vectors).next_multiple_of(32);
+        // A team of several warps has a barrier of its own, and a block has 15.
+        let n_teams = (wanted / team).clamp(1, if team > 32 { 15 } else { 32 });
+        Ok(Self { n_vectors, team, n_teams, max_threads })
+    }
+
+    /// Threads of a block.
+    pub fn block(&self) -> u32 {
+        self.team * self.n_teams
+    }
+
+    /// The macros of the variant, an entry of [`ROW_VARIANTS`].
+    pub fn defines(&self, x_kind: i64) -> [(&'static str, i64); 3] {
+        [("X_KIND", x_kind), ("VECS", self.n_vectors.into()), ("MAX_THREADS", self.max_threads)]
+    }
+
+    /// Blocks for `n_rows` rows, none of them idle: as many as run at once where `per_multiprocessor` blocks fit, at least one.
+    ///
+    /// # Errors
+    /// [`Error::Torch`] where the device does not answer.
+    pub fn n_blocks(&self, n_rows: i64, device: Device, per_multiprocessor: i64) -> Result<i64> {
+        let Device::Cuda(device_idx) = device else {
+            return Err(Error::Device { op: "rows", arg: "x", got: device, want: "a CUDA device".to_owned() });
+        };
+        let n_teams = i64::from(self.n_teams);
+        let resident = i64::from(DeviceProperties::of(device_idx)?.n_multiprocessors) * per_multiprocessor;
+        Ok(((n_rows + n_teams - 1) / n_teams).clamp(1, resident.max(1)))
+    }
+
+    /// Bytes of shared memory for adding up the columns of a block's teams; a team alone needs none.
+    pub fn column_bytes(&self, d: i64) -> usize {
+        if self.n_teams > 1 { 4 * d as usize } else { 0 }
+    }
+}
+
+/// The rows of tensors `[.., d]` that agree in all axes but the last, as kernels walk them: `[outer, inner, d]` with two strides.
+#[derive(Debug)]
+pub struct Rows {
+    tensors: Vec<Tensor>,
+    strides: Vec<[i64; 2]>,
+    n_rows: i32,
+    inner: i32,
+}
+
+impl Rows {
+    /// Looks at the tensors, or at contiguous copies of those whose last axis is not dense and of all if no two strides reach
+    /// every row.
+    ///
+    /// # Errors
+    /// [`Error::Invalid`] for more than `i32::MAX` rows.
+    pub fn new(op: &'static str, tensors: &[&Tensor]) -> Result<Self> {
+        let mut tensors: Vec<Tensor> = tensors.iter().map(|x| with_dense_rows(x)).collect::<Result<_>>()?;
+        let axes = match merged_axes(&tensors) {
+            axes if axes.len() <= 2 => axes,
+            _ => {
+                tensors = tensors.iter().map(Tensor::f_contiguous).collect::<std::result::Result<_, _>>()?;
+                merged_axes(&tensors)
+            }
+        };
+        let axis = |i: usize| axes.get(i).cloned().unwrap_or_else(|| Axis { size: 1, strides: vec![0; tensors.len()] });
+        let (inner, outer) = (axis(0), axis(1));
+        let strides = outer.strides.iter().zip(&inner.strides).map(|(&outer, &inner)| [outer, inner]).collect();
+        let n_rows = inner.size * outer.size;
+        let too_many = |_| Error::invalid(op, format!("{n_rows} rows are more than a launch counts; split the batch"));
+        let (n_rows, inner) = (i32::try_from(n_rows).map_err(too_many)?, i32::try_from(inner.size).map_err(too_many)?);
+        Ok(Self { tensors, strides, n_rows, inner: inner.max(1) })
+    }
+
+    /// The tensor to pass in the place of the one given as number `idx`.
+    pub fn tensor(&self, idx: usize) -> &Tensor {
+        &self.tensors[idx]
+    }
+
+    /// Number of rows.
+    pub fn n_rows(&self) -> i32 {
+        self.n_rows
+    }
+
+    /// The argument `inner`: rows of the inner axis.
+    pub fn inner(&self) -> Arg<'static> {
+        Arg::I32(self.inner)
+    }
+
+    /// The two stride arguments of tensor `idx`; zeros for one that was not given.
+    pub fn strides(&self, idx: usize) -> [Arg<'static>; 2] {
+        self.strides.get(idx).copied().unwrap_or([0, 0]).map(Arg::I64)
+    }
+}
+
+/// One axis of several tensors.
+#[derive(Clone, Debug)]
+struct Axis {
+    size: i64,
+    strides: Vec<i64>,
+}
+
+/// The leading axes of the tensors, innermost first, merged where in every tensor one continues the other.
+fn merged_axes(tensors: &[Tensor]) -> Vec<Axis> {
+    let shape = tensors[0].size();
+    let strides: Vec<Vec<i64>> = tensors.iter().map(Tensor::stride).collect();
+    let mut axes: Vec<Axis> = Vec::new();
+    for i in (0..shape.len().saturating_sub(1)).rev().filter(|&i| shape[i] != 1) {
+        let outer: Vec<i64> = strides.iter().map(|strides| strides[i]).collect();
+        match axes.last_mut() {
+            Some(inner) if outer.iter().zip(&inner.strides).all(|(outer, stride)| *outer == stride * inner.size) => {
+                inner.size *= shape[i];
+            }
+            _ => axes.push(Axis { size: shape[i], strides: outer }),
+        }
+    }
+    axes
+}
+
+/// The same tensor where its last axis is contiguous in memory, a copy where it is not.
+pub fn with_dense_rows(tensor: &Tensor) -> Result<Tensor> {
+    let (size, stride) = (tensor.size(), tensor.stride());
+    Ok(match (size.last(), stride.last()) {
+        (Some(&size), Some(&stride)) if size > 1 && stride != 1 => tensor.f_contiguous()?,
+        _ => tensor.shallow_clone(),
+    })
+}
+
+/// The argument `aligned`: whether rows of `d` elements of each of these tensors may be read 16 bytes at a time.
+pub fn aligned(d: i64, tensors: &[&Tensor]) -> Arg<'static> {
+    let fits = |x: &&Tensor| {
+        let (size, stride) = (x.size(), x.stride());
+        let mut leading = size.iter().zip(&stride).rev().skip(1).filter(|&(&size, _)| size > 1);
+        x.data_ptr() as usize % 16 == 0 && leading.all(|(_, stride)| stride % VEC == 0)
+    };
+    Arg::I32(i32::from(d % VEC == 0 && tensors.iter().all(fits)))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use tch::Kind;
+
+    #[test]
+    fn every_tiling_is_a_variant_that_covers_the_row() {
+        for d in [1, 7, 8, 67, 128, 256, 257, 768, 1024, 1536, 2048, 4096, 4097, 8192, 8193, 16_384, MAX_WIDTH] {
+            let tiling = RowTiling::new("test", d).unwrap();
+            assert!(ROW_VARIANTS.contains(&&tiling.defines(1)[..]), "{d}: {tiling:?}");
+            assert!(i64::from(tiling.n_vectors * tiling.team) * VEC >= d, "{d}: {tiling:?}");
+            assert!(tiling.team % 32 == 0 && i64::from(tiling.block()) <= tiling.max_threads, "{d}: {tiling:?}");
+        }
+        let message = RowTiling::new("test", MAX_WIDTH + 1).unwrap_err().to_string();
+        assert!(message.contains("use the CPU"), "{message}");
+    }
+
+    #[test]
+    fn rows_are_walked_with_two_strides() {
+        let base = Tensor::arange(4 * 6 * 5 * 10, (Kind::Float, Device::Cpu)).view([4, 6, 5, 10]);
+        let walk = |views: &[&Tensor]| {
+            let rows = Rows::new("test", views).unwrap();
+            let mut starts = vec![Vec::new(); views.len()];
+            for row in 0..i64::from(rows.n_rows) {
+                let (outer, inner) = (row / i64::from(rows.inner), row % i64::from(rows.inner));
+                for (i, starts) in starts.iter_mut().enumerate() {
+                    let offset = outer * rows.strides[i][0] + inner * rows.strides[i][1];
+                    let first = rows.tensor(i).as_strided([1], [1], rows.tensor(i).storage_offset() + offset);
+                    starts.push(first.double_value(&[0]));
+                }
+            }
+            for (view, starts) in views.iter().zip(starts) {
+                let want = Vec::<f64>::try_from(view.select(-1, 0).contiguous().view(-1).to_kind(Kind::Double)).unwrap();
+                assert_eq!(starts, want, "{:?} {:?}", view.size(), view.stride());
+            }
+        };
+        let three = base.select(2, 0);
+        walk(&[&base]);
+        walk(&[&three]);
+        walk(&[&three.narrow(2, 3, 5), &three.contiguous().narrow(2, 0, 5)]);
+        walk(&[&three.transpose(0, 1), &three.transpose(0, 1).contiguous()]);
+        walk(&[&base.narrow(2, 0, 3).narrow(1, 1, 4)]);
+        walk(&[&base.transpose(0, 2).narrow(1, 0, 2)]);
+        walk(&[&base.permute([3, 1, 2, 0])]);
+        walk(&[&base.select(0, 1).select(0, 2).select(0, 3)]);
+        walk(&[&base.narrow(0, 0, 0)]);
+    }
+
+    #[test]
+    fn alignment_asks_for_widths_strides_and_addresses() {
+        let x = Tensor::zeros([3, 4, 24], (Kind::BFloat16, Device::Cpu));
+        let is = |d, x: &Tensor| matches!(aligned(d, &[x]), Arg::I32(1));
+        assert!(is(24, &x) && is(16, &x.narrow(2, 8, 16)));
+        assert!(!is(20, &x.narrow(2, 0, 20)) && !is(16, &x.narrow(2, 1, 16)));
+        assert!(!is(8, &Tensor::zeros([3, 12], (Kind::BFloat16, Device::Cpu)).narrow(1, 0, 8)));
+    }
+}
