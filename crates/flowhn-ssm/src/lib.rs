@@ -5,6 +5,7 @@
 mod args;
 mod conv;
 mod cpu;
+mod cuda;
 mod kernels;
 mod mixer;
 pub mod reference;

@@ -6,7 +6,7 @@ use tch::{Device, Tensor};
 
 use crate::args::{Checker, check_sizes};
 use crate::scan::DtActivation;
-use crate::{cpu, reference};
+use crate::{cpu, cuda, reference};
 
 /// Arguments of [`ssd`]. [`Ssd::new`] fills the optional ones.
 #[derive(Clone, Copy, Debug)]
@@ -31,7 +31,8 @@ pub struct Ssd<'a> {
     pub initial_state_bhpn: Option<&'a Tensor>,
     /// bool `[batch, seq_len]`: true clears the state before that token, as at the start of a packed document.
     pub reset_bl: Option<&'a Tensor>,
-    /// Tokens that are computed together as matrix products; any positive number gives the same result up to rounding.
+    /// Tokens that are computed together as matrix products; any positive number gives the same result up to rounding. On CUDA
+    /// it is always 64.
     pub chunk_len: usize,
 }
 
@@ -97,12 +98,13 @@ pub struct SsdOutput {
 ///
 /// # Errors
 /// [`Error::Shape`], [`Error::Dtype`], [`Error::Device`] or [`Error::Invalid`], naming the argument at fault; `Error::Device` also on
-/// a device other than the CPU.
+/// a device other than the CPU and CUDA. On CUDA, `Error::Dtype` for f64 and `Error::Invalid` for a `d_state` above 256.
 pub fn ssd(args: &Ssd) -> Result<SsdOutput> {
     let checker = check(args)?;
     match args.x_blhp.device() {
         Device::Cpu if args.x_blhp.numel() == 0 => reference::ssd_chunked(args),
         Device::Cpu => cpu::ssd::ssd(args),
+        Device::Cuda(_) => cuda::ssd::ssd(args),
         _ => Err(checker.no_path("x_blhp")),
     }
 }
