@@ -7,7 +7,7 @@ mod error;
 mod ffi;
 mod flag;
 mod function;
-#[cfg(flowhn_cuda)]
+#[cfg_attr(not(flowhn_cuda), path = "graph_absent.rs")]
 mod graph;
 pub mod kernel;
 mod mapped;
@@ -22,7 +22,6 @@ pub mod testing;
 pub use error::{Error, Result, catch};
 pub use flag::Flag;
 pub use function::{BackwardCtx, ForwardCtx, Function, apply};
-#[cfg(flowhn_cuda)]
 pub use graph::{CaptureMode, Graph, GraphPool};
 pub use mapped::MappedFile;
 pub use memory::{DeviceProperties, MemoryStats, keep_freed_host_memory};

@@ -1,7 +1,8 @@
 //! Batches on the device.
 
 use flowhn_torch::catch;
-use tch::{Device, Kind, Tensor};
+use flowhn_torch::op::{Arg, call};
+use tch::{Device, Tensor};
 
 use crate::Result;
 use crate::data::Batch;
@@ -20,15 +21,7 @@ pub(crate) struct DeviceBatch {
 impl DeviceBatch {
     /// Copies a batch to the device.
     pub(crate) fn new(batch: &Batch, device: Device, reset_documents: bool) -> Result<Self> {
-        let shape = [batch.batch_size as i64, batch.seq_len as i64];
-        // From pinned memory the copy runs beside the host, which goes on to launch the step's work.
-        let copy = |values: &[i64]| match device {
-            Device::Cuda(_) => {
-                let pinned = Tensor::from_slice(values).view(shape).pin_memory(device);
-                pinned.to_device_(device, Kind::Int64, true, false)
-            }
-            _ => Tensor::from_slice(values).view(shape).to_device(device),
-        };
+        let copy = |values: &[i64]| on_host(batch, values, device).to_device_(device, tch::Kind::Int64, true, false);
         Ok(catch(|| {
             Ok(Self {
                 ids_bl: copy(&batch.inputs),
@@ -37,4 +30,23 @@ impl DeviceBatch {
             })
         })?)
     }
+
+    /// Copies another batch of the same size into the same tensors.
+    pub(crate) fn overwrite(&mut self, batch: &Batch) -> Result<()> {
+        let copy = |place: &Tensor, values: &[i64]| -> Result<()> {
+            let values = catch(|| Ok(on_host(batch, values, place.device())))?;
+            call("aten::copy_", "", &[Arg::Tensor(place), Arg::Tensor(&values), Arg::Bool(true)])?;
+            Ok(())
+        };
+        copy(&self.ids_bl, &batch.inputs)?;
+        copy(&self.targets_bl, &batch.targets)?;
+        self.segments_bl.as_ref().map_or(Ok(()), |segments_bl| copy(segments_bl, &batch.segments))
+    }
+}
+
+/// The values on the host; pinned where they go to a GPU, so that the copy there runs beside the host, which goes on to launch the
+/// step's work. libtorch keeps pinned memory until the copies out of it are done.
+fn on_host(batch: &Batch, values: &[i64], device: Device) -> Tensor {
+    let tensor = Tensor::from_slice(values).view([batch.batch_size as i64, batch.seq_len as i64]);
+    if device.is_cuda() { tensor.pin_memory(device) } else { tensor }
 }

@@ -14,6 +14,7 @@
 //! grad_accum = 1               # micro-batches in an update
 //! dtype = "fp32"               # compute type; weights and optimiser state are fp32. "bf16" on GPUs that have it
 //! deterministic = true         # on a GPU: equal runs give equal bits; false lets attention use faster kernels that do not
+//! cuda_graph = true            # on a GPU: the step is captured once and replayed; false launches its operators one by one
 //! seed = 0                     # initial weights and the order of the text
 //! lr = 1e-3                    # peak learning rate
 //! min_lr_frac = 0.1            # last learning rate over the peak
@@ -136,6 +137,8 @@ pub struct TrainConfig {
     pub dtype: Dtype,
     /// Whether equal runs give equal bits on a GPU too. Our own kernels always do; attention has faster ones that do not.
     pub deterministic: bool,
+    /// Whether a step on a GPU is one CUDA graph.
+    pub cuda_graph: bool,
     /// Seed of initial weights and of the order of the text.
     pub seed: u64,
     /// Peak learning rate.
@@ -180,6 +183,7 @@ impl Default for TrainConfig {
             grad_accum: 1,
             dtype: Dtype::Fp32,
             deterministic: true,
+            cuda_graph: true,
             seed: 0,
             lr: 1e-3,
             min_lr_frac: 0.1,
@@ -223,7 +227,7 @@ struct RawRun {
 
 /// Keys that a resumed run may change: they move files, or say when things are shown and kept, and no weight depends on them.
 /// The text behind `data.train` and the tokenizer are held to by their fingerprints instead.
-const FREE_KEYS: [&str; 11] = [
+const FREE_KEYS: [&str; 12] = [
     "data.train",
     "data.valid",
     "data.tokenizer",
@@ -234,6 +238,7 @@ const FREE_KEYS: [&str; 11] = [
     "train.checkpoint_every",
     "train.keep_last",
     "train.sample_prompt",
+    "train.cuda_graph",
     "run.dir",
 ];
 

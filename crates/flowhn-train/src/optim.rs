@@ -63,6 +63,15 @@ pub struct AdamW {
     groups: [Group; 2],
     /// Updates done: a tensor of one element, on the parameters' device, that all parameters share.
     step: Tensor,
+    lr: Rate,
+}
+
+/// The learning rate of the next update.
+#[derive(Debug)]
+enum Rate {
+    Host(f64),
+    /// A scalar, f32, on a GPU, where a captured update reads it.
+    Device(Tensor),
 }
 
 #[derive(Debug, Default)]
@@ -112,7 +121,11 @@ impl AdamW {
             group.params.push(tensor);
         }
         let step = Tensor::zeros([], (Kind::Float, device));
-        Ok(Self { options, groups, step })
+        let lr = match device.is_cuda() {
+            true => Rate::Device(step.zeros_like()),
+            false => Rate::Host(0.),
+        };
+        Ok(Self { options, groups, step, lr })
     }
 
     /// Clips the gradients, updates the parameters with learning rate `lr`, and returns the global L2 norm that the gradients
@@ -121,6 +134,30 @@ impl AdamW {
     /// # Errors
     /// [`crate::Error::Tensor`] if libtorch refuses.
     pub fn step(&mut self, lr: f64) -> Result<Tensor> {
+        self.set_learning_rate(lr)?;
+        self.clip_and_update()
+    }
+
+    /// Sets the learning rate of the updates that follow, also of one that was captured before.
+    ///
+    /// # Errors
+    /// [`crate::Error::Tensor`] if libtorch refuses.
+    pub fn set_learning_rate(&mut self, lr: f64) -> Result<()> {
+        match &mut self.lr {
+            Rate::Host(rate) => *rate = lr,
+            Rate::Device(rate) => {
+                let _ = tch::no_grad(|| catch(|| Ok(rate.fill_(lr))))?;
+            }
+        }
+        Ok(())
+    }
+
+    /// As [`AdamW::step`], with the learning rate that was set before. Everything it does is work for the device, so it can be
+    /// captured in a CUDA graph.
+    ///
+    /// # Errors
+    /// As there.
+    pub fn clip_and_update(&mut self) -> Result<Tensor> {
         tch::no_grad(|| {
             let norm = self.grad_norm()?;
             if self.options.clip_norm > 0. {
@@ -128,8 +165,8 @@ impl AdamW {
             }
             self.step = catch(|| Ok(self.step.g_add_scalar_(1.)))?;
             let [decaying, others] = &self.groups;
-            self.update(decaying, lr, self.options.weight_decay)?;
-            self.update(others, lr, 0.)?;
+            self.update(decaying, self.options.weight_decay)?;
+            self.update(others, 0.)?;
             Ok(norm)
         })
     }
@@ -221,11 +258,15 @@ impl AdamW {
         Ok(())
     }
 
-    fn update(&self, group: &Group, lr: f64, weight_decay: f64) -> Result<()> {
+    fn update(&self, group: &Group, weight_decay: f64) -> Result<()> {
         if group.params.is_empty() {
             return Ok(());
         }
         let AdamWOptions { beta1, beta2, eps, .. } = self.options;
+        let (overload, lr) = match &self.lr {
+            Rate::Host(lr) => ("", Arg::Double(*lr)),
+            Rate::Device(lr) => ("tensor_lr", Arg::Tensor(lr)),
+        };
         let steps = vec![&self.step; group.params.len()];
         let args = [
             Arg::Tensors(&refs(&group.params)),
@@ -235,7 +276,7 @@ impl AdamW {
             // The running maxima of AMSGrad, which this is not.
             Arg::Tensors(&[]),
             Arg::Tensors(&steps),
-            Arg::Double(lr),
+            lr,
             Arg::Double(beta1),
             Arg::Double(beta2),
             Arg::Double(weight_decay),
@@ -243,7 +284,7 @@ impl AdamW {
             Arg::Bool(false),
             Arg::Bool(false),
         ];
-        call("aten::_fused_adamw_", "", &args)?;
+        call("aten::_fused_adamw_", overload, &args)?;
         Ok(())
     }
 }

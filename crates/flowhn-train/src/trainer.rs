@@ -7,6 +7,7 @@ use std::sync::Arc;
 use std::time::Instant;
 
 use flowhn_model::Model;
+use flowhn_torch::{Priority, Stream, StreamGuard};
 use tch::{Device, Tensor};
 
 use crate::checkpoint::{self, Progress, Snapshot};
@@ -88,6 +89,7 @@ impl Trainer {
     /// # Errors
     /// [`Error::NonFinite`] when training diverges; [`Error::DiskFull`], [`Error::Io`], [`Error::Data`], [`Error::Model`].
     pub fn run(&mut self, observer: &mut dyn Observer, stop: &StopFlag) -> Result<Outcome> {
+        let _stream = SideStream::enter(self.stepper.device())?;
         self.clock.start();
         let steps = self.config.train.steps;
         while self.step() < steps {
@@ -315,6 +317,29 @@ impl Trainer {
 
     pub(crate) fn valid_records(&self) -> &[ValidRecord] {
         &self.valid_records
+    }
+}
+
+/// A stream of a GPU that takes all work of the thread until dropped: the default one cannot be captured.
+struct SideStream {
+    stream: Stream,
+    _guard: StreamGuard,
+}
+
+impl SideStream {
+    /// Enters a stream, after the work that is under way; there is none on the CPU.
+    fn enter(device: Device) -> Result<Option<Self>> {
+        let Device::Cuda(device_idx) = device else { return Ok(None) };
+        Stream::current(device_idx)?.synchronize()?;
+        let stream = Stream::from_pool(device_idx, Priority::Normal)?;
+        Ok(Some(Self { stream, _guard: stream.enter()? }))
+    }
+}
+
+impl Drop for SideStream {
+    fn drop(&mut self) {
+        // Later work, in another stream, finds everything done. An error of the work itself shows there again.
+        let _ = self.stream.synchronize();
     }
 }
 

@@ -19,7 +19,7 @@ use crate::observe::{Event, Observer};
 use crate::optim::AdamW;
 use crate::peak::MatmulRate;
 use crate::run_dir::{self, RunDir, Start};
-use crate::step::Stepper;
+use crate::step::{CapturedStep, Stepper};
 use crate::{Error, Result};
 
 impl Trainer {
@@ -61,6 +61,7 @@ impl Trainer {
             learning_rate: config.train.learning_rate(),
             grad_accum: config.train.grad_accum,
             reset_documents: config.data.reset_documents,
+            captured: (options.device.is_cuda() && config.train.cuda_graph).then(CapturedStep::new),
             step: step.unwrap_or(0),
             unread: Vec::new(),
         };

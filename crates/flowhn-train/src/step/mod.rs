@@ -1,5 +1,7 @@
 //! The training step.
 
+mod captured;
+
 use flowhn_model::Model;
 use flowhn_torch::catch;
 use tch::{Device, Kind, Tensor};
@@ -10,6 +12,8 @@ use crate::data::{Batch, TrainLoader};
 use crate::optim::AdamW;
 use crate::schedule::LearningRate;
 
+pub(crate) use captured::CapturedStep;
+
 /// What takes part in a step. Nothing in it waits for the device.
 pub(crate) struct Stepper {
     pub(crate) model: Model,
@@ -18,6 +22,8 @@ pub(crate) struct Stepper {
     pub(crate) learning_rate: LearningRate,
     pub(crate) grad_accum: usize,
     pub(crate) reset_documents: bool,
+    /// The step as one CUDA graph, where it is to be one.
+    pub(crate) captured: Option<CapturedStep>,
     /// Steps done.
     pub(crate) step: u64,
     /// Steps whose loss and norm have not been read.
@@ -28,8 +34,7 @@ pub(crate) struct Stepper {
 pub(crate) struct Unread {
     step: u64,
     lr: f64,
-    loss: Tensor,
-    grad_norm: Tensor,
+    outcome: Outcome,
     batches: Vec<Batch>,
 }
 
@@ -44,31 +49,30 @@ pub(crate) struct ReadStep {
     pub(crate) batches: Vec<Batch>,
 }
 
+/// The mean loss of a step and the norm of its gradient: f32 scalars on the device.
+#[derive(Debug)]
+pub(crate) struct Outcome {
+    loss: Tensor,
+    grad_norm: Tensor,
+}
+
 impl Stepper {
     /// One update: micro-batches forward and backward, clip, AdamW.
-    ///
-    /// Every micro-batch has the same number of targets, so the mean of their means is the mean over the step.
     pub(crate) fn train_step(&mut self) -> Result<()> {
         let lr = self.learning_rate.at(self.step);
-        let device = self.device();
-        let mut loss = Tensor::zeros([], (Kind::Float, device));
-        let mut batches = Vec::with_capacity(self.grad_accum);
-        self.optimizer.zero_grad()?;
-        for _ in 0..self.grad_accum {
-            let batch = self.loader.next_batch()?;
-            let DeviceBatch { ids_bl, targets_bl, segments_bl } =
-                DeviceBatch::new(&batch, device, self.reset_documents)?;
-            let share = self.model.loss(&ids_bl, &targets_bl, segments_bl.as_ref())?;
-            loss = catch(|| {
-                let share = share / self.grad_accum as f64;
-                share.f_backward()?;
-                Ok(loss + share.detach())
-            })?;
-            batches.push(without_tokens(batch));
-        }
-        let grad_norm = self.optimizer.step(lr)?;
+        let batches = (0..self.grad_accum).map(|_| Ok(self.loader.next_batch()?)).collect::<Result<Vec<Batch>>>()?;
+        self.optimizer.set_learning_rate(lr)?;
+        let (device, reset_documents) = (self.device(), self.reset_documents);
+        let outcome = match &mut self.captured {
+            Some(captured) => captured.run(&self.model, &mut self.optimizer, &batches, reset_documents)?,
+            None => {
+                let on_device = batches.iter().map(|batch| DeviceBatch::new(batch, device, reset_documents));
+                compute(&self.model, &mut self.optimizer, &on_device.collect::<Result<Vec<_>>>()?)?
+            }
+        };
         self.step += 1;
-        self.unread.push(Unread { step: self.step, lr, loss, grad_norm, batches });
+        let batches = batches.into_iter().map(without_tokens).collect();
+        self.unread.push(Unread { step: self.step, lr, outcome, batches });
         Ok(())
     }
 
@@ -78,7 +82,8 @@ impl Stepper {
         if unread.is_empty() {
             return Ok(Vec::new());
         }
-        let on_device: Vec<&Tensor> = unread.iter().flat_map(|step| [&step.loss, &step.grad_norm]).collect();
+        let on_device: Vec<&Tensor> =
+            unread.iter().flat_map(|step| [&step.outcome.loss, &step.outcome.grad_norm]).collect();
         let values: Vec<f32> = catch(|| Ok(Vec::try_from(Tensor::stack(&on_device, 0).to_device(Device::Cpu))?))?;
         let read = unread.into_iter().zip(values.chunks_exact(2)).map(|(unread, values)| {
             let Unread { step, lr, batches, .. } = unread;
@@ -95,6 +100,23 @@ impl Stepper {
     pub(crate) fn device(&self) -> Device {
         self.model.device()
     }
+}
+
+/// What the device does in a step: forward and backward of every micro-batch, clip, AdamW.
+///
+/// Every micro-batch has the same number of targets, so the mean of their means is the mean over the step.
+fn compute(model: &Model, optimizer: &mut AdamW, micro_batches: &[DeviceBatch]) -> Result<Outcome> {
+    let mut loss = Tensor::zeros([], (Kind::Float, model.device()));
+    optimizer.zero_grad()?;
+    for DeviceBatch { ids_bl, targets_bl, segments_bl } in micro_batches {
+        let share = model.loss(ids_bl, targets_bl, segments_bl.as_ref())?;
+        loss = catch(|| {
+            let share = share / micro_batches.len() as f64;
+            share.f_backward()?;
+            Ok(loss + share.detach())
+        })?;
+    }
+    Ok(Outcome { loss, grad_norm: optimizer.clip_and_update()? })
 }
 
 fn without_tokens(batch: Batch) -> Batch {
