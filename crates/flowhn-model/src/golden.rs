@@ -66,8 +66,17 @@ struct GoldenConfig {
 /// # Errors
 /// [`Error::Weights`] if the file is not a golden file of the released model; those of the model.
 pub fn check_golden(path: &Path, device: Device) -> Result<GoldenReport> {
+    check_file(path, &WeightFile::read(path)?, device)
+}
+
+/// As [`check_golden`], with the bytes of a file called `path`.
+#[cfg(feature = "selftest")]
+pub(crate) fn check_golden_bytes(path: &Path, bytes: &[u8], device: Device) -> Result<GoldenReport> {
+    check_file(path, &WeightFile::from_bytes(path, bytes)?, device)
+}
+
+fn check_file(path: &Path, file: &WeightFile, device: Device) -> Result<GoldenReport> {
     let fail = |message: String| Error::Weights { path: path.to_owned(), message };
-    let file = WeightFile::read(path)?;
     let text = file.metadata.get("config").ok_or_else(|| fail("its metadata has no `config`".to_owned()))?;
     let config: GoldenConfig = serde_json::from_str(text)
         .map_err(|error| fail(format!("its `config` is not that of a released FlowHN model: {error}")))?;

@@ -24,11 +24,18 @@ impl WeightFile {
     /// # Errors
     /// [`Error::Tensor`] if it cannot be opened, [`Error::Weights`] if it is not a safetensors file or has a type that no model uses.
     pub fn read(path: &Path) -> Result<Self> {
+        Self::from_bytes(path, &MappedFile::open(path)?)
+    }
+
+    /// Reads the bytes of a whole safetensors file; errors call it `path`.
+    ///
+    /// # Errors
+    /// [`Error::Weights`] as [`WeightFile::read`].
+    pub fn from_bytes(path: &Path, bytes: &[u8]) -> Result<Self> {
         let fail = |message: String| Error::Weights { path: path.to_owned(), message };
-        let bytes = MappedFile::open(path)?;
         let invalid = |error| fail(format!("not a safetensors file: {error}"));
-        let (_, header) = SafeTensors::read_metadata(&bytes).map_err(invalid)?;
-        let views = SafeTensors::deserialize(&bytes).map_err(invalid)?;
+        let (_, header) = SafeTensors::read_metadata(bytes).map_err(invalid)?;
+        let views = SafeTensors::deserialize(bytes).map_err(invalid)?;
         let tensors = views
             .iter()
             .map(|(name, view)| {

@@ -1,28 +1,32 @@
 //! What a model is made of agrees with what the cost model says of it, and bad input gets an error.
 
-mod common;
-
-use common::{POLICIES, SEQ_LEN, VOCAB, ids, model, variants};
+use flowhn_model::selftest::small::{self, POLICIES, SEQ_LEN, VARIANTS, VOCAB, Variant};
 use flowhn_split::{Element, PlanReport};
-use tch::Tensor;
+use tch::{Device, Tensor};
+
+const MAMBA1: Variant = Variant { block: "flow", mixer: "mamba1", attn: "" };
+
+fn ids(batch: i64, len: usize, seed: i64) -> Tensor {
+    small::ids(batch, len, seed, Device::Cpu)
+}
 
 #[test]
 fn parameters_are_those_of_the_cost_model() {
     let fusions = ["", "fusion = \"none\"", "fusion = \"gated\""];
-    for (block, mixer, extra) in variants() {
+    for variant in VARIANTS {
         for split in POLICIES {
-            for fusion in fusions.iter().filter(|fusion| fusion.is_empty() || block == "flow") {
-                let mut config = common::config(split, block, mixer, extra).unwrap();
+            for fusion in fusions.iter().filter(|fusion| fusion.is_empty() || variant.block == "flow") {
+                let mut config = variant.config(split).unwrap();
                 match *fusion {
                     "fusion = \"none\"" => config.fusion = flowhn_split::Fusion::None,
                     "fusion = \"gated\"" => config.fusion = flowhn_split::Fusion::Gated,
                     _ => {}
                 }
-                let model = flowhn_model::Model::new(&config, tch::Device::Cpu, 0).unwrap();
+                let model = flowhn_model::Model::new(&config, Device::Cpu, 0).unwrap();
                 let report = PlanReport::new(&model.shape(), model.routing(), SEQ_LEN, Element::Fp32).unwrap();
                 let names: Vec<&str> = model.params().iter().map(|param| param.name.as_str()).collect();
                 let made = model.params().n_elements();
-                assert_eq!(made, report.parameters, "{block} {mixer} {extra} {split} {fusion}: {names:?}");
+                assert_eq!(made, report.parameters, "{variant:?} {split} {fusion}: {names:?}");
             }
         }
     }
@@ -30,7 +34,7 @@ fn parameters_are_those_of_the_cost_model() {
 
 #[test]
 fn a_block_without_a_branch_has_no_parameters_for_it() {
-    let model = model("policy = [\"ssm_all\", \"attn_all\", \"no_split\", \"fac_split\"]", "flow", "mamba1", "");
+    let model = MAMBA1.model(POLICIES[10], Device::Cpu).unwrap();
     let has = |prefix: &str| model.params().iter().any(|param| param.name.starts_with(prefix));
     assert!(has("layers.0.ssm.") && !has("layers.0.attn."));
     assert!(has("layers.1.attn.") && !has("layers.1.ssm."));
@@ -39,16 +43,16 @@ fn a_block_without_a_branch_has_no_parameters_for_it() {
 
 #[test]
 fn every_parameter_gets_a_gradient() {
-    for (block, mixer, extra) in variants() {
+    for variant in VARIANTS {
         for split in POLICIES {
-            let model = model(split, block, mixer, extra);
+            let model = variant.model(split, Device::Cpu).unwrap();
             let batch = ids(2, SEQ_LEN + 1, 2);
             let (inputs, targets) = (batch.narrow(1, 0, SEQ_LEN as i64), batch.narrow(1, 1, SEQ_LEN as i64));
             model.loss(&inputs, &targets, None).unwrap().backward();
             for param in model.params() {
                 let grad = param.weight.master().grad();
                 let live = grad.defined() && grad.abs().max().double_value(&[]) > 0.;
-                assert!(live, "{block} {mixer} {extra} {split}: {} has no gradient", param.name);
+                assert!(live, "{variant:?} {split}: {} has no gradient", param.name);
                 assert!(grad.isfinite().all().int64_value(&[]) == 1, "{}", param.name);
             }
         }
@@ -57,8 +61,8 @@ fn every_parameter_gets_a_gradient() {
 
 #[test]
 fn loss_is_the_mean_of_token_losses_and_starts_near_the_uniform_one() {
-    let config = common::config("policy = \"cyclic_split\"", "flow", "mamba1", "").unwrap();
-    let model = flowhn_model::Model::new(&config, tch::Device::Cpu, 0).unwrap();
+    let config = MAMBA1.config("policy = \"cyclic_split\"").unwrap();
+    let model = flowhn_model::Model::new(&config, Device::Cpu, 0).unwrap();
     let batch = ids(3, 21, 2);
     let (inputs, targets) = (batch.narrow(1, 0, 20), batch.narrow(1, 1, 20).copy());
     targets.narrow(1, 4, 3).fill_(flowhn_model::IGNORE_INDEX).size();
@@ -72,8 +76,8 @@ fn loss_is_the_mean_of_token_losses_and_starts_near_the_uniform_one() {
 
 #[test]
 fn bf16_stays_close_to_f32() {
-    for (block, mixer, extra) in variants() {
-        let mut model = model("policy = \"cyclic_split\"", block, mixer, extra);
+    for variant in VARIANTS {
+        let mut model = variant.model("policy = \"cyclic_split\"", Device::Cpu).unwrap();
         let batch = ids(2, SEQ_LEN + 1, 2);
         let (inputs, targets) = (batch.narrow(1, 0, SEQ_LEN as i64), batch.narrow(1, 1, SEQ_LEN as i64));
         let f32_loss = model.loss(&inputs, &targets, None).unwrap().double_value(&[]);
@@ -82,7 +86,7 @@ fn bf16_stays_close_to_f32() {
         assert_eq!(loss.kind(), tch::Kind::Float);
         loss.backward();
         let bf16_loss = loss.double_value(&[]);
-        assert!((bf16_loss - f32_loss).abs() < 0.03 * f32_loss, "{block} {mixer} {extra}: {bf16_loss} {f32_loss}");
+        assert!((bf16_loss - f32_loss).abs() < 0.03 * f32_loss, "{variant:?}: {bf16_loss} {f32_loss}");
         for param in model.params() {
             assert_eq!(param.weight.master().grad().kind(), tch::Kind::Float, "{}", param.name);
         }
@@ -91,7 +95,7 @@ fn bf16_stays_close_to_f32() {
 
 #[test]
 fn bad_input_is_refused() {
-    let model = model("policy = \"ae_split\"", "flow", "mamba1", "");
+    let model = MAMBA1.model("policy = \"ae_split\"", Device::Cpu).unwrap();
     let good = ids(2, 8, 0);
     let refused = |ids: &Tensor, segments: Option<&Tensor>| model.logits(ids, segments).unwrap_err().to_string();
     assert!(refused(&(&good + VOCAB), None).contains("outside the vocabulary of 61"));
@@ -106,12 +110,12 @@ fn bad_input_is_refused() {
 
 #[test]
 fn any_length_runs() {
-    for (block, mixer, extra) in variants() {
+    for variant in VARIANTS {
         for split in POLICIES {
-            let model = model(split, block, mixer, extra);
+            let model = variant.model(split, Device::Cpu).unwrap();
             for len in [1, 2, 3, 7, SEQ_LEN + 1, 2 * SEQ_LEN + 3] {
                 let logits = tch::no_grad(|| model.logits(&ids(1, len, 0), None)).unwrap();
-                assert_eq!(logits.size(), [1, len as i64, VOCAB], "{block} {mixer} {extra} {split}");
+                assert_eq!(logits.size(), [1, len as i64, VOCAB], "{variant:?} {split}");
             }
         }
     }
