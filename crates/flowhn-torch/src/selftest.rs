@@ -1,6 +1,6 @@
 //! Checks of streams, events, memory, graphs, autograd functions and kernel launches.
 //!
-//! Those about the device itself are for CUDA devices alone; on the CPU they check that asking is refused by name.
+//! Those about the device itself are for CUDA devices alone.
 
 mod device;
 mod function;
@@ -11,7 +11,7 @@ mod launch;
 use tch::{Device, Kind, Tensor};
 
 use crate::testing::Case;
-use crate::{Error, Event, Result};
+use crate::{Error, Result};
 
 /// Every check of this crate.
 pub fn cases() -> Vec<Case> {
@@ -25,14 +25,9 @@ pub fn cases() -> Vec<Case> {
 
 /// A check of what only a CUDA device has, given its index.
 fn of_cuda(name: &str, check: fn(usize) -> Result<String>) -> Case {
-    Case::new(name, move |device| match device {
+    Case::on_cuda(name, move |device| match device {
         Device::Cuda(device_idx) => check(device_idx),
-        _ if tch::Cuda::is_available() => Ok("nothing to check on the CPU".to_owned()),
-        _ => {
-            let message = error_of(Event::new(true))?;
-            ensure(message.contains("CUDA"), || format!("the refusal does not name CUDA: {message}"))?;
-            Ok("refused without a CUDA device".to_owned())
-        }
+        other => Err(Error::Device { op: "selftest", arg: "device", got: other, want: "a CUDA device".to_owned() }),
     })
 }
 

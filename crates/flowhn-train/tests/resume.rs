@@ -1,4 +1,4 @@
-//! An interrupted run ends where an uninterrupted one does, to the last bit.
+//! A run that died ends where an uninterrupted one does, to the last bit. Those that were stopped are in `tests/selftest.rs`.
 
 mod common;
 
@@ -6,26 +6,19 @@ use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::path::Path;
 use std::sync::OnceLock;
 
-use common::{Bench, bits, fresh, lines, resume, sit};
+use common::{Bench, fresh, resume, sit};
 use flowhn_train::observe::{Event, StopFlag};
-use flowhn_train::run_dir::{METRICS, VALIDATION};
+use flowhn_train::run_dir::METRICS;
+use flowhn_train::selftest::small::Ending;
 use flowhn_train::{Outcome, RunConfig, TrainOptions, Trainer};
 
-/// What must be equal: weights and optimiser state as bits, and both logs without times.
-type Ending = (Vec<(String, Vec<u32>)>, Vec<String>, Vec<String>);
-
 fn ending(trainer: &Trainer) -> Ending {
-    let log = |name: &str| lines(&trainer.run_dir().join(name));
-    (bits(trainer), log(METRICS), log(VALIDATION))
+    Ending::of(trainer).unwrap()
 }
 
+#[track_caller]
 fn assert_same(got: &Ending, want: &Ending) {
-    assert_eq!(got.1, want.1, "metrics.jsonl");
-    assert_eq!(got.2, want.2, "validation.jsonl");
-    for ((name, got), (want_name, want)) in got.0.iter().zip(&want.0) {
-        assert_eq!((name, got), (want_name, want));
-    }
-    assert_eq!(got.0.len(), want.0.len());
+    assert_eq!(got.difference(want), None);
 }
 
 /// A run of 40 steps without a break: the same for every test.
@@ -39,8 +32,8 @@ fn train_uninterrupted() -> Ending {
     let (trainer, outcome) = sit(&bench.config("whole", &[]), &fresh());
     assert!(matches!(outcome, Outcome::Done(_)));
     let ending = ending(&trainer);
-    assert_eq!(ending.1.len(), 40, "every step is logged");
-    assert_eq!(ending.2.len(), 3, "steps 15, 30 and 40 are validated");
+    assert_eq!(ending.metrics.len(), 40, "every step is logged");
+    assert_eq!(ending.validations.len(), 3, "steps 15, 30 and 40 are validated");
     ending
 }
 
@@ -54,20 +47,6 @@ fn die_at(config: &RunConfig, options: &TrainOptions, at: u64) {
     };
     let run = catch_unwind(AssertUnwindSafe(|| trainer.run(&mut observer, &StopFlag::default())));
     assert!(run.is_err());
-}
-
-#[test]
-fn stopped_and_resumed_at_every_kind_of_place() {
-    let bench = Bench::new();
-    let want = uninterrupted();
-    // On a checkpoint; between checkpoints; between two readings of losses; right after a validation; after the first step.
-    for at in [20, 17, 23, 15, 1] {
-        let config = bench.config(&format!("stop-{at}"), &[]);
-        let (_, outcome) = sit(&config, &TrainOptions { stop_at: Some(at), ..fresh() });
-        assert!(matches!(outcome, Outcome::Stopped { step, .. } if step == at));
-        let (trainer, _) = sit(&config, &resume());
-        assert_same(&ending(&trainer), want);
-    }
 }
 
 #[test]

@@ -72,7 +72,7 @@ const CRATES: [(&str, fn() -> Vec<Case>); 7] = [
 
 /// Runs the cases, or lists them.
 pub fn run(args: &Args) -> Result<ExitCode> {
-    let cases = chosen(&args.filter);
+    let mut cases = chosen(&args.filter);
     if cases.is_empty() {
         bail!("no case has {} in its name; `flowhn selftest --list` shows all", args.filter.join(" or "));
     }
@@ -86,6 +86,10 @@ pub fn run(args: &Args) -> Result<ExitCode> {
     }
     threads::let_sleep_and_repeat();
     let device = args.device.device()?;
+    cases.retain(|(_, case)| case.runs_on(device));
+    if cases.is_empty() {
+        bail!("none of these cases runs on {device:?}; --device cuda");
+    }
     if device.is_cuda() {
         fill_new_memory_with_nan()?;
     }

@@ -24,10 +24,7 @@ impl Case {
     }
 
     /// A check of something that only a CUDA device has.
-    pub fn on_cuda(
-        name: impl Into<String>,
-        check: impl Fn(Device) -> Result<String> + Send + Sync + 'static,
-    ) -> Self {
+    pub fn on_cuda(name: impl Into<String>, check: impl Fn(Device) -> Result<String> + Send + Sync + 'static) -> Self {
         Self { only_cuda: true, ..Self::new(name, check) }
     }
 
