@@ -126,40 +126,53 @@ routed_norm_backward(const X* s, i64 s_batch, i64 s_token, const i64* positions0
     X* dchange = share.route ? dchange1 : dchange0;
     float w[VECS][VEC], dw[VECS][VEC] = {};
     load_weight(w, share.route ? weight1 : weight0, team, width);
-    for (i64 row = share.team_idx; row < share.n_rows; row += share.n_teams) {
-        Token token(share, (int)row);
-        i64 place = (i64)token.b * seq_len + token.p;
-        Pack<X> rows_s[VECS], rows_dy[VECS], other[VECS];
-        load_row(rows_s, s + RowStrides{s_batch, s_token}.start(token.b, token.p), team, width);
-        load_row(rows_dy, dy + dy_strides.start(token.b, dy_of_branch ? token.j : token.p), team, width);
-        if (ds) load_row(other, ds + RowStrides{ds_batch, ds_token}.start(token.b, token.p), team, width);
-        float r = rstd[place], inner_product = 0.f;
+
+    // The next token is on its way while this one is summed.
+    struct Row {
+        Pack<X> s[VECS], dy[VECS], ds[VECS];
+        float r;
+        i64 place;
+    } row, ahead;
+    auto fetch = [&](int row_idx) {
+        Token token(share, row_idx);
+        ahead.place = (i64)token.b * seq_len + token.p;
+        load_row(ahead.s, s + RowStrides{s_batch, s_token}.start(token.b, token.p), team, width);
+        load_row(ahead.dy, dy + dy_strides.start(token.b, dy_of_branch ? token.j : token.p), team, width);
+        if (ds) load_row(ahead.ds, ds + RowStrides{ds_batch, ds_token}.start(token.b, token.p), team, width);
+        ahead.r = rstd[ahead.place];
+    };
+    i64 current = share.team_idx;
+    if (current < share.n_rows) fetch((int)current);
+    for (; current < share.n_rows; current += share.n_teams) {
+        row = ahead;
+        if (current + share.n_teams < share.n_rows) fetch((int)(current + share.n_teams));
+        float inner_product = 0.f;
         #pragma unroll
         for (int v = 0; v < VECS; v++) {
             float a[VEC], b[VEC];
-            rows_s[v].get(a), rows_dy[v].get(b);
+            row.s[v].get(a), row.dy[v].get(b);
             #pragma unroll
             for (int i = 0; i < VEC; i++) inner_product += b[i] * w[v][i] * a[i];
         }
-        float slope = team_sum(inner_product, team) * r * r * r / d;
+        float r = row.r, slope = team_sum(inner_product, team) * r * r * r / d;
         #pragma unroll
         for (int v = 0; v < VECS; v++) {
             float a[VEC], b[VEC];
-            rows_s[v].get(a), rows_dy[v].get(b);
+            row.s[v].get(a), row.dy[v].get(b);
             #pragma unroll
             for (int i = 0; i < VEC; i++) {
                 dw[v][i] += b[i] * (a[i] * r);
                 a[i] = r * (b[i] * w[v][i]) - a[i] * slope;
             }
             if (ds) {
-                other[v].get(b);
+                row.ds[v].get(b);
                 #pragma unroll
                 for (int i = 0; i < VEC; i++) a[i] += b[i];
             }
             Pack<X> out;
             out.set(a);
-            store_vector(out, dx + place * d, v, team, width);
-            if (dchange) store_vector(out, dchange + row * d, v, team, width);
+            store_vector(out, dx + row.place * d, v, team, width);
+            if (dchange) store_vector(out, dchange + current * d, v, team, width);
         }
     }
     if (partials)

@@ -1,6 +1,6 @@
 //! The kernels of this crate.
 
-use flowhn_torch::kernel::rows::ROW_VARIANTS;
+use flowhn_torch::kernel::rows::RowForm;
 use flowhn_torch::kernel::{KernelSource, KernelSpec};
 
 /// Copies and sums of tokens between a sequence and its branches.
@@ -24,5 +24,17 @@ pub const KERNELS: &[KernelSpec] = &[
             &[("X_KIND", 1), ("WORD", 16)],
         ],
     },
-    KernelSpec { source: &ROUTED_NORM, variants: ROW_VARIANTS },
+    KernelSpec {
+        source: &ROUTED_NORM,
+        variants: &[
+            &RowForm::new(1, 512).defines(0),
+            &RowForm::new(2, 512).defines(0),
+            &RowForm::new(3, 256).defines(0),
+            &RowForm::new(4, 1024).defines(0),
+            &RowForm::new(1, 512).defines(1),
+            &RowForm::new(2, 512).defines(1),
+            &RowForm::new(3, 256).defines(1),
+            &RowForm::new(4, 1024).defines(1),
+        ],
+    },
 ];

@@ -17,9 +17,6 @@
 #include "smem.cuh"
 
 typedef DtypeOf<X_KIND>::type X;
-#ifndef PREFETCH
-#define PREFETCH 1
-#endif
 
 // 1 / (1 + e^-z); beside bf16 by the approximate instructions, whose error of a few f32 roundings is lost in bf16's.
 __device__ __forceinline__ float gate_sigmoid(float z) {
@@ -84,21 +81,17 @@ gated_rms_norm_backward(const X* x, const X* z, const X* dy, const float* weight
         float r;
     } row, ahead;
     i64 step = (i64)gridDim.x * team.n, current = blockIdx.x * team.n + team.idx;
-    auto fetch = [&](Row& to, int row_idx) {
+    auto fetch = [&](int row_idx) {
         int outer_idx = (unsigned)row_idx / (unsigned)inner, inner_idx = row_idx - outer_idx * inner;
-        load_row(to.x, x + RowStrides{x_outer, x_inner}.start(outer_idx, inner_idx) + group * d, team, width);
-        load_row(to.z, z + RowStrides{z_outer, z_inner}.start(outer_idx, inner_idx) + group * d, team, width);
-        load_row(to.dy, dy + RowStrides{dy_outer, dy_inner}.start(outer_idx, inner_idx) + group * d, team, width);
-        to.r = rstd[(i64)row_idx * n_groups + group];
+        load_row(ahead.x, x + RowStrides{x_outer, x_inner}.start(outer_idx, inner_idx) + group * d, team, width);
+        load_row(ahead.z, z + RowStrides{z_outer, z_inner}.start(outer_idx, inner_idx) + group * d, team, width);
+        load_row(ahead.dy, dy + RowStrides{dy_outer, dy_inner}.start(outer_idx, inner_idx) + group * d, team, width);
+        ahead.r = rstd[(i64)row_idx * n_groups + group];
     };
-    if (PREFETCH && current < n_rows) fetch(ahead, (int)current);
+    if (current < n_rows) fetch((int)current);
     for (; current < n_rows; current += step) {
-        if (PREFETCH) {
-            row = ahead;
-            if (current + step < n_rows) fetch(ahead, (int)(current + step));
-        } else {
-            fetch(row, (int)current);
-        }
+        row = ahead;
+        if (current + step < n_rows) fetch((int)(current + step));
         float s[VECS][VEC], inner_product = 0.f;
         #pragma unroll
         for (int v = 0; v < VECS; v++) {

@@ -21,9 +21,6 @@
 #include "smem.cuh"
 
 typedef DtypeOf<X_KIND>::type X;
-#ifndef PREFETCH
-#define PREFETCH 1
-#endif
 
 extern "C" __global__ void __launch_bounds__(MAX_THREADS)
 rms_norm_forward(const X* x, const X* delta, const float* weight, X* sum, X* y, float* rstd, i64 x_outer, i64 x_inner,
@@ -91,29 +88,21 @@ rms_norm_backward(const X* s, const X* dy, const X* ds, const float* weight, con
 
     // The next row is on its way while this one is summed.
     struct Row {
-        Pack<X> s[VECS], dy[VECS];
+        Pack<X> s[VECS], dy[VECS], ds[VECS];
         float r;
     } row, ahead;
     i64 step = (i64)gridDim.x * team.n, current = blockIdx.x * team.n + team.idx;
-    auto fetch = [&](Row& to, int row_idx) {
+    auto fetch = [&](int row_idx) {
         int outer_idx = (unsigned)row_idx / (unsigned)inner, inner_idx = row_idx - outer_idx * inner;
-        load_row(to.s, s + RowStrides{s_outer, s_inner}.start(outer_idx, inner_idx), team, width);
-        load_row(to.dy, dy + RowStrides{dy_outer, dy_inner}.start(outer_idx, inner_idx), team, width);
-        to.r = rstd[row_idx];
+        load_row(ahead.s, s + RowStrides{s_outer, s_inner}.start(outer_idx, inner_idx), team, width);
+        load_row(ahead.dy, dy + RowStrides{dy_outer, dy_inner}.start(outer_idx, inner_idx), team, width);
+        if (ds) load_row(ahead.ds, ds + RowStrides{ds_outer, ds_inner}.start(outer_idx, inner_idx), team, width);
+        ahead.r = rstd[row_idx];
     };
-    if (current < n_rows) fetch(PREFETCH ? ahead : row, (int)current);
+    if (current < n_rows) fetch((int)current);
     for (; current < n_rows; current += step) {
-        if (PREFETCH) {
-            row = ahead;
-            if (current + step < n_rows) fetch(ahead, (int)(current + step));
-        } else {
-            fetch(row, (int)current);
-        }
-        Pack<X> other[VECS];
-        if (ds) {
-            int outer_idx = (unsigned)current / (unsigned)inner, inner_idx = (int)current - outer_idx * inner;
-            load_row(other, ds + RowStrides{ds_outer, ds_inner}.start(outer_idx, inner_idx), team, width);
-        }
+        row = ahead;
+        if (current + step < n_rows) fetch((int)(current + step));
         float inner_product = 0.f;
         #pragma unroll
         for (int v = 0; v < VECS; v++) {
@@ -133,7 +122,7 @@ rms_norm_backward(const X* s, const X* dy, const X* ds, const float* weight, con
                 a[i] = r * (b[i] * w[v][i]) - a[i] * slope;
             }
             if (ds) {
-                other[v].get(b);
+                row.ds[v].get(b);
                 #pragma unroll
                 for (int i = 0; i < VEC; i++) a[i] += b[i];
             }

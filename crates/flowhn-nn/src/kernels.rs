@@ -1,6 +1,6 @@
 //! The kernels of this crate.
 
-use flowhn_torch::kernel::rows::ROW_VARIANTS;
+use flowhn_torch::kernel::rows::RowForm;
 use flowhn_torch::kernel::{KernelSource, KernelSpec};
 
 use crate::cuda::embedding;
@@ -65,8 +65,32 @@ pub const KERNELS: &[KernelSpec] = &[
             &embedding::defines(1, 1),
         ],
     },
-    KernelSpec { source: &RMS_NORM, variants: ROW_VARIANTS },
-    KernelSpec { source: &GATED_RMS_NORM, variants: ROW_VARIANTS },
+    KernelSpec {
+        source: &RMS_NORM,
+        variants: &[
+            &RowForm::new(1, 512).defines(0),
+            &RowForm::new(2, 512).defines(0),
+            &RowForm::new(3, 256).defines(0),
+            &RowForm::new(4, 1024).defines(0),
+            &RowForm::new(1, 512).defines(1),
+            &RowForm::new(2, 512).defines(1),
+            &RowForm::new(3, 256).defines(1),
+            &RowForm::new(4, 1024).defines(1),
+        ],
+    },
+    KernelSpec {
+        source: &GATED_RMS_NORM,
+        variants: &[
+            &RowForm::new(1, 512).defines(0),
+            &RowForm::new(2, 256).defines(0),
+            &RowForm::new(3, 256).defines(0),
+            &RowForm::new(4, 1024).defines(0),
+            &RowForm::new(1, 512).defines(1),
+            &RowForm::new(2, 256).defines(1),
+            &RowForm::new(3, 256).defines(1),
+            &RowForm::new(4, 1024).defines(1),
+        ],
+    },
     KernelSpec {
         source: &SWIGLU,
         variants: &[

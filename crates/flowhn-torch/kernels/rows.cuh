@@ -8,19 +8,6 @@
 #include "flowhn.cuh"
 
 constexpr int VEC = 8;
-#ifndef STREAM
-#define STREAM 0
-#endif
-#if STREAM & 1
-#define ROW_LOAD(p) __ldcs(p)
-#else
-#define ROW_LOAD(p) (*(p))
-#endif
-#if STREAM & 2
-#define ROW_STORE(p, v) __stcs(p, v)
-#else
-#define ROW_STORE(p, v) (*(p) = (v))
-#endif
 
 // ---- vectors ------------------------------------------------------------------------------------------------------------
 
@@ -29,8 +16,8 @@ template <class T> struct Pack;
 
 template <> struct Pack<bf16> {
     uint4 words;
-    __device__ __forceinline__ void load(const bf16* p) { words = ROW_LOAD(reinterpret_cast<const uint4*>(p)); }
-    __device__ __forceinline__ void store(bf16* p) const { ROW_STORE(reinterpret_cast<uint4*>(p), words); }
+    __device__ __forceinline__ void load(const bf16* p) { words = *reinterpret_cast<const uint4*>(p); }
+    __device__ __forceinline__ void store(bf16* p) const { *reinterpret_cast<uint4*>(p) = words; }
     __device__ __forceinline__ void get(float (&x)[VEC]) const {
         x[0] = low_bf16(words.x), x[1] = high_bf16(words.x), x[2] = low_bf16(words.y), x[3] = high_bf16(words.y);
         x[4] = low_bf16(words.z), x[5] = high_bf16(words.z), x[6] = low_bf16(words.w), x[7] = high_bf16(words.w);

@@ -4,18 +4,18 @@
 
 use tch::{Kind, Tensor};
 
-use flowhn_torch::kernel::rows::{RowTiling, aligned, with_dense_rows};
-use flowhn_torch::kernel::{Arg, Kernel, kind_define};
+use flowhn_torch::kernel::rows::{RowForm, RowTiling, aligned, with_dense_rows};
+use flowhn_torch::kernel::{Arg, Defines, Kernel, kind_define};
 use flowhn_torch::{BackwardCtx, ForwardCtx, Function, Result};
 
 use super::{Routes, strides};
 use crate::Route;
 use crate::kernels::ROUTED_NORM;
 
-/// Blocks of a multiprocessor forward: several waves even out what the blocks' ends leave idle.
-const FORWARD_BLOCKS: i64 = 16;
-/// Blocks of a multiprocessor backward. Each writes a row of partial sums, so there are as few as keep memory busy.
-const BACKWARD_BLOCKS: i64 = 2;
+/// Forms of `routed_norm.cu` forward.
+const FORWARD: &[RowForm] = &[RowForm::new(1, 512), RowForm::new(2, 512), RowForm::new(3, 256)];
+/// Backward a thread keeps three rows more, and fewer vectors of each pay.
+const BACKWARD: &[RowForm] = &[RowForm::new(1, 512), RowForm::new(2, 512)];
 
 /// Inputs x and weight; output `norm(gather(x))`.
 pub(crate) struct GatherNorm {
@@ -150,8 +150,7 @@ struct Call<'a> {
     /// One for all tokens, or one for each route; f32.
     weights: Vec<Tensor>,
     weight_kind: Kind,
-    tiling: RowTiling,
-    defines: [(&'static str, i64); 3],
+    x_kind: i64,
     batch: i64,
     seq_len: i64,
     d: i64,
@@ -160,8 +159,7 @@ struct Call<'a> {
 impl<'a> Call<'a> {
     fn new(op: &'static str, x_bld: &Tensor, routes: Routes<'a>, weights: &[&Tensor]) -> Result<Self> {
         let (batch, seq_len, d) = x_bld.size3()?;
-        let tiling = RowTiling::new(op, d)?;
-        let defines = tiling.defines(kind_define(op, "x_bld", x_bld)?);
+        let x_kind = kind_define(op, "x_bld", x_bld)?;
         let f32s = |weight: &&Tensor| -> Result<Tensor> { Ok(weight.f_to_kind(Kind::Float)?.f_contiguous()?) };
         routes.n_tokens(op, batch)?;
         Ok(Self {
@@ -169,8 +167,7 @@ impl<'a> Call<'a> {
             routes,
             weights: weights.iter().map(f32s).collect::<Result<_>>()?,
             weight_kind: weights[0].kind(),
-            tiling,
-            defines,
+            x_kind,
             batch,
             seq_len,
             d,
@@ -191,19 +188,13 @@ impl<'a> Call<'a> {
         Ok(Tensor::f_empty([self.batch, n, self.d], (self.x_bld.kind(), self.x_bld.device()))?)
     }
 
-    /// Blocks for each route: shares of what the device holds.
-    fn n_blocks(&self, per_multiprocessor: i64) -> Result<[i64; 2]> {
-        let device = self.x_bld.device();
+    /// Shares for each route of the blocks that `blocks` grants for all rows.
+    fn share(&self, blocks: impl Fn(i64) -> Result<i64>) -> Result<[i64; 2]> {
         let rows = |route: &Route| self.batch * route.len() as i64;
         let total: i64 = self.routes.iter().map(rows).sum();
-        let resident = self.tiling.n_blocks(i64::from(i32::MAX), device, per_multiprocessor)?;
-        let share = |route: &Route| -> Result<i64> {
-            match rows(route) {
-                0 => Ok(0),
-                n => Ok(self.tiling.n_blocks(n, device, per_multiprocessor)?.min((resident * n / total).max(1))),
-            }
-        };
-        Ok([share(self.routes.first)?, self.routes.second.map_or(Ok(0), share)?])
+        let all = blocks(total)?;
+        let share = |route: &Route| if rows(route) == 0 { 0 } else { (all * rows(route) / total).max(1) };
+        Ok([share(self.routes.first), self.routes.second.map_or(0, share)])
     }
 
     fn weight(&self, route_idx: usize) -> &Tensor {
@@ -221,7 +212,8 @@ impl<'a> Call<'a> {
         eps: f64,
     ) -> Result<Tensor> {
         let rstd_bl = Tensor::f_empty([self.batch, self.seq_len], (Kind::Float, self.x_bld.device()))?;
-        let [n_blocks0, n_blocks1] = self.n_blocks(FORWARD_BLOCKS)?;
+        let tiling = RowTiling::new("routed_norm", self.d, FORWARD)?;
+        let [n_blocks0, n_blocks1] = self.share(|n_rows| tiling.n_blocks(n_rows, self.x_bld.device()))?;
         let change = change.map_or([None, None], |[first, second]| [Some(first), Some(second)]);
         let mut touched = vec![&self.x_bld, y[0], y[1], self.weight(0), self.weight(1)];
         touched.extend(change.into_iter().flatten());
@@ -236,10 +228,10 @@ impl<'a> Call<'a> {
         args.extend([Arg::Tensor(self.weight(0)), Arg::Tensor(self.weight(1)), Arg::opt(sum)]);
         args.extend(y.map(Arg::Tensor));
         args.extend([Arg::I32(i32::from(y_order == Order::Branch)), Arg::Tensor(&rstd_bl)]);
-        args.extend([Arg::I32(n_blocks0 as i32), Arg::I32(self.d as i32), Arg::I32(self.tiling.team as i32)]);
+        args.extend([Arg::I32(n_blocks0 as i32), Arg::I32(self.d as i32), Arg::I32(tiling.team as i32)]);
         args.extend([aligned(self.d, &touched), Arg::F32(eps as f32)]);
         let grid = [(n_blocks0 + n_blocks1) as u32, 1, 1];
-        self.kernel("routed_norm_forward").launch(grid, self.tiling.block(), 0, &args)?;
+        kernel("routed_norm_forward", &tiling.defines(self.x_kind)).launch(grid, tiling.block(), 0, &args)?;
         Ok(rstd_bl)
     }
 
@@ -258,7 +250,8 @@ impl<'a> Call<'a> {
         let dense = |x: Option<&Tensor>| x.map(with_dense_rows).transpose();
         let (dy, ds) = ([dense(dy[0])?, dense(dy[1])?], dense(ds_bld)?);
         let dy = [dy[0].as_ref(), dy[1].as_ref()];
-        let [n_blocks0, n_blocks1] = self.n_blocks(BACKWARD_BLOCKS)?;
+        let tiling = RowTiling::new("routed_norm", self.d, BACKWARD)?;
+        let [n_blocks0, n_blocks1] = self.share(|n_rows| tiling.n_resident_blocks(n_rows, self.x_bld.device()))?;
         let n_blocks = n_blocks0 + n_blocks1;
         let partials = match wants_dweights.contains(&true) {
             true => Some(Tensor::f_empty([n_blocks, self.d], (Kind::Float, self.x_bld.device()))?),
@@ -279,25 +272,26 @@ impl<'a> Call<'a> {
         args.push(Arg::Tensor(dx_bld));
         args.extend(branches.map(Arg::opt));
         args.extend([Arg::opt(partials.as_ref()), Arg::I32(n_blocks0 as i32), Arg::I32(self.d as i32)]);
-        args.extend([Arg::I32(self.tiling.team as i32), aligned(self.d, &touched)]);
-        let shared_bytes = self.tiling.column_bytes(self.d);
-        self.kernel("routed_norm_backward").launch([n_blocks as u32, 1, 1], self.tiling.block(), shared_bytes, &args)?;
+        args.extend([Arg::I32(tiling.team as i32), aligned(self.d, &touched)]);
+        let defines = tiling.defines(self.x_kind);
+        let grid = [n_blocks as u32, 1, 1];
+        kernel("routed_norm_backward", &defines).launch(grid, tiling.block(), tiling.column_bytes(self.d), &args)?;
 
         let blocks_of = match self.weights.len() {
             1 => vec![(0, n_blocks)],
             _ => vec![(0, n_blocks0), (n_blocks0, n_blocks1)],
         };
         let total = |(&wanted, (first, n)): (&bool, (i64, i64))| match (&partials, wanted) {
-            (Some(partials), true) => self.column_sums(partials, first, n).map(Some),
+            (Some(partials), true) => self.column_sums(partials, first, n, &defines).map(Some),
             _ => Ok(None),
         };
         wants_dweights.iter().zip(blocks_of).map(total).collect()
     }
 
     /// Adds the sums of some blocks in their order.
-    fn column_sums(&self, partials: &Tensor, first: i64, n: i64) -> Result<Tensor> {
+    fn column_sums(&self, partials: &Tensor, first: i64, n: i64, defines: Defines) -> Result<Tensor> {
         let total = Tensor::f_empty([self.d], (Kind::Float, partials.device()))?;
-        self.kernel("sum_partials").launch(
+        kernel("sum_partials", defines).launch(
             [(self.d as u32).div_ceil(32), 1, 1],
             1024,
             0,
@@ -311,8 +305,8 @@ impl<'a> Call<'a> {
         )?;
         Ok(total.f_to_kind(self.weight_kind)?)
     }
+}
 
-    fn kernel(&self, entry: &'static str) -> Kernel<'_> {
-        Kernel { source: &ROUTED_NORM, entry, defines: &self.defines }
-    }
+fn kernel<'a>(entry: &'static str, defines: Defines<'a>) -> Kernel<'a> {
+    Kernel { source: &ROUTED_NORM, entry, defines }
 }

@@ -3,16 +3,11 @@
 
 use tch::{Kind, Tensor};
 
-use flowhn_torch::kernel::rows::{RowTiling, Rows, aligned};
+use flowhn_torch::kernel::rows::{RowForm, RowTiling, Rows, aligned};
 use flowhn_torch::kernel::{Arg, Kernel, KernelSource, kind_define};
 use flowhn_torch::{BackwardCtx, ForwardCtx, Function, Result};
 
 use crate::kernels::{GATED_RMS_NORM, RMS_NORM};
-
-/// Blocks of a multiprocessor forward. Rows are short work: several waves even out what the blocks' ends leave idle.
-const FORWARD_BLOCKS: i64 = 16;
-/// Blocks of a multiprocessor backward. Each writes a row of partial sums, so there are as few as keep memory busy.
-const BACKWARD_BLOCKS: i64 = 2;
 
 pub(crate) struct RmsNormCuda {
     pub(crate) eps: f64,
@@ -68,6 +63,13 @@ impl Function for ResidualNormCuda {
     }
 }
 
+/// Forms of `rms_norm.cu` forward.
+const FORWARD: &[RowForm] = &[RowForm::new(1, 512), RowForm::new(2, 512), RowForm::new(3, 256)];
+/// Backward a thread keeps three rows more, and fewer vectors of each pay.
+const BACKWARD: &[RowForm] = &[RowForm::new(1, 512), RowForm::new(2, 512)];
+/// Forms of `gated_rms_norm.cu`.
+const GATED: &[RowForm] = &[RowForm::new(1, 512), RowForm::new(2, 256), RowForm::new(3, 256)];
+
 struct Forward {
     /// Where something is added.
     sum: Option<Tensor>,
@@ -86,7 +88,7 @@ fn forward(
 ) -> Result<Forward> {
     let x_kind = kind_define(op, "x", x)?;
     let (d, weight) = (weight.size()[0], as_f32(weight)?);
-    let tiling = RowTiling::new(op, d)?;
+    let tiling = RowTiling::new(op, d, FORWARD)?;
     let rows = Rows::new(op, &[Some(x), delta].into_iter().flatten().collect::<Vec<_>>())?;
     let n_rows = i64::from(rows.n_rows());
     let y = Tensor::f_empty(x.size(), (x.kind(), x.device()))?;
@@ -96,7 +98,7 @@ fn forward(
     let touched: Vec<&Tensor> = [Some(rows.tensor(0)), delta, Some(&weight), Some(&y)].into_iter().flatten().collect();
     let ([x_outer, x_inner], [delta_outer, delta_inner]) = (rows.strides(0), rows.strides(1));
     if n_rows > 0 {
-        let n_blocks = tiling.n_blocks(n_rows, x.device(), FORWARD_BLOCKS)?;
+        let n_blocks = tiling.n_blocks(n_rows, x.device())?;
         kernel(&RMS_NORM, "rms_norm_forward", &tiling.defines(x_kind)).launch(
             [n_blocks as u32, 1, 1],
             tiling.block(),
@@ -136,11 +138,11 @@ fn backward(
 ) -> Result<(Tensor, Option<Tensor>)> {
     let x_kind = kind_define(op, "x", sum)?;
     let (d, weight_kind, weight) = (weight.size()[0], weight.kind(), as_f32(weight)?);
-    let tiling = RowTiling::new(op, d)?;
+    let tiling = RowTiling::new(op, d, BACKWARD)?;
     let rows = Rows::new(op, &[Some(sum), Some(dy), ds].into_iter().flatten().collect::<Vec<_>>())?;
     let ds = ds.map(|_| rows.tensor(2));
     let dx = Tensor::f_empty(sum.size(), (sum.kind(), sum.device()))?;
-    let n_blocks = tiling.n_blocks(i64::from(rows.n_rows()), sum.device(), BACKWARD_BLOCKS)?;
+    let n_blocks = tiling.n_resident_blocks(i64::from(rows.n_rows()), sum.device())?;
     let partials = ColumnSums::new(wants_dweight, n_blocks, d, &weight)?;
     let touched: Vec<&Tensor> = [Some(rows.tensor(0)), Some(rows.tensor(1)), ds, Some(&weight), Some(&dx)]
         .into_iter()
@@ -189,14 +191,14 @@ impl Function for GatedRmsNormCuda {
         let (x, weight) = (inputs[0], as_f32(inputs[2])?);
         let x_kind = kind_define(Self::NAME, "x", x)?;
         let d = weight.size()[0] / self.n_groups;
-        let tiling = RowTiling::new(Self::NAME, d)?;
+        let tiling = RowTiling::new(Self::NAME, d, GATED)?;
         let rows = Rows::new(Self::NAME, &inputs[..2])?;
         let n_rows = i64::from(rows.n_rows());
         let y = Tensor::f_empty(x.size(), (x.kind(), x.device()))?;
         let rstd = Tensor::f_empty([n_rows, self.n_groups], (Kind::Float, x.device()))?;
         let ([x_outer, x_inner], [z_outer, z_inner]) = (rows.strides(0), rows.strides(1));
         if n_rows > 0 {
-            let n_blocks = tiling.n_blocks(n_rows, x.device(), FORWARD_BLOCKS)?;
+            let n_blocks = tiling.n_blocks(n_rows, x.device())?;
             kernel(&GATED_RMS_NORM, "gated_rms_norm_forward", &tiling.defines(x_kind)).launch(
                 [n_blocks as u32, self.n_groups as u32, 1],
                 tiling.block(),
@@ -232,11 +234,13 @@ impl Function for GatedRmsNormCuda {
         let x_kind = kind_define(Self::NAME, "x", x)?;
         let (width, weight_kind, weight) = (weight.size()[0], weight.kind(), as_f32(weight)?);
         let d = width / self.n_groups;
-        let tiling = RowTiling::new(Self::NAME, d)?;
+        let tiling = RowTiling::new(Self::NAME, d, GATED)?;
         let rows = Rows::new(Self::NAME, &[x, z, &grads[0]])?;
         let (dx, dz) =
             (Tensor::f_empty(x.size(), (x.kind(), x.device()))?, Tensor::f_empty(x.size(), (x.kind(), x.device()))?);
-        let n_blocks = tiling.n_blocks(i64::from(rows.n_rows()), x.device(), BACKWARD_BLOCKS)?;
+        // Each group has blocks of its own.
+        let resident = tiling.n_resident_blocks(i64::from(rows.n_rows()), x.device())?;
+        let n_blocks = (resident / self.n_groups).max(1);
         let partials = ColumnSums::new(ctx.needs_grad(2), n_blocks, width, &weight)?;
         let [[x_outer, x_inner], [z_outer, z_inner], [dy_outer, dy_inner]] =
             [rows.strides(0), rows.strides(1), rows.strides(2)];

@@ -2,7 +2,7 @@
 
 use tch::{Device, Tensor};
 
-use super::{Arg, Defines};
+use super::Arg;
 use crate::{DeviceProperties, Error, Result};
 
 /// The longest row that a team of threads holds in its registers.
@@ -11,49 +11,67 @@ pub const MAX_WIDTH: i64 = 32_768;
 /// Elements of a vector, `VEC` of `rows.cuh`.
 const VEC: i64 = 8;
 
-/// The macros of a kernel whose teams hold rows in registers: dtype, vectors a thread, bound of the block.
-pub const ROW_VARIANTS: &[Defines<'static>] = &[
-    &[("X_KIND", 0), ("VECS", 1), ("MAX_THREADS", 512)],
-    &[("X_KIND", 0), ("VECS", 2), ("MAX_THREADS", 512)],
-    &[("X_KIND", 0), ("VECS", 4), ("MAX_THREADS", 1024)],
-    &[("X_KIND", 1), ("VECS", 1), ("MAX_THREADS", 512)],
-    &[("X_KIND", 1), ("VECS", 2), ("MAX_THREADS", 512)],
-    &[("X_KIND", 1), ("VECS", 4), ("MAX_THREADS", 1024)],
-];
+/// A compiled form of a kernel whose teams hold rows in registers: how many vectors a thread holds, and the bound of the block
+/// that leaves it registers enough.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct RowForm {
+    /// Vectors that a thread holds: `VECS`.
+    pub n_vectors: u32,
+    /// Most threads of a block: `MAX_THREADS`.
+    pub max_threads: u32,
+}
+
+impl RowForm {
+    /// For rows that no other form holds; it may spill registers.
+    const WIDEST: Self = Self::new(4, 1024);
+
+    /// The form with these two macros.
+    pub const fn new(n_vectors: u32, max_threads: u32) -> Self {
+        Self { n_vectors, max_threads }
+    }
+
+    /// The macros, with the dtype of the rows as a number.
+    pub const fn defines(self, x_kind: i64) -> [(&'static str, i64); 3] {
+        [("X_KIND", x_kind), ("VECS", self.n_vectors as i64), ("MAX_THREADS", self.max_threads as i64)]
+    }
+
+    /// Threads that a row of `d` elements takes.
+    fn team(self, d: i64) -> u32 {
+        (d.clamp(1, MAX_WIDTH) as u32).div_ceil(VEC as u32 * self.n_vectors).next_multiple_of(32)
+    }
+}
 
 /// How a block's threads share out rows: teams of whole warps, a row to a team.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct RowTiling {
-    /// Vectors that a thread holds: `VECS`.
-    pub n_vectors: u32,
+    /// The compiled form.
+    pub form: RowForm,
     /// Threads of a team.
     pub team: u32,
     /// Teams of a block.
     pub n_teams: u32,
-    max_threads: i64,
 }
 
 impl RowTiling {
-    /// The tiling for rows of `d` elements.
+    /// The tiling for rows of `d` elements: of `forms` the one with the fewest idle threads, the last of those that tie.
     ///
     /// # Errors
     /// [`Error::Invalid`] for rows longer than [`MAX_WIDTH`].
-    pub fn new(op: &'static str, d: i64) -> Result<Self> {
+    pub fn new(op: &'static str, d: i64, forms: &[RowForm]) -> Result<Self> {
         if d > MAX_WIDTH {
             let message =
                 format!("rows of {d} elements are longer than the {MAX_WIDTH} that the CUDA kernel holds; use the CPU");
             return Err(Error::invalid(op, message));
         }
-        // Few vectors a thread leave registers for many threads; wider rows need more.
-        let (n_vectors, max_threads, wanted) = match d {
-            ..=4096 => (1, 512, 384),
-            ..=8192 => (2, 512, 512),
-            _ => (4, 1024, 1024),
-        };
-        let team = (d.max(1) as u32).div_ceil(VEC as u32 * n_vectors).next_multiple_of(32);
+        let fits = |form: &&RowForm| form.team(d) <= form.max_threads;
+        let held = |form: &&RowForm| form.n_vectors * form.team(d);
+        let form = *forms.iter().rev().filter(fits).min_by_key(held).unwrap_or(&RowForm::WIDEST);
+        let team = form.team(d);
+        // One vector a thread leaves registers for two blocks of a multiprocessor, if they are not too large.
+        let block = if form.n_vectors == 1 { 288 } else { form.max_threads };
         // A team of several warps has a barrier of its own, and a block has 15.
-        let n_teams = (wanted / team).clamp(1, if team > 32 { 15 } else { 32 });
-        Ok(Self { n_vectors, team, n_teams, max_threads })
+        let n_teams = (block / team).clamp(1, if team > 32 { 15 } else { 32 });
+        Ok(Self { form, team, n_teams })
     }
 
     /// Threads of a block.
@@ -61,22 +79,34 @@ impl RowTiling {
         self.team * self.n_teams
     }
 
-    /// The macros of the variant, an entry of [`ROW_VARIANTS`].
+    /// The macros of the form.
     pub fn defines(&self, x_kind: i64) -> [(&'static str, i64); 3] {
-        [("X_KIND", x_kind), ("VECS", self.n_vectors.into()), ("MAX_THREADS", self.max_threads)]
+        self.form.defines(x_kind)
     }
 
-    /// Blocks for `n_rows` rows, none of them idle: as many as run at once where `per_multiprocessor` blocks fit, at least one.
+    /// Blocks for `n_rows` rows that nothing outlives: several waves even out what the ends of blocks leave idle.
+    ///
+    /// # Errors
+    /// As [`RowTiling::n_resident_blocks`].
+    pub fn n_blocks(&self, n_rows: i64, device: Device) -> Result<i64> {
+        self.capped(n_rows, device, 16)
+    }
+
+    /// Blocks for `n_rows` rows whose sums stay in registers: as many as run at once, at least one.
     ///
     /// # Errors
     /// [`Error::Torch`] where the device does not answer.
-    pub fn n_blocks(&self, n_rows: i64, device: Device, per_multiprocessor: i64) -> Result<i64> {
+    pub fn n_resident_blocks(&self, n_rows: i64, device: Device) -> Result<i64> {
+        self.capped(n_rows, device, if self.form.n_vectors == 1 { 2 } else { 1 })
+    }
+
+    fn capped(&self, n_rows: i64, device: Device, per_multiprocessor: i64) -> Result<i64> {
         let Device::Cuda(device_idx) = device else {
             return Err(Error::Device { op: "rows", arg: "x", got: device, want: "a CUDA device".to_owned() });
         };
         let n_teams = i64::from(self.n_teams);
-        let resident = i64::from(DeviceProperties::of(device_idx)?.n_multiprocessors) * per_multiprocessor;
-        Ok(((n_rows + n_teams - 1) / n_teams).clamp(1, resident.max(1)))
+        let cap = i64::from(DeviceProperties::of(device_idx)?.n_multiprocessors) * per_multiprocessor;
+        Ok(((n_rows + n_teams - 1) / n_teams).clamp(1, cap.max(1)))
     }
 
     /// Bytes of shared memory for adding up the columns of a block's teams; a team alone needs none.
@@ -188,14 +218,17 @@ mod tests {
     use tch::Kind;
 
     #[test]
-    fn every_tiling_is_a_variant_that_covers_the_row() {
-        for d in [1, 7, 8, 67, 128, 256, 257, 768, 1024, 1536, 2048, 4096, 4097, 8192, 8193, 16_384, MAX_WIDTH] {
-            let tiling = RowTiling::new("test", d).unwrap();
-            assert!(ROW_VARIANTS.contains(&&tiling.defines(1)[..]), "{d}: {tiling:?}");
-            assert!(i64::from(tiling.n_vectors * tiling.team) * VEC >= d, "{d}: {tiling:?}");
-            assert!(tiling.team % 32 == 0 && i64::from(tiling.block()) <= tiling.max_threads, "{d}: {tiling:?}");
+    fn every_tiling_covers_the_row() {
+        let forms = [RowForm::new(1, 512), RowForm::new(2, 512), RowForm::new(3, 256)];
+        for d in [1, 7, 8, 67, 128, 256, 257, 768, 1024, 1536, 2048, 4096, 4097, 6145, 8192, 8193, 16_384, MAX_WIDTH] {
+            let tiling = RowTiling::new("test", d, &forms).unwrap();
+            assert!(i64::from(tiling.form.n_vectors * tiling.team) * VEC >= d, "{d}: {tiling:?}");
+            assert!(tiling.team % 32 == 0 && tiling.block() <= tiling.form.max_threads, "{d}: {tiling:?}");
+            assert_eq!(tiling.form == RowForm::WIDEST, d > 8192, "{d}: {tiling:?}");
         }
-        let message = RowTiling::new("test", MAX_WIDTH + 1).unwrap_err().to_string();
+        let vectors = |d| RowTiling::new("test", d, &forms).unwrap().form.n_vectors;
+        assert_eq!([128, 768, 1536, 2048].map(vectors), [1, 3, 3, 2]);
+        let message = RowTiling::new("test", MAX_WIDTH + 1, &forms).unwrap_err().to_string();
         assert!(message.contains("use the CPU"), "{message}");
     }
 
@@ -214,7 +247,8 @@ mod tests {
                 }
             }
             for (view, starts) in views.iter().zip(starts) {
-                let want = Vec::<f64>::try_from(view.select(-1, 0).contiguous().view(-1).to_kind(Kind::Double)).unwrap();
+                let want =
+                    Vec::<f64>::try_from(view.select(-1, 0).contiguous().view(-1).to_kind(Kind::Double)).unwrap();
                 assert_eq!(starts, want, "{:?} {:?}", view.size(), view.stride());
             }
         };
