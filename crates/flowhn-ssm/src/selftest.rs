@@ -1,5 +1,7 @@
 //! Checks of scans and convolutions that run on any device.
 
+mod conv;
+mod long;
 mod scan;
 mod ssd;
 
@@ -7,7 +9,9 @@ use flowhn_torch::testing::Case;
 
 /// Every check of this crate.
 pub fn cases() -> Vec<Case> {
-    let mut cases = scan::cases();
+    let mut cases = conv::cases();
+    cases.extend(scan::cases());
     cases.extend(ssd::cases());
+    cases.extend(long::cases());
     cases
 }

@@ -3,6 +3,7 @@
 #![deny(missing_docs)]
 
 mod batch;
+pub mod bench;
 pub mod checkpoint;
 pub mod config;
 pub mod data;

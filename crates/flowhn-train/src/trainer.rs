@@ -2,6 +2,8 @@
 
 mod setup;
 
+pub(crate) use setup::prepare_device;
+
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::Instant;
@@ -321,14 +323,14 @@ impl Trainer {
 }
 
 /// A stream of a GPU that takes all work of the thread until dropped: the default one cannot be captured.
-struct SideStream {
+pub(crate) struct SideStream {
     stream: Stream,
     _guard: StreamGuard,
 }
 
 impl SideStream {
     /// Enters a stream, after the work that is under way; there is none on the CPU.
-    fn enter(device: Device) -> Result<Option<Self>> {
+    pub(crate) fn enter(device: Device) -> Result<Option<Self>> {
         let Device::Cuda(device_idx) = device else { return Ok(None) };
         Stream::current(device_idx)?.synchronize()?;
         let stream = Stream::from_pool(device_idx, Priority::Normal)?;

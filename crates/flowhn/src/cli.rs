@@ -4,7 +4,7 @@ use std::sync::LazyLock;
 
 use clap::{Parser, Subcommand};
 
-use crate::{data, eval, generate, golden, kernels, plan, selftest, train};
+use crate::{bench, data, eval, generate, golden, kernels, plan, selftest, train};
 
 const AFTER_HELP: &str = "\
 Results go to standard output, progress and warnings to standard error.
@@ -36,6 +36,8 @@ pub enum Command {
     Selftest(selftest::Args),
     /// Show what every kernel takes of a GPU: registers, shared memory, spills.
     Kernels(kernels::Args),
+    /// Measure speed.
+    Bench(bench::Args),
     /// Prepare data: a vocabulary, token shards.
     Data(data::Args),
 }

@@ -2,6 +2,7 @@
 #![forbid(unsafe_code)]
 #![deny(missing_docs)]
 
+mod bench;
 mod checkpoint_args;
 mod cli;
 mod config_args;
@@ -38,6 +39,7 @@ fn main() -> ExitCode {
         Command::Golden(args) => golden::run(args),
         Command::Selftest(args) => selftest::run(args),
         Command::Kernels(args) => kernels::run(args),
+        Command::Bench(args) => bench::run(args),
         Command::Data(args) => data::run(args),
     };
     outcome.unwrap_or_else(|error| fail::exit_code(&error))

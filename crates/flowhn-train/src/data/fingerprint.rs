@@ -11,6 +11,13 @@ use xxhash_rust::xxh3::Xxh3;
 pub struct Fingerprint(pub(super) [u8; 16]);
 
 impl Fingerprint {
+    /// Hashes bytes.
+    pub(crate) fn of_bytes(bytes: &[u8]) -> Self {
+        let mut hasher = Xxh3::new();
+        hasher.update(bytes);
+        Self::finish(&hasher)
+    }
+
     pub(super) fn finish(hasher: &Xxh3) -> Self {
         Fingerprint(hasher.digest128().to_le_bytes())
     }

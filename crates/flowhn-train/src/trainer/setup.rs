@@ -94,7 +94,7 @@ impl Trainer {
 }
 
 /// Asks a GPU's libraries for deterministic algorithms. The switch belongs to the process, so it is only ever turned on.
-fn prepare_device(device: Device, deterministic: bool) -> Result<()> {
+pub(crate) fn prepare_device(device: Device, deterministic: bool) -> Result<()> {
     if device.is_cuda() && deterministic && !Flag::Deterministic.is_set()? {
         // That mode would also fill all new memory with NaN, which finds errors and costs time.
         Flag::DeterministicFill.set(false)?;

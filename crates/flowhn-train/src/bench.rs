@@ -1,0 +1,195 @@
+//! The speed of the training step, measured as a run executes it.
+
+use std::path::Path;
+use std::time::Instant;
+
+use flowhn_model::Model;
+use flowhn_split::{ModelFlops, ScoreCount};
+use flowhn_torch::{Event, MemoryStats, Stream};
+use rand_chacha::ChaCha8Rng;
+use rand_chacha::rand_core::{Rng, SeedableRng};
+use serde::Serialize;
+use tch::Device;
+
+use crate::config::RunConfig;
+use crate::data::{
+    Dataset, Encoded, Fingerprint, LoaderOptions, Shard, ShardMeta, ShardWriter, TrainLoader,
+};
+use crate::optim::AdamW;
+use crate::peak::{MatmulRate, device_name, max_memory_bytes};
+use crate::step::{CapturedStep, Stepper};
+use crate::trainer::{SideStream, prepare_device};
+use crate::{Error, Result};
+
+/// Steps before the first that counts: compilation, plans, capture.
+const WARM_UP: u64 = 5;
+/// Tokens of a document of the random text.
+const DOCUMENT_TOKENS: usize = 8192;
+
+/// How fast a configuration trains.
+#[derive(Clone, Debug, PartialEq, Serialize)]
+pub struct StepSpeed {
+    /// What it ran on.
+    pub device: String,
+    /// Parameters of the model.
+    pub parameters: u64,
+    /// Tokens of a step.
+    pub tokens_per_step: u64,
+    /// Forward and backward FLOPs of the model in a step, attention's scores counted as the causal half.
+    pub flops_per_step: u64,
+    /// The same with the whole square of the scores.
+    pub flops_per_step_full_scores: u64,
+    /// Milliseconds of each measured step, in order.
+    pub step_ms: Vec<f64>,
+    /// The median of them.
+    pub median_ms: f64,
+    /// Tokens a second at the median.
+    pub tokens_per_s: f64,
+    /// FLOPs a second at the median.
+    pub flops_per_s: f64,
+    /// The matmul rate of the device in this dtype, measured just before.
+    pub matmul: MatmulRate,
+    /// Milliseconds of a step for which the host is busy. A CUDA device waits for it only where these exceed its own.
+    pub host_ms: f64,
+    /// Most memory of tensors (CUDA) or of the process (CPU) during the steps.
+    pub max_memory_bytes: u64,
+    /// The loss of the last step, in nats a token.
+    pub last_loss: f32,
+}
+
+/// Trains `steps` steps of a configuration on random tokens, and measures them.
+///
+/// They are the steps of a run: batches from token shards through the prefetching loader, forward, backward, clipping, AdamW with its
+/// schedule, one CUDA graph where the configuration says so. Nothing is validated, logged or saved.
+///
+/// # Errors
+/// Those of the model and the data; [`Error::Setting`] for no steps.
+pub fn time_steps(config: &RunConfig, device: Device, steps: u64) -> Result<StepSpeed> {
+    if steps == 0 {
+        return Err(Error::setting("steps", steps, "at least one step must be measured"));
+    }
+    prepare_device(device, config.train.deterministic)?;
+    let matmul = MatmulRate::measure(device, config.train.dtype.kind())?;
+    let folder = tempfile::tempdir().map_err(Error::io(&std::env::temp_dir(), "create a folder in"))?;
+    let mut stepper = stepper(config, device, folder.path(), steps)?;
+    let stream = SideStream::enter(device)?;
+    for _ in 0..WARM_UP {
+        stepper.train_step()?;
+    }
+    stepper.read()?;
+    if let Device::Cuda(device_idx) = device {
+        MemoryStats::reset_peak(device_idx)?;
+    }
+    let (step_ms, host_ms) = match device {
+        Device::Cuda(device_idx) => on_device(&mut stepper, steps, device_idx)?,
+        _ => on_host(&mut stepper, steps)?,
+    };
+    let last_loss = stepper.read()?.last().map_or(f32::NAN, |step| step.loss);
+    drop(stream);
+    if !last_loss.is_finite() {
+        let message = format!("the loss after {} steps is {last_loss}: its speed means nothing", WARM_UP + steps);
+        return Err(flowhn_torch::Error::invalid("time_steps", message).into());
+    }
+
+    let flops = |scores| -> Result<u64> {
+        let model = &config.model;
+        let sequence = ModelFlops::new(&model.shape(), &model.routing()?, model.seq_len, scores)
+            .map_err(|error| Error::Model(error.into()))?
+            .training();
+        Ok(sequence * (config.train.batch_size * config.train.grad_accum) as u64)
+    };
+    let (flops_per_step, tokens_per_step) =
+        (flops(ScoreCount::Causal)?, stepper.tokens_per_step(config.train.batch_size));
+    let median_ms = median(&step_ms);
+    Ok(StepSpeed {
+        device: device_name(device),
+        parameters: stepper.model.params().n_elements(),
+        tokens_per_step,
+        flops_per_step,
+        flops_per_step_full_scores: flops(ScoreCount::Full)?,
+        median_ms,
+        tokens_per_s: tokens_per_step as f64 / median_ms * 1e3,
+        flops_per_s: flops_per_step as f64 / median_ms * 1e3,
+        step_ms,
+        matmul,
+        host_ms,
+        max_memory_bytes: max_memory_bytes(device),
+        last_loss,
+    })
+}
+
+/// Times by events between steps, and the milliseconds that the host spent on each.
+fn on_device(stepper: &mut Stepper, steps: u64, device_idx: usize) -> Result<(Vec<f64>, f64)> {
+    let stream = Stream::current(device_idx)?;
+    let mut marks = Vec::with_capacity(steps as usize + 1);
+    let mark = || -> Result<Event> {
+        let mut event = Event::new(true)?;
+        event.record(stream)?;
+        Ok(event)
+    };
+    marks.push(mark()?);
+    let began = Instant::now();
+    for _ in 0..steps {
+        stepper.train_step()?;
+        marks.push(mark()?);
+    }
+    let host_ms = began.elapsed().as_secs_f64() * 1e3 / steps as f64;
+    stream.synchronize()?;
+    let times = marks.windows(2).map(|pair| Ok(pair[0].elapsed_ms(&pair[1])?)).collect::<Result<Vec<f64>>>()?;
+    Ok((times, host_ms))
+}
+
+fn on_host(stepper: &mut Stepper, steps: u64) -> Result<(Vec<f64>, f64)> {
+    let mut times = Vec::with_capacity(steps as usize);
+    for _ in 0..steps {
+        let began = Instant::now();
+        stepper.train_step()?;
+        times.push(began.elapsed().as_secs_f64() * 1e3);
+    }
+    let host_ms = times.iter().sum::<f64>() / steps as f64;
+    Ok((times, host_ms))
+}
+
+fn stepper(config: &RunConfig, device: Device, folder: &Path, steps: u64) -> Result<Stepper> {
+    let train = &config.train;
+    let dataset = random_text(config, folder, WARM_UP + steps)?;
+    let options =
+        LoaderOptions { seq_len: config.model.seq_len, batch_size: train.batch_size, seed: train.seed, prefetch: 4 };
+    let mut model = Model::new(&config.model, device, train.seed)?;
+    model.set_compute_kind(train.dtype.kind());
+    let optimizer = AdamW::of_params(model.params(), train.optimizer())?;
+    Ok(Stepper {
+        optimizer,
+        loader: TrainLoader::new(&dataset, &options)?,
+        learning_rate: train.learning_rate(),
+        grad_accum: train.grad_accum,
+        reset_documents: config.data.reset_documents,
+        captured: (device.is_cuda() && train.cuda_graph).then(CapturedStep::new),
+        step: 0,
+        unread: Vec::new(),
+        model,
+    })
+}
+
+/// A shard of random tokens, enough for so many steps.
+fn random_text(config: &RunConfig, folder: &Path, steps: u64) -> Result<Dataset> {
+    let vocab_size = config.model.vocab_size as u32;
+    let meta = ShardMeta { vocab_size, eot_id: 0, tokenizer: Fingerprint::of_bytes(b"random tokens") };
+    let path = folder.join("random.tokens");
+    let mut writer = ShardWriter::create(&path, meta)?;
+    let tokens = (config.train.batch_size * config.train.grad_accum * config.model.seq_len) as u64 * steps;
+    let mut rng = ChaCha8Rng::seed_from_u64(config.train.seed);
+    while writer.n_tokens() <= tokens {
+        let ids: Vec<u32> = (0..DOCUMENT_TOKENS).map(|_| 1 + rng.next_u32() % (vocab_size - 1)).collect();
+        let document = Encoded { byte_lens: vec![1; ids.len()], ids };
+        writer.push(&document, DOCUMENT_TOKENS as u64, writer.n_documents(), 1 + writer.n_documents())?;
+    }
+    writer.finish()?;
+    Ok(Dataset::new(vec![(Shard::open(&path)?, path)])?)
+}
+
+fn median(values: &[f64]) -> f64 {
+    let mut sorted = values.to_vec();
+    sorted.sort_by(f64::total_cmp);
+    sorted[sorted.len() / 2]
+}

@@ -1,0 +1,211 @@
+//! `flowhn bench train`.
+
+use std::path::PathBuf;
+use std::process::ExitCode;
+
+use anyhow::Result;
+use clap::builder::RangedU64ValueParser;
+use flowhn_train::bench::{StepSpeed, time_steps};
+use flowhn_train::config::Dtype;
+use serde::Serialize;
+use tch::Device;
+
+use crate::config_args::{self, SetArgs};
+use crate::console::{self, Console};
+use crate::device::DeviceArgs;
+use crate::units;
+
+const AFTER_HELP: &str = "\
+Each row trains a model from configs/bench on random tokens from token shards: loader, forward, backward, clipping, AdamW with its
+schedule. A warm-up comes first. Model FLOPs are those of `flowhn plan`, forward and backward; attention's scores count as the causal
+half (mfu) or as the whole square (mfu_full_scores). mfu is a fraction of the peak, which is named.
+
+--json prints one object: `definition`, `device`, `peak` {name, flops_per_s}, `rows`: a list of {model, policy, parameters, tokens_per_step,
+tokens_per_s, step_ms {median, min, max, all}, mfu, mfu_full_scores, matmul_frac, matmul {flops_per_s, name}, max_memory_bytes, host_ms,
+last_loss}.";
+
+const DEFINITION: &str = "tokens of a step over the median time of a step; model FLOPs of `flowhn plan`, forward and backward";
+
+/// Arguments of `flowhn bench train`.
+#[derive(Debug, clap::Args)]
+#[command(after_help = AFTER_HELP)]
+pub struct Args {
+    /// Sizes in configs/bench; may be repeated
+    #[arg(long, value_name = "SIZE", default_values = ["135m", "350m", "1b"])]
+    size: Vec<String>,
+    /// Split policies in configs/bench/SIZE; may be repeated
+    #[arg(long, value_name = "POLICY", default_values = ["ae_split"])]
+    policy: Vec<String>,
+    /// Measure this configuration instead of sizes and policies; may be repeated
+    #[arg(long, value_name = "FILE")]
+    config: Vec<PathBuf>,
+    #[command(flatten)]
+    sets: SetArgs,
+    #[command(flatten)]
+    device: DeviceArgs,
+    /// Steps to measure
+    #[arg(long, default_value_t = 30, value_parser = RangedU64ValueParser::<u64>::new().range(1..))]
+    steps: u64,
+    /// Print one JSON object
+    #[arg(long)]
+    json: bool,
+}
+
+#[derive(Debug, Serialize)]
+struct Report {
+    definition: &'static str,
+    device: String,
+    peak: Option<Peak>,
+    rows: Vec<Row>,
+}
+
+/// A rate that MFU refers to.
+#[derive(Clone, Debug, PartialEq, Serialize)]
+struct Peak {
+    name: String,
+    flops_per_s: f64,
+}
+
+#[derive(Debug, Serialize)]
+struct Row {
+    model: String,
+    policy: String,
+    parameters: u64,
+    tokens_per_step: u64,
+    tokens_per_s: f64,
+    step_ms: StepMs,
+    mfu: f64,
+    mfu_full_scores: f64,
+    matmul_frac: f64,
+    matmul: Peak,
+    max_memory_bytes: u64,
+    host_ms: f64,
+    last_loss: f32,
+}
+
+#[derive(Debug, Serialize)]
+struct StepMs {
+    median: f64,
+    min: f64,
+    max: f64,
+    all: Vec<f64>,
+}
+
+/// Measures row by row.
+pub fn run(args: &Args) -> Result<ExitCode> {
+    let device = args.device.device()?;
+    let console = Console::new();
+    let mut report = Report { definition: DEFINITION, device: String::new(), peak: None, rows: Vec::new() };
+    for (model, policy, file) in files(args) {
+        let config = config_args::load(&file, &args.sets.sets)?;
+        console.line(&format!("{model} {policy}: {} steps", args.steps));
+        let speed = time_steps(&config, device, args.steps)?;
+        let peak = peak(&speed, config.train.dtype, device);
+        report.device.clone_from(&speed.device);
+        let row = Row::new(model, policy, speed, &peak);
+        if !args.json {
+            if report.rows.is_empty() {
+                console::print(&header(&report.device, &peak))?;
+            }
+            console::print(&row.line())?;
+        }
+        report.peak = Some(peak);
+        report.rows.push(row);
+    }
+    if args.json {
+        console::print_json(&report)?;
+    }
+    Ok(ExitCode::SUCCESS)
+}
+
+/// Names and files of the rows.
+fn files(args: &Args) -> Vec<(String, String, PathBuf)> {
+    if !args.config.is_empty() {
+        let named = |file: &PathBuf| {
+            let stem = file.file_stem().unwrap_or_default().to_string_lossy().into_owned();
+            (file.display().to_string(), stem, file.clone())
+        };
+        return args.config.iter().map(named).collect();
+    }
+    let pairs = args.size.iter().flat_map(|size| args.policy.iter().map(move |policy| (size, policy)));
+    pairs
+        .map(|(size, policy)| {
+            let file = PathBuf::from(format!("configs/bench/{size}/{policy}.toml"));
+            (size.clone(), policy.clone(), file)
+        })
+        .collect()
+}
+
+/// The data sheet's dense bf16 rate where we know it, else what was measured.
+fn peak(speed: &StepSpeed, dtype: Dtype, device: Device) -> Peak {
+    let hopper = ["H100", "H200"].iter().any(|name| speed.device.contains(name));
+    match device.is_cuda() && hopper && dtype == Dtype::Bf16 {
+        true => Peak { name: "989 TFLOP/s, dense bf16 of the data sheet".to_owned(), flops_per_s: 989e12 },
+        false => Peak { name: speed.matmul.name.clone(), flops_per_s: speed.matmul.flops_per_s },
+    }
+}
+
+impl Row {
+    fn new(model: String, policy: String, speed: StepSpeed, peak: &Peak) -> Self {
+        let fold = |start: f64, f: fn(f64, f64) -> f64| speed.step_ms.iter().copied().fold(start, f);
+        let full = speed.flops_per_step_full_scores as f64 / speed.flops_per_step as f64;
+        let mfu = speed.flops_per_s / peak.flops_per_s;
+        Self {
+            model,
+            policy,
+            parameters: speed.parameters,
+            tokens_per_step: speed.tokens_per_step,
+            tokens_per_s: speed.tokens_per_s,
+            mfu,
+            mfu_full_scores: mfu * full,
+            matmul_frac: speed.flops_per_s / speed.matmul.flops_per_s,
+            step_ms: StepMs {
+                median: speed.median_ms,
+                min: fold(f64::INFINITY, f64::min),
+                max: fold(0., f64::max),
+                all: speed.step_ms,
+            },
+            matmul: Peak { name: speed.matmul.name, flops_per_s: speed.matmul.flops_per_s },
+            max_memory_bytes: speed.max_memory_bytes,
+            host_ms: speed.host_ms,
+            last_loss: speed.last_loss,
+        }
+    }
+
+    fn line(&self) -> String {
+        format!(
+            "{:<6} {:<13} {:>9} {:>12} {:>9.2} {:>8.2} {:>8.2} {:>6.1} {:>6.1} {:>7.1} {:>9} {:>8.2}\n",
+            self.model,
+            self.policy,
+            units::count(self.parameters as f64),
+            units::grouped(self.tokens_per_s as u64),
+            self.step_ms.median,
+            self.step_ms.min,
+            self.step_ms.max,
+            100. * self.mfu,
+            100. * self.mfu_full_scores,
+            100. * self.matmul_frac,
+            units::bytes(self.max_memory_bytes),
+            self.host_ms,
+        )
+    }
+}
+
+fn header(device: &str, peak: &Peak) -> String {
+    format!(
+        "{device}; MFU of {}\n{:<6} {:<13} {:>9} {:>12} {:>9} {:>8} {:>8} {:>6} {:>6} {:>7} {:>9} {:>8}\n",
+        peak.name,
+        "model",
+        "policy",
+        "params",
+        "tokens/s",
+        "ms/step",
+        "min",
+        "max",
+        "MFU %",
+        "full %",
+        "GEMM %",
+        "memory",
+        "host ms"
+    )
+}
