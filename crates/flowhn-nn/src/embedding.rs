@@ -2,11 +2,13 @@
 
 use std::fmt::Display;
 
-use tch::{Kind, Tensor};
+use tch::{Device, Kind, Tensor};
 
+use flowhn_torch::kernel::kind_define;
 use flowhn_torch::{BackwardCtx, Error, ForwardCtx, Function, Result, apply, check, cpu};
 
-use crate::rows::{Rows, block_rows, map_blocks, only_cpu, with_contiguous_rows};
+use crate::cuda::embedding::EmbeddingCuda;
+use crate::rows::{Rows, block_rows, map_blocks, no_kernel, with_contiguous_rows};
 use crate::simd::{Real, Storage, dispatch};
 use crate::{Decay, Init, Path, Weight};
 
@@ -14,6 +16,9 @@ use crate::{Decay, Init, Path, Weight};
 ///
 /// The gradient of the weight is summed in the weight's own type, in the order of the tokens: it comes out the same on
 /// any number of threads. Row `padding_idx` gets none.
+///
+/// On CUDA nothing waits for the device, so an id outside the vocabulary is no error there: its row is NaN. [`check_ids`] finds
+/// it before ids are copied to the device.
 ///
 /// # Shapes
 /// - `weight_vd`: `[vocab_size, d_model]`, f32 (f64 for `Kind::Double`), contiguous
@@ -32,7 +37,7 @@ use crate::{Decay, Init, Path, Weight};
 ///
 /// # Errors
 /// [`Error::Shape`], [`Error::Dtype`] or [`Error::Device`], naming the argument at fault; [`Error::Invalid`] with the
-/// position and value of an id outside the vocabulary.
+/// position and value of an id outside the vocabulary (on the CPU).
 pub fn embedding(weight_vd: &Tensor, ids: &Tensor, kind: Kind, padding_idx: Option<i64>) -> Result<Tensor> {
     const OP: &str = "embedding";
     check::dims::<2>(OP, "weight_vd", weight_vd, "[vocab_size, d_model]")?;
@@ -40,14 +45,28 @@ pub fn embedding(weight_vd: &Tensor, ids: &Tensor, kind: Kind, padding_idx: Opti
     check::kind(OP, "weight_vd", weight_vd, &[weight_kind])?;
     check::kind(OP, "ids", ids, &[Kind::Int64])?;
     check::device(OP, "ids", ids, weight_vd.device())?;
-    only_cpu(OP, "weight_vd", weight_vd)?;
     let look_up = |outputs: Result<Vec<Tensor>>| Ok(outputs?.swap_remove(0));
+    match weight_vd.device() {
+        Device::Cpu => {}
+        Device::Cuda(_) => {
+            kind_define(OP, "weight_vd", weight_vd)?;
+            if !matches!(kind, Kind::Float | Kind::BFloat16) {
+                return Err(wrong_kind(kind));
+            }
+            return look_up(apply(EmbeddingCuda::new(padding_idx, kind), &[weight_vd, ids]));
+        }
+        got => return Err(no_kernel(OP, "weight_vd", got)),
+    }
     match kind {
         Kind::Float => look_up(apply(EmbeddingCpu::<f32>::new(padding_idx), &[weight_vd, ids])),
         Kind::BFloat16 => look_up(apply(EmbeddingCpu::<half::bf16>::new(padding_idx), &[weight_vd, ids])),
         Kind::Double => look_up(apply(EmbeddingCpu::<f64>::new(padding_idx), &[weight_vd, ids])),
-        other => Err(Error::invalid(OP, format!("kind is {other:?}, expected Float, BFloat16 or Double"))),
+        other => Err(wrong_kind(other)),
     }
+}
+
+fn wrong_kind(got: Kind) -> Error {
+    Error::invalid("embedding", format!("kind is {got:?}, expected Float, BFloat16 or, on the CPU, Double"))
 }
 
 /// [`embedding`] with its weight.
@@ -213,8 +232,12 @@ impl TokensById {
     }
 }
 
-/// The ids as a slice, each in `0..vocab_size` or equal to `ignored`.
-pub(crate) fn check_ids<'a>(
+/// Ids on the CPU as a slice, each in `0..vocab_size` or equal to `ignored`; `op` and `arg` name them in the message.
+///
+/// # Errors
+/// [`Error::Invalid`] with the position and value of one that is neither; that of [`cpu::slice`] for a tensor that is not i64,
+/// contiguous and on the CPU.
+pub fn check_ids<'a>(
     op: &'static str,
     arg: &'static str,
     ids: &'a Tensor,

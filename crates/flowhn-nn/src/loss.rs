@@ -2,12 +2,14 @@
 
 mod head;
 
-use tch::{Kind, Tensor};
+use tch::{Device, Kind, Tensor};
 
 use flowhn_torch::{BackwardCtx, Error, ForwardCtx, Function, Result, apply, check};
 
+use crate::cuda;
+use crate::cuda::head::LinearCrossEntropyCuda;
 use crate::embedding::check_ids;
-use crate::rows::{for_float_kind, only_cpu};
+use crate::rows::{for_float_kind, no_kernel};
 
 /// Returns the mean over tokens of `-ln softmax(x W^T)[target]`, leaving out tokens whose target is `ignore_index`.
 ///
@@ -16,8 +18,12 @@ use crate::rows::{for_float_kind, only_cpu};
 /// the loss are f32 (f64 for f64 inputs), and with bf16 inputs the gradient of `W` is summed in f32. If every target is
 /// ignored, the loss and the gradients are 0.
 ///
+/// On CUDA nothing waits for the device, so a target outside the vocabulary is no error there: it makes the loss and the
+/// gradients NaN. [`check_ids`](crate::check_ids) finds it before targets are copied to the device. The logits of a chunk take
+/// at most half a GiB.
+///
 /// # Shapes
-/// - `x_td`: `[n_tokens, d_model]`, f32, bf16 or f64
+/// - `x_td`: `[n_tokens, d_model]`, f32, bf16 or, on the CPU, f64
 /// - `weight_vd`: `[vocab_size, d_model]`, in the type of `x_td`
 /// - `targets_t`: `[n_tokens]`, i64, each in `0..vocab_size` or `ignore_index`
 /// - returns a scalar, f32 (f64 for f64 inputs), in nats a token
@@ -36,7 +42,7 @@ use crate::rows::{for_float_kind, only_cpu};
 ///
 /// # Errors
 /// [`Error::Shape`], [`Error::Dtype`] or [`Error::Device`], naming the argument at fault; [`Error::Invalid`] with the
-/// position and value of a target outside the vocabulary.
+/// position and value of a target outside the vocabulary (on the CPU).
 pub fn linear_cross_entropy(
     x_td: &Tensor,
     weight_vd: &Tensor,
@@ -45,8 +51,13 @@ pub fn linear_cross_entropy(
 ) -> Result<Tensor> {
     const OP: &str = LinearCrossEntropyCpu::NAME;
     check_arguments(OP, x_td, weight_vd, targets_t)?;
-    only_cpu(OP, "x_td", x_td)?;
-    Ok(apply(LinearCrossEntropyCpu { ignore_index }, &[x_td, weight_vd, targets_t])?.swap_remove(0))
+    let inputs = [x_td, weight_vd, targets_t];
+    let mut outputs = match x_td.device() {
+        Device::Cpu => apply(LinearCrossEntropyCpu { ignore_index }, &inputs)?,
+        Device::Cuda(_) => apply(LinearCrossEntropyCuda::new(ignore_index, x_td.kind()), &inputs)?,
+        got => return Err(no_kernel(OP, "x_td", got)),
+    };
+    Ok(outputs.swap_remove(0))
 }
 
 /// Returns `-ln softmax(x W^T)[target]` of each token, 0 where the target is `ignore_index`. Not differentiable.
@@ -70,7 +81,11 @@ pub fn linear_cross_entropy(
 pub fn token_losses(x_td: &Tensor, weight_vd: &Tensor, targets_t: &Tensor, ignore_index: i64) -> Result<Tensor> {
     const OP: &str = "token_losses";
     check_arguments(OP, x_td, weight_vd, targets_t)?;
-    only_cpu(OP, "x_td", x_td)?;
+    match x_td.device() {
+        Device::Cpu => {}
+        Device::Cuda(_) => return tch::no_grad(|| cuda::head::token_losses(x_td, weight_vd, targets_t, ignore_index)),
+        got => return Err(no_kernel(OP, "x_td", got)),
+    }
     let targets_t = targets_t.contiguous();
     let targets = check_ids(OP, "targets_t", &targets_t, weight_vd.size()[0], Some(ignore_index))?;
     tch::no_grad(|| {

@@ -1,8 +1,13 @@
-//! Checks of normalisation, SwiGLU and the loss that run on any device.
+//! Checks of normalisation, SwiGLU, the embedding and the loss that run on any device.
+
+mod embedding;
+mod head;
 
 use flowhn_torch::testing::Case;
 
 /// Every check of this crate.
 pub fn cases() -> Vec<Case> {
-    Vec::new()
+    let mut cases = embedding::cases();
+    cases.extend(head::cases());
+    cases
 }

@@ -5,7 +5,7 @@ use flowhn_torch::{Error, Result};
 use tch::{Device, Tensor};
 
 use crate::args::Checker;
-use crate::{cpu, reference};
+use crate::{cpu, cuda, reference};
 
 /// What follows the convolution.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
@@ -76,12 +76,13 @@ pub struct CausalConv1dOutput {
 ///
 /// # Errors
 /// [`Error::Shape`], [`Error::Dtype`], [`Error::Device`] or [`Error::Invalid`], naming the argument at fault; `Error::Device` also on
-/// a device other than the CPU.
+/// a device other than the CPU and CUDA. On CUDA, `Error::Dtype` for f64 and `Error::Invalid` for a `d_conv` above 64.
 pub fn causal_conv1d(args: &CausalConv1d) -> Result<CausalConv1dOutput> {
     let checker = check(args)?;
     match args.x_ble.device() {
-        Device::Cpu if args.x_ble.numel() == 0 => reference::causal_conv1d(args),
+        Device::Cpu | Device::Cuda(_) if args.x_ble.numel() == 0 => reference::causal_conv1d(args),
         Device::Cpu => cpu::conv::causal_conv1d(args),
+        Device::Cuda(_) => cuda::conv::causal_conv1d(args),
         _ => Err(checker.no_path("x_ble")),
     }
 }

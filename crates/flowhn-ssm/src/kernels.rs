@@ -36,7 +36,6 @@ pub(crate) static CAUSAL_CONV1D: KernelSource =
 
 /// The convolution of the mixers, forward and backward, and the ends of what it can do.
 const CAUSAL_CONV1D_VARIANTS: &[Defines<'static>] = &[
-    &ConvVariant::mixer(1, 8).defines(),
     &ConvVariant::mixer(1, 4).defines(),
     &ConvVariant::mixer(0, 4).defines(),
     &ConvVariant { resets: true, ..ConvVariant::mixer(1, 4) }.defines(),
