@@ -131,8 +131,8 @@ selective_scan_backward(X* dx, Dt* ddt, Z* dz, float* state_parts, float* rate_p
             float2 u = load_pair<PAIRED_CHANNELS>(x_at, w).unpack(), v = load_pair<PAIRED_CHANNELS>(dt_at, w).unpack();
             float2 o = load_pair<PAIRED_CHANNELS>(dy_at, w).unpack();
             if (GATED) {
-                float2 gate = load_pair<PAIRED_CHANNELS>(z_at, w).unpack();
-                o = make_float2(o.x * gate.x * gate_sigmoid(gate.x), o.y * gate.y * gate_sigmoid(gate.y));
+                float2 g_t = load_pair<PAIRED_CHANNELS>(z_at, w).unpack();
+                o = make_float2(o.x * gate(g_t.x), o.y * gate(g_t.y));
             }
             x_at += ROWS * x_token, dy_at += ROWS * dy_token, dt_at += ROWS * dt_token, z_at += ROWS * z_token;
             float lo = w ? step_size(v.x + bias.x) : 0.f, hi = w ? step_size(v.y + bias.y) : 0.f;
@@ -299,11 +299,10 @@ selective_scan_backward(X* dx, Dt* ddt, Z* dz, float* state_parts, float* rate_p
             store_pair<PAIRED_CHANNELS>(ddt + at, width, by_dt);
             part = make_float4(fmaf(out.x, u.x, part.x), fmaf(out.y, u.y, part.y), part.z + by_dt.x, part.w + by_dt.y);
             if (GATED) {
-                float2 gate = load_pair<PAIRED_CHANNELS>(z_at, width).unpack(), o = load_pair<PAIRED_CHANNELS>(dy_at, width).unpack();
+                float2 w = load_pair<PAIRED_CHANNELS>(z_at, width).unpack(), o = load_pair<PAIRED_CHANNELS>(dy_at, width).unpack();
                 float2 y = *reinterpret_cast<const float2*>(y_sums + t * SUM_STRIDE + pair);
-                float lo = gate_sigmoid(gate.x), hi = gate_sigmoid(gate.y);
-                float2 by_z = make_float2(o.x * fmaf(skip.x, u.x, y.x) * lo * fmaf(gate.x, 1.f - lo, 1.f),
-                                          o.y * fmaf(skip.y, u.y, y.y) * hi * fmaf(gate.y, 1.f - hi, 1.f));
+                float2 by_z = make_float2(o.x * fmaf(skip.x, u.x, y.x) * gate_slope(w.x),
+                                          o.y * fmaf(skip.y, u.y, y.y) * gate_slope(w.y));
                 store_pair<PAIRED_CHANNELS>(dz + at, width, by_z);
             }
             x_at += ROWS * x_token, dy_at += ROWS * dy_token, dt_at += ROWS * dt_token, z_at += ROWS * z_token;

@@ -88,7 +88,7 @@ selective_scan_carry(float* states, float* decays, const X* x, const Dt* dt, con
                 u = make_float2(lo * u.x, hi * u.y);
             } else if (GATED) {
                 float2 g = load_pair<PAIRED_CHANNELS>(z_at, w).unpack();
-                u = make_float2(u.x * g.x * gate_sigmoid(g.x), u.y * g.y * gate_sigmoid(g.y));
+                u = make_float2(u.x * gate(g.x), u.y * gate(g.y));
             }
             x_at += ROWS * x_token, dt_at += ROWS * dt_token, z_at += ROWS * z_token;
             reinterpret_cast<float4*>(steps)[(t * CHANNELS + pair) / 2] = make_float4(lo, u.x, hi, u.y);

@@ -156,7 +156,7 @@ selective_scan_forward(X* y, float* final_state, float* chunk_states, const X* x
             out = make_float2(fmaf(skip.x, u.x, out.x), fmaf(skip.y, u.y, out.y));
             if (GATED) {
                 float2 v = z_tile[k].unpack();
-                out = make_float2(out.x * v.x * gate_sigmoid(v.x), out.y * v.y * gate_sigmoid(v.y));
+                out = make_float2(out.x * gate(v.x), out.y * gate(v.y));
             }
             store_pair<PAIRED_CHANNELS>(y_at, t < n_tokens ? width : 0, out);
             y_at += (i64)ROWS * d_inner;

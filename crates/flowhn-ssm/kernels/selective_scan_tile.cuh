@@ -195,4 +195,10 @@ __device__ __forceinline__ float step_slope(float v) {
     return v >= 0.f ? r : u * r;
 }
 
-__device__ __forceinline__ float gate_sigmoid(float z) { return rcp(1.f + ex2(-z * LOG2_E)); }
+// silu, and its derivative.
+__device__ __forceinline__ float gate(float z) { return z * rcp(1.f + ex2(-z * LOG2_E)); }
+
+__device__ __forceinline__ float gate_slope(float z) {
+    float s = rcp(1.f + ex2(-z * LOG2_E));
+    return s * fmaf(z, 1.f - s, 1.f);
+}

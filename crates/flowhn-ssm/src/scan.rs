@@ -5,7 +5,7 @@ use flowhn_torch::Result;
 use tch::{Device, Tensor};
 
 use crate::args::{Checker, check_sizes};
-use crate::{cpu, reference};
+use crate::{cpu, cuda, reference};
 
 /// How the step sizes are made from `dt_ble`, after the bias is added.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
@@ -109,12 +109,14 @@ pub struct SelectiveScanOutput {
 ///
 /// # Errors
 /// [`Error::Shape`](crate::Error::Shape), [`Error::Dtype`](crate::Error::Dtype) or [`Error::Device`](crate::Error::Device), naming
-/// the argument at fault; `Error::Device` also on a device other than the CPU.
+/// the argument at fault; `Error::Device` also on a device other than the CPU and CUDA. On CUDA, `Error::Dtype` for f64 and
+/// [`Error::Invalid`](crate::Error::Invalid) for a `d_state` above 256.
 pub fn selective_scan(args: &SelectiveScan) -> Result<SelectiveScanOutput> {
     let checker = check(args)?;
     match args.x_ble.device() {
-        Device::Cpu if args.x_ble.numel() == 0 => reference::selective_scan(args),
+        Device::Cpu | Device::Cuda(_) if args.x_ble.numel() == 0 => reference::selective_scan(args),
         Device::Cpu => cpu::scan::selective_scan(args),
+        Device::Cuda(_) => cuda::scan::selective_scan(args),
         _ => Err(checker.no_path("x_ble")),
     }
 }
