@@ -6,7 +6,9 @@ use std::collections::HashMap;
 use std::ops::Range;
 use std::rc::Rc;
 
-use flowhn_nn::{Bias, Embedding, Init, Linear, Params, RmsNorm, Weight, linear_cross_entropy, token_losses};
+use flowhn_nn::{
+    Bias, Embedding, Init, Linear, Params, RmsNorm, Weight, check_ids, linear_cross_entropy, token_losses,
+};
 use flowhn_split::{ModelShape, Routing, SplitPlan};
 use flowhn_torch::catch;
 use tch::{Device, Kind, Tensor};
@@ -52,6 +54,9 @@ impl Head {
 }
 
 /// A batch of sequences.
+///
+/// Tensors may be on the CPU whatever the model's device: ids are checked there before they are copied. Those on an accelerator are
+/// taken as they are, for a check would make the host wait; an id outside the vocabulary then gives NaN.
 #[derive(Clone, Copy, Debug)]
 pub struct Input<'a> {
     /// Token ids, i64 `[batch, seq_len]`.
@@ -217,9 +222,15 @@ impl Model {
                 "the targets have shape {targets:?}, the ids {ids:?}: give each id a target"
             )));
         }
+        let targets_t = targets_bl.f_reshape([-1])?;
+        // On the model's own device the loss checks them, where that can be done without waiting.
+        if targets_t.device() == Device::Cpu && self.device() != Device::Cpu {
+            let vocab_size = self.config.vocab_size as i64;
+            check_ids("linear_cross_entropy", "targets_t", &targets_t, vocab_size, Some(IGNORE_INDEX))?;
+        }
         let x_bld = self.run(&Input::new(ids_bl).with_segments(segments_bl), None, |_| ())?;
         let x_bld = self.norm.forward(&x_bld)?;
-        Ok((x_bld.f_reshape([-1, self.config.d_model as i64])?, targets_bl.f_reshape([-1])?))
+        Ok((x_bld.f_reshape([-1, self.config.d_model as i64])?, targets_t.f_to_device(self.device())?))
     }
 
     /// Runs embedding and blocks; `visit` sees the stream before the first and after each block. With caches, goes on from them.
@@ -230,14 +241,16 @@ impl Model {
         mut visit: impl FnMut(&Tensor),
     ) -> Result<Tensor> {
         let seq_len = self.check_input(input)?;
+        let ids_bl = input.ids_bl.f_to_device(self.device())?;
+        let segments_bl = input.segments_bl.map(|segments| segments.f_to_device(self.device())).transpose()?;
         let layout = self.layout(input.offset..input.offset + seq_len)?;
         let outcome = catch(|| {
             let mut inner = || -> Result<Tensor> {
-                let mut x_bld = self.embed.forward(input.ids_bl, self.compute_kind)?;
+                let mut x_bld = self.embed.forward(&ids_bl, self.compute_kind)?;
                 visit(&x_bld);
                 for (block_idx, block) in self.blocks.iter().enumerate() {
                     let cache = caches.as_deref_mut().map(|caches| &mut caches[block_idx]);
-                    x_bld = block.forward(&x_bld, block_idx, &layout, input.segments_bl, cache)?;
+                    x_bld = block.forward(&x_bld, block_idx, &layout, segments_bl.as_ref(), cache)?;
                     visit(&x_bld);
                 }
                 Ok(x_bld)
