@@ -57,6 +57,12 @@ impl RotaryTable {
         Ok(Self { cos: table(&cos)?, sin: table(&sin)?, d_head, theta })
     }
 
+    /// The cosines and the sines.
+    #[cfg(feature = "selftest")]
+    pub(crate) fn angles(&self) -> (&Tensor, &Tensor) {
+        (&self.cos, &self.sin)
+    }
+
     /// Features of a head.
     pub fn d_head(&self) -> i64 {
         self.d_head

@@ -4,7 +4,7 @@
 
 use tch::Tensor;
 
-use flowhn_nn::RmsNorm;
+use flowhn_nn::{RmsNorm, rms_norm};
 use flowhn_torch::{BackwardCtx, Error, ForwardCtx, Function, Result, apply, check};
 
 use crate::cuda::{GatherNorm, SplitNorm};
@@ -50,13 +50,17 @@ pub fn gather(x_bld: &Tensor, route: &Route) -> Result<Tensor> {
 /// # Errors
 /// Those of [`gather`] and of the norm.
 pub fn gather_norm(x_bld: &Tensor, route: &Route, norm: &RmsNorm) -> Result<Tensor> {
-    if !x_bld.device().is_cuda() || route.is_all() || route.is_empty() {
-        return norm.forward(&gather(x_bld, route)?);
-    }
     const OP: &str = "gather_norm";
     check_sequence(OP, x_bld, route)?;
-    let weight = norm_weight(OP, x_bld, norm)?;
-    one(apply(GatherNorm { route: route.clone(), eps: norm.eps() }, &[x_bld, &weight])?)
+    normed_gather(x_bld, route, &norm_weight(OP, x_bld, norm)?, norm.eps())
+}
+
+/// [`gather_norm`] with the weight at hand.
+pub(crate) fn normed_gather(x_bld: &Tensor, route: &Route, weight: &Tensor, eps: f64) -> Result<Tensor> {
+    if !x_bld.device().is_cuda() || route.is_all() || route.is_empty() {
+        return rms_norm(&gather(x_bld, route)?, weight, eps);
+    }
+    one(apply(GatherNorm { route: route.clone(), eps }, &[x_bld, weight])?)
 }
 
 /// What [`split_norm`] returns.
@@ -111,19 +115,32 @@ pub fn split_norm(
         check::kind(OP, "delta_bld", delta_bld, &[x_bld.kind()])?;
         check::device(OP, "delta_bld", delta_bld, x_bld.device())?;
     }
-    let fused = x_bld.device().is_cuda() && attn.partitions_with(ssm) && attn_norm.eps() == ssm_norm.eps();
+    let weights = [norm_weight(OP, x_bld, attn_norm)?, norm_weight(OP, x_bld, ssm_norm)?];
+    normed_split(x_bld, delta_bld, attn, ssm, [&weights[0], &weights[1]], [attn_norm.eps(), ssm_norm.eps()])
+}
+
+/// [`split_norm`] with the weights at hand, attention's first.
+pub(crate) fn normed_split(
+    x_bld: &Tensor,
+    delta_bld: Option<&Tensor>,
+    attn: &Route,
+    ssm: &Route,
+    weights: [&Tensor; 2],
+    eps: [f64; 2],
+) -> Result<SplitNormed> {
+    let fused = x_bld.device().is_cuda() && attn.partitions_with(ssm) && eps[0] == eps[1];
     if !fused {
         let sum_bld = delta_bld.map_or_else(|| Ok(x_bld.shallow_clone()), |delta| x_bld.f_add(delta))?;
         let (a_bnd, s_bmd) = split(&sum_bld, attn, ssm)?;
-        return Ok(SplitNormed { attn_bnd: attn_norm.forward(&a_bnd)?, ssm_bmd: ssm_norm.forward(&s_bmd)?, sum_bld });
+        let attn_bnd = rms_norm(&a_bnd, weights[0], eps[0])?;
+        return Ok(SplitNormed { attn_bnd, ssm_bmd: rms_norm(&s_bmd, weights[1], eps[1])?, sum_bld });
     }
-    let weights = [norm_weight(OP, x_bld, attn_norm)?, norm_weight(OP, x_bld, ssm_norm)?];
-    let inputs: Vec<&Tensor> = [Some(x_bld), Some(&weights[0]), Some(&weights[1]), delta_bld].into_iter().flatten().collect();
-    let function =
-        SplitNorm { attn: attn.clone(), ssm: ssm.clone(), eps: attn_norm.eps(), n_inputs: inputs.len() };
+    let inputs: Vec<&Tensor> =
+        [Some(x_bld), Some(weights[0]), Some(weights[1]), delta_bld].into_iter().flatten().collect();
+    let function = SplitNorm { attn: attn.clone(), ssm: ssm.clone(), eps: eps[0], n_inputs: inputs.len() };
     let outputs: [Tensor; 3] = apply(function, &inputs)?
         .try_into()
-        .map_err(|_| Error::invalid(OP, "the function lost its outputs"))?;
+        .map_err(|_| Error::invalid("split_norm", "the function lost its outputs"))?;
     let [sum_bld, attn_bnd, ssm_bmd] = outputs;
     Ok(SplitNormed { sum_bld, attn_bnd, ssm_bmd })
 }

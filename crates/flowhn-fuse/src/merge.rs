@@ -4,7 +4,7 @@
 
 use tch::Tensor;
 
-use flowhn_nn::RmsNorm;
+use flowhn_nn::{RmsNorm, residual_norm};
 use flowhn_torch::{BackwardCtx, Error, ForwardCtx, Function, Result, apply, check};
 
 use crate::cuda::{self, MergeResidualNorm};
@@ -102,16 +102,28 @@ pub fn merge_residual_norm(
 ) -> Result<(Tensor, Tensor)> {
     const OP: &str = "merge_residual_norm";
     check_residual(OP, x_bld, a_bnd, s_bmd, attn, ssm)?;
+    normed_merge(x_bld, a_bnd, s_bmd, attn, ssm, &norm_weight(OP, x_bld, norm)?, norm.eps())
+}
+
+/// [`merge_residual_norm`] with the weight at hand.
+pub(crate) fn normed_merge(
+    x_bld: &Tensor,
+    a_bnd: &Tensor,
+    s_bmd: &Tensor,
+    attn: &Route,
+    ssm: &Route,
+    weight: &Tensor,
+    eps: f64,
+) -> Result<(Tensor, Tensor)> {
     if !x_bld.device().is_cuda() {
         let sum_bld = merge_residual(x_bld, a_bnd, s_bmd, attn, ssm)?;
-        return norm.forward_residual(&sum_bld, None);
+        return residual_norm(&sum_bld, None, weight, eps);
     }
-    let weight = norm_weight(OP, x_bld, norm)?;
-    let function = MergeResidualNorm { attn: attn.clone(), ssm: ssm.clone(), eps: norm.eps() };
-    let mut outputs = apply(function, &[x_bld, a_bnd, s_bmd, &weight])?.into_iter();
+    let function = MergeResidualNorm { attn: attn.clone(), ssm: ssm.clone(), eps };
+    let mut outputs = apply(function, &[x_bld, a_bnd, s_bmd, weight])?.into_iter();
     match (outputs.next(), outputs.next()) {
         (Some(sum_bld), Some(normed_bld)) => Ok((sum_bld, normed_bld)),
-        _ => Err(Error::invalid(OP, "the function lost its outputs")),
+        _ => Err(Error::invalid("merge_residual_norm", "the function lost its outputs")),
     }
 }
 

@@ -1,8 +1,186 @@
-//! Checks of gather and merge that run on any device.
+//! Checks of gather and merge, alone and fused with norms, that run on any device.
 
-use flowhn_torch::testing::Case;
+// b batch, l seq_len, n and m tokens of one branch, d features
+
+use flowhn_torch::testing::{Case, Rule, noise, same_bits};
+use flowhn_torch::{Error, Result};
+use tch::{Device, Kind, Tensor};
+
+use crate::gather::{normed_gather, normed_split};
+use crate::merge::normed_merge;
+use crate::{Route, gather, merge, merge_residual, split};
+
+const BATCH: i64 = 3;
+const EPS: f64 = 1e-6;
+/// Widths that vectors fit and one that they do not.
+const WIDTHS: [i64; 4] = [7, 128, 768, 2048];
 
 /// Every check of this crate.
 pub fn cases() -> Vec<Case> {
-    Vec::new()
+    let mut cases = Vec::new();
+    for (name, runs) in patterns() {
+        for kind in [Kind::Float, Kind::BFloat16] {
+            for d in WIDTHS {
+                let case = |op: &str, check: fn(&[usize], i64, Kind, Device) -> Result<String>| {
+                    let runs = runs.clone();
+                    Case::new(format!("{op}: {name}, {d}, {kind:?}"), move |device| check(&runs, d, kind, device))
+                };
+                cases.push(case("merge_residual", residual));
+                cases.push(case("gather_norm", gather_norms));
+                cases.push(case("split_norm", split_norms));
+                cases.push(case("merge_residual_norm", merge_norms));
+            }
+        }
+        let runs = runs.clone();
+        cases.push(Case::new(format!("split and merge: {name}, every dtype"), move |device| copies(&runs, device)));
+    }
+    cases
+}
+
+/// Sequences as runs of tokens that go to attention and to the state-space branch in turn.
+fn patterns() -> Vec<(&'static str, Vec<usize>)> {
+    vec![
+        ("one token", vec![1]),
+        ("halves", vec![17, 14]),
+        ("halves, the state-space branch first", vec![0, 14, 17]),
+        ("a window", vec![0, 9, 13, 9]),
+        ("a window that wraps", vec![5, 21, 5]),
+        ("token by token", vec![1; 66]),
+        ("all to attention", vec![12]),
+        ("none to attention", vec![0, 12]),
+    ]
+}
+
+/// The two routes of the runs, and the positions that they mean.
+fn routes(runs: &[usize], device: Device) -> Result<(Route, Route)> {
+    let (mut spans, mut start) = ([Vec::new(), Vec::new()], 0);
+    for (i, len) in runs.iter().enumerate() {
+        spans[i % 2].push(start..start + len);
+        start += len;
+    }
+    let [attn, ssm] = spans;
+    Ok((Route::new(start, &attn, device)?, Route::new(start, &ssm, device)?))
+}
+
+/// Inputs of `[batch, tokens, d]` as parts of wider tensors, so that tokens are not neighbours in memory.
+fn tokens(n: usize, d: i64, seed: i64) -> Tensor {
+    noise(&[BATCH, n as i64, d + 8], seed) * 2.
+}
+
+fn part(x: &Tensor, d: i64) -> Tensor {
+    x.narrow(2, 8, d)
+}
+
+fn weight(d: i64, seed: i64) -> Tensor {
+    noise(&[d], seed) * 0.5 + 1.
+}
+
+/// The formulas, in operators of libtorch.
+fn taken(x_bld: &Tensor, route: &Route) -> Tensor {
+    x_bld.index_select(1, route.positions_tensor())
+}
+
+fn put(a_bnd: &Tensor, s_bmd: &Tensor, attn: &Route, ssm: &Route) -> Tensor {
+    let order = Tensor::cat(&[attn.positions_tensor(), ssm.positions_tensor()], 0).argsort(0, false);
+    Tensor::cat(&[a_bnd, s_bmd], 1).index_select(1, &order)
+}
+
+fn normed(x: &Tensor, weight: &Tensor) -> Tensor {
+    flowhn_nn::reference::rms_norm(x, weight, EPS)
+}
+
+fn check(
+    kernel: &dyn Fn(&[Tensor]) -> Result<Vec<Tensor>>,
+    plain: &dyn Fn(&[Tensor]) -> Result<Vec<Tensor>>,
+    inputs: &[Tensor],
+    kind: Kind,
+    device: Device,
+) -> Result<String> {
+    let kinds: Vec<Kind> = inputs.iter().map(|x| if x.dim() == 1 { Kind::Float } else { kind }).collect();
+    Rule { kernel, plain, floor: Rule::floor_of(kind) }.check(inputs, &kinds, device)
+}
+
+fn residual(runs: &[usize], d: i64, kind: Kind, device: Device) -> Result<String> {
+    let (attn, ssm) = routes(runs, device)?;
+    let kernel = |x: &[Tensor]| {
+        let [x, a, s] = [part(&x[0], d), part(&x[1], d), part(&x[2], d)];
+        let (first, second) = split(&x, &attn, &ssm)?;
+        Ok(vec![merge_residual(&x, &a, &s, &attn, &ssm)?, merge(&a, &s, &attn, &ssm)?, first, second])
+    };
+    let plain = |x: &[Tensor]| {
+        let [x, a, s] = [part(&x[0], d), part(&x[1], d), part(&x[2], d)];
+        let merged = put(&a, &s, &attn, &ssm);
+        Ok(vec![&x + &merged, merged, taken(&x, &attn), taken(&x, &ssm)])
+    };
+    let inputs = [tokens(attn.seq_len(), d, 1), tokens(attn.len(), d, 2), tokens(ssm.len(), d, 3)];
+    check(&kernel, &plain, &inputs, kind, device)
+}
+
+fn gather_norms(runs: &[usize], d: i64, kind: Kind, device: Device) -> Result<String> {
+    let (attn, ssm) = routes(runs, device)?;
+    let kernel = |x: &[Tensor]| {
+        let view = part(&x[0], d);
+        Ok(vec![normed_gather(&view, &attn, &x[1], EPS)?, normed_gather(&view, &ssm, &x[2], EPS)?])
+    };
+    let plain = |x: &[Tensor]| {
+        let view = part(&x[0], d);
+        Ok(vec![normed(&taken(&view, &attn), &x[1]), normed(&taken(&view, &ssm), &x[2])])
+    };
+    let inputs = [tokens(attn.seq_len(), d, 1), weight(d, 2), weight(d, 3)];
+    check(&kernel, &plain, &inputs, kind, device)
+}
+
+/// With an addend, and without one in a second step on the sum that the first handed on.
+fn split_norms(runs: &[usize], d: i64, kind: Kind, device: Device) -> Result<String> {
+    let (attn, ssm) = routes(runs, device)?;
+    let kernel = |x: &[Tensor]| {
+        let (view, delta, weights) = (part(&x[0], d), part(&x[1], d), [&x[2], &x[3]]);
+        let first = normed_split(&view, Some(&delta), &attn, &ssm, weights, [EPS; 2])?;
+        let second = normed_split(&first.sum_bld, None, &attn, &ssm, weights, [EPS; 2])?;
+        Ok(vec![second.sum_bld, first.attn_bnd, first.ssm_bmd, second.attn_bnd, second.ssm_bmd])
+    };
+    let plain = |x: &[Tensor]| {
+        let sum = part(&x[0], d) + part(&x[1], d);
+        let branches = || [normed(&taken(&sum, &attn), &x[2]), normed(&taken(&sum, &ssm), &x[3])];
+        let ([a, s], [again_a, again_s]) = (branches(), branches());
+        Ok(vec![sum, a, s, again_a, again_s])
+    };
+    let n = attn.seq_len();
+    check(&kernel, &plain, &[tokens(n, d, 1), tokens(n, d, 2), weight(d, 3), weight(d, 4)], kind, device)
+}
+
+fn merge_norms(runs: &[usize], d: i64, kind: Kind, device: Device) -> Result<String> {
+    let (attn, ssm) = routes(runs, device)?;
+    let kernel = |x: &[Tensor]| {
+        let [view, a, s] = [part(&x[0], d), part(&x[1], d), part(&x[2], d)];
+        let (sum, normed) = normed_merge(&view, &a, &s, &attn, &ssm, &x[3], EPS)?;
+        // Transposed, the gradients that arrive are strided.
+        Ok(vec![sum.transpose(0, 1), normed.transpose(0, 1)])
+    };
+    let plain = |x: &[Tensor]| {
+        let sum = part(&x[0], d) + put(&part(&x[1], d), &part(&x[2], d), &attn, &ssm);
+        let normed = normed(&sum, &x[3]);
+        Ok(vec![sum.transpose(0, 1), normed.transpose(0, 1)])
+    };
+    let inputs = [tokens(attn.seq_len(), d, 1), tokens(attn.len(), d, 2), tokens(ssm.len(), d, 3), weight(d, 4)];
+    check(&kernel, &plain, &inputs, kind, device)
+}
+
+/// Tokens of every dtype keep their bits.
+fn copies(runs: &[usize], device: Device) -> Result<String> {
+    let (attn, ssm) = routes(runs, device)?;
+    for kind in [Kind::Bool, Kind::Uint8, Kind::Int64, Kind::Half, Kind::BFloat16, Kind::Float, Kind::Double] {
+        for d in [1, 3, 24] {
+            let x = (noise(&[BATCH, attn.seq_len() as i64, d], 1) * 100.).to_kind(kind).to_device(device);
+            let (a, s) = split(&x, &attn, &ssm)?;
+            let same = same_bits(&a, &taken(&x, &attn))
+                && same_bits(&s, &taken(&x, &ssm))
+                && same_bits(&gather(&x, &ssm)?, &taken(&x, &ssm))
+                && same_bits(&merge(&a, &s, &attn, &ssm)?, &x);
+            if !same {
+                return Err(Error::invalid("copies", format!("{kind:?} x {d}: the tokens changed")));
+            }
+        }
+    }
+    Ok(String::new())
 }

@@ -2,6 +2,8 @@
 
 mod embedding;
 mod head;
+mod norm;
+mod swiglu;
 
 use flowhn_torch::testing::Case;
 
@@ -9,5 +11,7 @@ use flowhn_torch::testing::Case;
 pub fn cases() -> Vec<Case> {
     let mut cases = embedding::cases();
     cases.extend(head::cases());
+    cases.extend(norm::cases());
+    cases.extend(swiglu::cases());
     cases
 }

@@ -1,0 +1,42 @@
+//! Rotary embedding against its formula.
+
+use flowhn_torch::Result;
+use flowhn_torch::testing::{Case, Rule, noise};
+use tch::{Device, Kind, Tensor};
+
+use crate::{RotaryTable, rotary};
+
+/// Batch, tokens, heads, features of a head.
+const SHAPES: [[i64; 4]; 7] =
+    [[2, 31, 3, 64], [1, 200, 15, 128], [2, 3, 1, 2], [3, 1, 2, 6], [2, 64, 12, 20], [1, 5, 80, 64], [2, 0, 3, 8]];
+
+pub(super) fn cases() -> Vec<Case> {
+    let mut cases = Vec::new();
+    for shape in SHAPES {
+        for kind in [Kind::Float, Kind::BFloat16] {
+            let name = format!("rotary: {shape:?}, {kind:?}");
+            cases.push(Case::new(name, move |device| check(shape, kind, device)));
+        }
+    }
+    cases
+}
+
+fn check(shape: [i64; 4], kind: Kind, device: Device) -> Result<String> {
+    let [batch, n, heads, width] = shape;
+    let positions: Vec<i64> = (0..n).map(|i| i * i + 3).collect();
+    let table = RotaryTable::new(&positions, width, 10_000., device)?;
+    // Queries and keys are parts of one projection, as in the mixer, and so have gaps between tokens.
+    let part = |x: &Tensor| x.narrow(2, 1, heads);
+    let kernel = |x: &[Tensor]| Ok(vec![rotary(&part(&x[0]), &table)?.transpose(1, 2)]);
+    let plain = |x: &[Tensor]| {
+        let wide = if x[0].kind() == Kind::Double { Kind::Double } else { Kind::Float };
+        let halves = part(&x[0]).to_kind(wide).chunk(2, -1);
+        let (cos, sin) = table.angles();
+        let (cos, sin) = (cos.unsqueeze(1).to_kind(wide), sin.unsqueeze(1).to_kind(wide));
+        let first = &halves[0] * &cos - &halves[1] * &sin;
+        let second = &halves[1] * &cos + &halves[0] * &sin;
+        Ok(vec![Tensor::cat(&[first, second], -1).to_kind(x[0].kind()).transpose(1, 2)])
+    };
+    let inputs = [noise(&[batch, n, heads + 2, width], 1) * 2.];
+    Rule { kernel: &kernel, plain: &plain, floor: Rule::floor_of(kind) }.check(&inputs, &[kind], device)
+}
