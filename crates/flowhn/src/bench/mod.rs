@@ -1,5 +1,6 @@
 //! `flowhn bench`.
 
+mod kernels;
 mod train;
 
 use std::process::ExitCode;
@@ -19,11 +20,14 @@ pub struct Args {
 enum What {
     /// Training steps at the sizes of configs/bench, as a run executes them.
     Train(train::Args),
+    /// Every operation with a kernel, beside its floor and the best public programs.
+    Kernels(kernels::Args),
 }
 
 /// Measures.
 pub fn run(args: &Args) -> Result<ExitCode> {
     match &args.what {
         What::Train(args) => train::run(args),
+        What::Kernels(args) => kernels::run(args),
     }
 }

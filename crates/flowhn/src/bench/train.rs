@@ -24,7 +24,8 @@ half (mfu) or as the whole square (mfu_full_scores). mfu is a fraction of the pe
 tokens_per_s, step_ms {median, min, max, all}, mfu, mfu_full_scores, matmul_frac, matmul {flops_per_s, name}, max_memory_bytes, host_ms,
 last_loss}.";
 
-const DEFINITION: &str = "tokens of a step over the median time of a step; model FLOPs of `flowhn plan`, forward and backward";
+const DEFINITION: &str =
+    "tokens of a step over the median time of a step; model FLOPs of `flowhn plan`, forward and backward";
 
 /// Arguments of `flowhn bench train`.
 #[derive(Debug, clap::Args)]

@@ -12,8 +12,19 @@ pub struct Operation {
     pub shape: String,
     /// What is timed of it.
     pub passes: Vec<Pass>,
+    /// The matrix products that it cannot do without, where its aim is given as a multiple of their time.
+    pub products: Option<Products>,
     /// Makes its tensors.
     pub build: Box<dyn Fn(Device) -> Result<Call>>,
+}
+
+/// Matrix products that are timed beside an operation.
+#[derive(Clone, Copy, Debug)]
+pub struct Products {
+    /// `m`, `n` and `k` of each.
+    pub shapes: [[i64; 3]; 3],
+    /// The multiple of their time that we want to stay within.
+    pub within: f64,
 }
 
 /// A direction of an operation.
@@ -57,7 +68,7 @@ pub struct Cost {
     pub flops: f64,
 }
 
-/// A figure that was measured earlier; see [`super::report::SOURCE`].
+/// A figure that was measured earlier; see [`super::row::SOURCE`].
 #[derive(Clone, Copy, Debug)]
 pub struct Recorded {
     /// The program.
@@ -137,12 +148,18 @@ impl Call {
     }
 }
 
+/// Such values, of which the gradient is wanted.
+pub fn leaf(shape: &[i64], kind: Kind, device: Device, seed: i64) -> Result<Tensor> {
+    Ok(random(shape, kind, device, seed)?.set_requires_grad(true))
+}
+
 /// Values in -1..1 of a fixed pattern. Large tensors repeat it, so that making them takes no time.
 pub fn random(shape: &[i64], kind: Kind, device: Device, seed: i64) -> Result<Tensor> {
     const PERIOD: i64 = 1 << 16;
     let n: i64 = shape.iter().product();
-    let pattern = noise(&[PERIOD.min(n)], seed).to_kind(kind).f_to_device(device)?;
-    let repeated = pattern.f_repeat([(n + PERIOD - 1) / PERIOD.min(n.max(1))])?;
+    let period = PERIOD.min(n.max(1));
+    let pattern = noise(&[period], seed).to_kind(kind).f_to_device(device)?;
+    let repeated = pattern.f_repeat([(n + period - 1) / period])?;
     Ok(repeated.f_narrow(0, 0, n)?.f_reshape(shape)?)
 }
 
