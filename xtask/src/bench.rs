@@ -5,12 +5,18 @@ use std::process::ExitCode;
 
 use crate::fail::{Fail, Result};
 use crate::repo::Repo;
-use crate::{cargo, setup};
+use crate::{cargo, forward, setup};
 
-/// Runs the benchmarks of one kind of device.
+const HELP: &str = "cargo xtask bench kernels --device cuda\ncargo xtask bench train --device cuda\n\
+                    cargo xtask bench --cpu [arguments of `cargo bench`]";
+
+/// Runs criterion's benchmarks, or has `flowhn bench` measure on a device.
 pub fn command(repo: &Repo, mut args: Vec<OsString>) -> Result<ExitCode> {
+    if args.first().is_some_and(|arg| arg == "kernels" || arg == "train") {
+        return forward::exec(repo, "bench", args);
+    }
     let Some(place) = args.iter().position(|arg| arg == "--cpu") else {
-        return Err(Fail::usage("which benchmarks?").help("cargo xtask bench --cpu [arguments of `cargo bench`]"));
+        return Err(Fail::usage("which benchmarks?").help(HELP));
     };
     args.remove(place);
     setup::run(repo)?;

@@ -46,7 +46,12 @@ pub const COMMANDS: &[Command] = &[
         "dist/flowhn-*.tar.gz, which runs without Rust beside a PyTorch",
         dist::command,
     ),
-    Command::chore("bench", "--cpu [args]", "benchmarks; arguments go to `cargo bench`", bench::command),
+    Command::chore(
+        "bench",
+        "[what] [args]",
+        "kernels, train: on a device; --cpu: criterion's benchmarks",
+        bench::command,
+    ),
 ];
 
 impl Command {
