@@ -4,7 +4,7 @@
 
 use tch::Tensor;
 
-use flowhn_nn::{RmsNorm, rms_norm};
+use flowhn_nn::{RmsNorm, residual_norm, rms_norm};
 use flowhn_torch::{BackwardCtx, Error, ForwardCtx, Function, Result, apply, check};
 
 use crate::cuda::{GatherNorm, SplitNorm};
@@ -129,6 +129,11 @@ pub(crate) fn normed_split(
     eps: [f64; 2],
 ) -> Result<SplitNormed> {
     let fused = x_bld.device().is_cuda() && attn.partitions_with(ssm) && eps[0] == eps[1];
+    if attn.is_all() && ssm.is_all() {
+        let (sum_bld, attn_bnd) = residual_norm(x_bld, delta_bld, weights[0], eps[0])?;
+        let (sum_bld, ssm_bmd) = residual_norm(&sum_bld, None, weights[1], eps[1])?;
+        return Ok(SplitNormed { sum_bld, attn_bnd, ssm_bmd });
+    }
     if !fused {
         let sum_bld = delta_bld.map_or_else(|| Ok(x_bld.shallow_clone()), |delta| x_bld.f_add(delta))?;
         let (a_bnd, s_bmd) = split(&sum_bld, attn, ssm)?;

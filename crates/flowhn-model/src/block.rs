@@ -2,13 +2,13 @@
 // b batch, l seq_len of the range, n tokens of a branch, d d_model
 
 use flowhn_attn::{AttnContext, KvCache};
-use flowhn_fuse::{FuseShape, Fusion, FusionKind, Topology, gather, split};
+use flowhn_fuse::{FuseShape, Fusion, FusionKind, Topology, gather, split, split_norm};
 use flowhn_nn::{Bias, Linear, Path, RmsNorm};
 use flowhn_split::{Branch, Bridge, Sharing};
 use flowhn_ssm::SsmState;
 use tch::{Device, Kind, Tensor};
 
-use crate::branch::{AttnBranch, MlpSublayer, SsmBranch};
+use crate::branch::{AttnBranch, BranchInput, MlpSublayer, SsmBranch};
 use crate::config::BlockKind;
 use crate::layout::{BlockLayout, Layout};
 use crate::{ModelConfig, Result, init, mixer};
@@ -94,22 +94,42 @@ impl Block {
             Some(cache) => (cache.kv.as_mut(), cache.ssm.as_mut()),
             None => (None, None),
         };
-        let (x_attn, x_ssm) = split(x_bld, &routes.attn, &routes.ssm)?;
-        let a_bnd = self.attend(x_bld, &x_attn, layout, routes, segments_bl, kv)?;
-        let s_bmd = self.scan(&x_ssm, routes, segments_bl, state)?;
-        let x_bld = self.fusion.forward_residual(x_bld, a_bnd.as_ref(), s_bmd.as_ref(), &routes.attn, &routes.ssm)?;
+        let (x_bld, attn_input, ssm_input) = self.read(x_bld, routes)?;
+        let a_bnd = self.attend(&x_bld, &attn_input, layout, routes, segments_bl, kv)?;
+        let s_bmd = self.scan(&ssm_input, routes, segments_bl, state)?;
+        let (a, s, attn, ssm) = (a_bnd.as_ref(), s_bmd.as_ref(), &routes.attn, &routes.ssm);
         match &self.tail {
-            BlockTail::Released { norm, proj } => Ok(x_bld.f_add(&proj.forward(&norm.forward(&x_bld)?)?)?),
-            BlockTail::Flow(Some(mlp)) => mlp.forward(&x_bld),
-            BlockTail::Flow(None) => Ok(x_bld),
+            BlockTail::Released { norm, proj } => {
+                let (x_bld, normed_bld) = self.fusion.forward_residual_norm(&x_bld, a, s, attn, ssm, norm)?;
+                Ok(x_bld.f_add(&proj.forward(&normed_bld)?)?)
+            }
+            BlockTail::Flow(Some(mlp)) => {
+                let (x_bld, normed_bld) = self.fusion.forward_residual_norm(&x_bld, a, s, attn, ssm, mlp.norm())?;
+                mlp.forward_normed(&x_bld, &normed_bld)
+            }
+            BlockTail::Flow(None) => Ok(self.fusion.forward_residual(&x_bld, a, s, attn, ssm)?),
         }
+    }
+
+    /// The block's input, to go on with, and what the branches read of it. Where they only read its norms, splitting and both
+    /// norms are one pass.
+    fn read(&self, x_bld: &Tensor, routes: &BlockLayout) -> Result<(Tensor, BranchInput, BranchInput)> {
+        let (attn_route, ssm_route) = (&routes.attn, &routes.ssm);
+        if let (Some(attn), Some(ssm), Bridge::None) = (&self.attn, &self.ssm, self.bridge)
+            && !(attn.has_tail() || attn_route.is_empty() || ssm_route.is_empty())
+        {
+            let normed = split_norm(x_bld, None, attn_route, ssm_route, attn.norm(), ssm.norm())?;
+            return Ok((normed.sum_bld, BranchInput::Normed(normed.attn_bnd), BranchInput::Normed(normed.ssm_bmd)));
+        }
+        let (x_attn, x_ssm) = split(x_bld, attn_route, ssm_route)?;
+        Ok((x_bld.shallow_clone(), BranchInput::Tokens(x_attn), BranchInput::Tokens(x_ssm)))
     }
 
     /// The attention branch on its tokens; over a bridge, keys and values come from every token of the range.
     fn attend(
         &self,
         x_bld: &Tensor,
-        x_bnd: &Tensor,
+        input: &BranchInput,
         layout: &Layout,
         routes: &BlockLayout,
         segments_bl: Option<&Tensor>,
@@ -132,26 +152,26 @@ impl Block {
             }
             let normed_bnd = gather(&source_bld, &routes.attn)?;
             let ctx = ctx.with_source(&layout.positions);
-            return branch.forward(x_bnd, &normed_bnd, Some(&source_bld), &ctx, cache).map(Some);
+            return branch.forward(input.tokens(), &normed_bnd, Some(&source_bld), &ctx, cache).map(Some);
         }
         if routes.attn.is_empty() {
             return Ok(None);
         }
-        let normed_bnd = branch.norm().forward(x_bnd)?;
-        branch.forward(x_bnd, &normed_bnd, None, &ctx, cache).map(Some)
+        let (x_bnd, normed_bnd) = input.normed_by(branch.norm())?;
+        branch.forward(x_bnd.as_ref(), &normed_bnd, None, &ctx, cache).map(Some)
     }
 
     /// The state-space branch on its tokens.
     fn scan(
         &self,
-        x_bnd: &Tensor,
+        input: &BranchInput,
         routes: &BlockLayout,
         segments_bl: Option<&Tensor>,
         state: Option<&mut SsmState>,
     ) -> Result<Option<Tensor>> {
         let Some(branch) = self.ssm.as_ref().filter(|_| !routes.ssm.is_empty()) else { return Ok(None) };
         let reset_bn = gathered(segments_bl, &routes.ssm)?.map(|segments| document_starts(&segments)).transpose()?;
-        branch.forward(x_bnd, reset_bn.as_ref(), state).map(Some)
+        branch.forward(input, reset_bn.as_ref(), state).map(Some)
     }
 }
 

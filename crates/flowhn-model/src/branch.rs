@@ -26,8 +26,43 @@ impl MlpSublayer {
         Ok(Some(Self { norm, mlp }))
     }
 
-    pub fn forward(&self, x_bld: &Tensor) -> Result<Tensor> {
-        Ok(x_bld.f_add(&self.mlp.forward(&self.norm.forward(x_bld)?)?)?)
+    pub fn norm(&self) -> &RmsNorm {
+        &self.norm
+    }
+
+    /// The sublayer on tokens of which the norm is known.
+    pub fn forward_normed(&self, x_bld: &Tensor, normed_bld: &Tensor) -> Result<Tensor> {
+        Ok(x_bld.f_add(&self.mlp.forward(normed_bld)?)?)
+    }
+}
+
+/// What a branch reads of the block's input.
+#[derive(Debug)]
+pub(crate) enum BranchInput {
+    /// Its tokens.
+    Tokens(Tensor),
+    /// Its tokens after its norm, where it needs them no other way.
+    Normed(Tensor),
+}
+
+impl BranchInput {
+    /// The tokens, if the branch still adds them to its output, and the normed tokens.
+    pub fn normed_by(&self, norm: &RmsNorm) -> Result<(Option<Tensor>, Tensor)> {
+        match self {
+            Self::Normed(normed_bnd) => Ok((None, normed_bnd.shallow_clone())),
+            Self::Tokens(x_bnd) => {
+                let (x_bnd, normed_bnd) = norm.forward_residual(x_bnd, None)?;
+                Ok((Some(x_bnd), normed_bnd))
+            }
+        }
+    }
+
+    /// The tokens as they are, if they were kept.
+    pub fn tokens(&self) -> Option<&Tensor> {
+        match self {
+            Self::Tokens(x_bnd) => Some(x_bnd),
+            Self::Normed(_) => None,
+        }
     }
 }
 
@@ -40,10 +75,12 @@ pub(crate) struct BranchTail {
 
 impl BranchTail {
     fn forward(&self, x_bnd: &Tensor, mixed_bnd: &Tensor) -> Result<Tensor> {
-        let h_bnd = x_bnd.f_add(mixed_bnd)?;
         match &self.mlp {
-            Some(mlp) => mlp.forward(&h_bnd),
-            None => Ok(h_bnd),
+            Some(mlp) => {
+                let (h_bnd, normed_bnd) = mlp.norm().forward_residual(x_bnd, Some(mixed_bnd))?;
+                mlp.forward_normed(&h_bnd, &normed_bnd)
+            }
+            None => Ok(x_bnd.f_add(mixed_bnd)?),
         }
     }
 }
@@ -69,23 +106,29 @@ impl AttnBranch {
         &self.norm
     }
 
+    /// Whether the branch adds its input to what its mixer returns.
+    pub fn has_tail(&self) -> bool {
+        self.tail.is_some()
+    }
+
     pub fn mixer(&self) -> &AttnMixer {
         &self.mixer
     }
 
-    /// `x_bnd` are the window's tokens, `normed_bnd` the same after the norm; `source_bld` all normed tokens, for a bridge.
+    /// `x_bnd` are the window's tokens, needed if [`AttnBranch::has_tail`]; `normed_bnd` the same after the norm; `source_bld` all
+    /// normed tokens, for a bridge.
     pub fn forward(
         &self,
-        x_bnd: &Tensor,
+        x_bnd: Option<&Tensor>,
         normed_bnd: &Tensor,
         source_bld: Option<&Tensor>,
         ctx: &AttnContext,
         cache: Option<&mut KvCache>,
     ) -> Result<Tensor> {
         let mixed_bnd = self.mixer.forward(normed_bnd, source_bld, ctx, cache)?;
-        match &self.tail {
-            Some(tail) => tail.forward(x_bnd, &mixed_bnd),
-            None => Ok(mixed_bnd),
+        match (&self.tail, x_bnd) {
+            (Some(tail), Some(x_bnd)) => tail.forward(x_bnd, &mixed_bnd),
+            _ => Ok(mixed_bnd),
         }
     }
 }
@@ -105,11 +148,21 @@ impl SsmBranch {
         Ok(Self { norm, mixer, tail: tail(path, config, own_residual)? })
     }
 
-    pub fn forward(&self, x_bnd: &Tensor, reset_bn: Option<&Tensor>, state: Option<&mut SsmState>) -> Result<Tensor> {
-        let mixed_bnd = self.mixer.forward(&self.norm.forward(x_bnd)?, reset_bn, state)?;
-        match &self.tail {
-            Some(tail) => tail.forward(x_bnd, &mixed_bnd),
-            None => Ok(mixed_bnd),
+    pub fn norm(&self) -> &RmsNorm {
+        &self.norm
+    }
+
+    pub fn forward(
+        &self,
+        input: &BranchInput,
+        reset_bn: Option<&Tensor>,
+        state: Option<&mut SsmState>,
+    ) -> Result<Tensor> {
+        let (x_bnd, normed_bnd) = input.normed_by(&self.norm)?;
+        let mixed_bnd = self.mixer.forward(&normed_bnd, reset_bn, state)?;
+        match (&self.tail, x_bnd) {
+            (Some(tail), Some(x_bnd)) => tail.forward(&x_bnd, &mixed_bnd),
+            _ => Ok(mixed_bnd),
         }
     }
 }
