@@ -16,10 +16,11 @@ const LAUNCHER: &str = include_str!("../dist/flowhn.sh");
 const README: &str = include_str!("../dist/README.md");
 
 /// What is copied as it is: from the repository, to the bundle.
-const COPIED: [(&str, &str); 6] = [
+const COPIED: [(&str, &str); 7] = [
     ("configs", "configs"),
     ("data/tiny", "data/tiny"),
     ("crates/flowhn-model/tests/golden", "golden"),
+    ("benches/peers", "benches/peers"),
     ("LICENSE-MIT", "LICENSE-MIT"),
     ("LICENSE-APACHE", "LICENSE-APACHE"),
     ("LICENSE-DATA", "LICENSE-DATA"),

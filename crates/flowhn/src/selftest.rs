@@ -157,7 +157,10 @@ fn check(name: &str, case: &Case, device: Device) -> (Row, Result<(), String>) {
 fn line(row: &Row) -> String {
     let Row { name, seconds, .. } = row;
     match (&row.error, row.detail.as_deref().unwrap_or_default()) {
-        (Some(error), _) => format!("FAIL {name}: {}  {seconds:.2} s\n", error.trim_end()),
+        (Some(error), _) => {
+            let error: Vec<&str> = error.lines().map(str::trim).filter(|line| !line.is_empty()).collect();
+            format!("FAIL {name}: {}  {seconds:.2} s\n", error.join("; "))
+        }
         (None, "") => format!("ok   {name}  {seconds:.2} s\n"),
         (None, detail) => format!("ok   {name}  {detail}  {seconds:.2} s\n"),
     }

@@ -121,7 +121,7 @@ impl Row {
         let name = format!("{} {}", self.op, self.shape);
         let Time { median_us, min_us, max_us, wall_us, .. } = self.time;
         let mut line = format!(
-            "{name:<40} {:<8} {median_us:>9.1} {:>19} {wall_us:>9.1} {:>9.1} {:>5.0} %",
+            "{name:<40} {:<8} {median_us:>9.1} {:>19} {wall_us:>9.1} {:>9.1} {:>8.0}",
             self.pass,
             format!("{min_us:.1}-{max_us:.1}"),
             self.floor_us,
@@ -163,8 +163,7 @@ fn verdict(reached: bool, target: f64) -> String {
 }
 
 /// The head of the text form.
-pub const HEADER: &str =
-    "operation                                pass        GPU us             min-max   wall us  floor us   floor\n";
+pub const HEADER: &str = "operation                                pass      median us             min-max   wall us  floor us  floor %\n";
 
 /// The head of the CSV form.
 pub const CSV_HEADER: &str = "op,shape,pass,program,median_us,min_us,max_us,wall_us,n,floor_us\n";
