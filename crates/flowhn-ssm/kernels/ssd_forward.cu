@@ -91,22 +91,15 @@ extern "C" __global__ void __launch_bounds__(THREADS, N <= 128 ? 2 : 1) ssd_forw
         __syncthreads();
         if (chunk + 1 < end_chunk) load(chunk + 1);
 
-        // The state as an operand for all warps, and for the backward.
+        // The state as an operand for all warps.
         #pragma unroll
         for (int m = 0; m < STATE_M; m++)
             #pragma unroll
             for (int k = 0; k < 2; k++) {
                 int pi = state_p + m * 16 + g + k * 8;
-                unsigned pairs[STATE_N];
                 #pragma unroll
-                for (int n = 0; n < STATE_N; n++) {
-                    pairs[n] = pack_bf16(state[m][n][2 * k], state[m][n][2 * k + 1]);
-                    state_tile.set_pair(pi, state_n + n * 8 + 2 * t, pairs[n]);
-                }
-                if (states) {
-                    bf16* out = states + ((((i64)batch * n_chunks + chunk) * n_heads + head) * d_head + p0 + pi) * d_state;
-                    store_row<STATE_N, ALIGN16>(out, state_n, d_state, pi < n_p, pairs);
-                }
+                for (int n = 0; n < STATE_N; n++)
+                    state_tile.set_pair(pi, state_n + n * 8 + 2 * t, pack_bf16(state[m][n][2 * k], state[m][n][2 * k + 1]));
             }
 
         // m, shared between the two warps of a row: blocks of 16 tokens j in turn.
@@ -181,24 +174,30 @@ extern "C" __global__ void __launch_bounds__(THREADS, N <= 128 ? 2 : 1) ssd_forw
             store_row<OUT_N, ALIGN16>(y + (first + i) * y_l, out_p, n_p, first + i < seq_len, pairs);
         }
 
+        if (states) {
+            bf16* out = states + ((((i64)batch * n_chunks + chunk) * n_heads + head) * d_head + p0) * d_state;
+            store_tile<P, N, THREADS, ALIGN16>(out, state_tile, n_p, d_state);
+        }
+
         // The state after the chunk.
         float decay = in.steps.from_start[CHUNK - 1];
+        // A decay of 0 clears whatever was there.
         #pragma unroll
         for (int m = 0; m < STATE_M; m++)
             #pragma unroll
             for (int n = 0; n < STATE_N; n++)
                 #pragma unroll
-                for (int k = 0; k < 4; k++) state[m][n][k] = decay == 0.f ? 0.f : state[m][n][k] * decay;
+                for (int k = 0; k < 4; k++)
+                    if (decay == 0.f) state[m][n][k] = 0.f;
+                    else state[m][n][k] *= decay;
         #pragma unroll
         for (int k = 0; k < CHUNK / 16; k++) {
-            float2 early = *reinterpret_cast<const float2*>(&in.steps.to_end[k * 16 + 2 * t]);
-            float2 late = *reinterpret_cast<const float2*>(&in.steps.to_end[k * 16 + 8 + 2 * t]);
+            unsigned early = in.steps.to_end[k * 8 + t], late = in.steps.to_end[k * 8 + 4 + t];
             unsigned xs[STATE_M][4];
             #pragma unroll
             for (int m = 0; m < STATE_M; m++) {
                 load_a_trans(xs[m], in.x, state_p + m * 16, k * 16);
-                xs[m][0] = scale_pair(xs[m][0], early.x, early.y), xs[m][1] = scale_pair(xs[m][1], early.x, early.y);
-                xs[m][2] = scale_pair(xs[m][2], late.x, late.y), xs[m][3] = scale_pair(xs[m][3], late.x, late.y);
+                scale_columns(xs[m], early, late);
             }
             #pragma unroll
             for (int n = 0; n < STATE_N; n += 2) {

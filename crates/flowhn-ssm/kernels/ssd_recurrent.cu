@@ -6,8 +6,8 @@
 //     dc_t += h_t^T dy_t,  db_t += dt_t dh_t^T x_t,  dx_t = dt_t dh_t b_t + d dy_t
 //     d(dt_t) = x_t . dh_t b_t + a exp(dt_t a) <dh_t, h_{t-1}>
 //
-// Forward, a warp holds ROWS rows of the state, d_state spread over its lanes; a block is 8 warps. With ROWS 1, one token and a
-// small batch fill the chip: reading and writing the state once bounds it. checkpoints f32
+// Forward, a warp holds ROWS rows of the state, d_state spread over its lanes; a block is 8 warps. With few rows, one token and
+// a small batch fill the chip: reading and writing the state once bounds it. checkpoints f32
 // [batch, ceil(seq_len / 32), n_heads, d_head, d_state] is the state before every 32nd token.
 //
 // Backward, a block takes one head of one sequence, a warp one row after the other. A window of tokens is run forward from the
@@ -75,6 +75,17 @@ extern "C" __global__ void __launch_bounds__(256) ssd_recurrent(
             state[r][k] = initial && r < n_rows && n < d_state ? initial[state_at + r * d_state + n] : 0.f;
         }
 
+    // b and c of the next token are under way while one is worked on.
+    T next_b[PER_LANE], next_c[PER_LANE];
+    auto fetch = [&](i64 t) {
+        #pragma unroll
+        for (int k = 0; k < PER_LANE; k++) {
+            int n = lane + 32 * k;
+            bool inside = t < seq_len && n < d_state;
+            next_b[k] = inside ? b[t * b_l + n] : from_f32<T>(0.f), next_c[k] = inside ? c[t * c_l + n] : from_f32<T>(0.f);
+        }
+    };
+    fetch(0);
     for (int first = 0; first < seq_len; first += CHECKPOINT) {
         if (checkpoints) {
             float* out = checkpoints + checkpoint_at + first / CHECKPOINT * checkpoint_size;
@@ -95,10 +106,8 @@ extern "C" __global__ void __launch_bounds__(256) ssd_recurrent(
             float size_t = __shfl_sync(FULL_WARP, size, i), decay_t = __shfl_sync(FULL_WARP, decay, i);
             float bs[PER_LANE], cs[PER_LANE];
             #pragma unroll
-            for (int k = 0; k < PER_LANE; k++) {
-                int n = lane + 32 * k;
-                bs[k] = n < d_state ? to_f32(b[t * b_l + n]) : 0.f, cs[k] = n < d_state ? to_f32(c[t * c_l + n]) : 0.f;
-            }
+            for (int k = 0; k < PER_LANE; k++) bs[k] = to_f32(next_b[k]), cs[k] = to_f32(next_c[k]);
+            fetch(t + 1);
             #pragma unroll
             for (int r = 0; r < ROWS; r++) {
                 float x_t = __shfl_sync(FULL_WARP, xs[r], i), sum = 0.f;
@@ -119,7 +128,7 @@ extern "C" __global__ void __launch_bounds__(256) ssd_recurrent(
             if (r < n_rows && lane + 32 * k < d_state) final_state[state_at + r * d_state + lane + 32 * k] = state[r][k];
 }
 
-#if ROWS > 1
+#if ROWS == 8
 constexpr int WARPS = N <= 128 ? 8 : 4, WINDOW = N <= 128 ? 16 : 8;
 
 // Rows of N values: what a warp has of a window, and what all share.

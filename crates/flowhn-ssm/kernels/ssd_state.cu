@@ -68,7 +68,6 @@ extern "C" __global__ void __launch_bounds__(THREADS, N <= 128 ? 2 : 1) ssd_stat
     float total = 0.f;
     for (int i = 0; i < n_own; i++) {
         const Steps& own = *steps_at(i);
-        const float* weight = REVERSE ? own.from_start : own.to_end;
         cp_async_wait<STAGES - 2>();
         __syncthreads();
         load(i + STAGES - 1);
@@ -87,22 +86,30 @@ extern "C" __global__ void __launch_bounds__(THREADS, N <= 128 ? 2 : 1) ssd_stat
         }
         float decay = own.from_start[CHUNK - 1];
         total += own.s[CHUNK - 1];
+        // A decay of 0 clears whatever was there.
         #pragma unroll
         for (int m = 0; m < STATE_M; m++)
             #pragma unroll
             for (int n = 0; n < STATE_N; n++)
                 #pragma unroll
-                for (int k = 0; k < 4; k++) state[m][n][k] = decay == 0.f ? 0.f : state[m][n][k] * decay;
+                for (int k = 0; k < 4; k++)
+                    if (decay == 0.f) state[m][n][k] = 0.f;
+                    else state[m][n][k] *= decay;
         #pragma unroll
         for (int k = 0; k < CHUNK / 16; k++) {
-            float2 early = *reinterpret_cast<const float2*>(&weight[k * 16 + 2 * t]);
-            float2 late = *reinterpret_cast<const float2*>(&weight[k * 16 + 8 + 2 * t]);
             unsigned xs[STATE_M][4];
             #pragma unroll
             for (int m = 0; m < STATE_M; m++) {
                 load_a_trans(xs[m], x_tile(i), state_p + m * 16, k * 16);
-                xs[m][0] = scale_pair(xs[m][0], early.x, early.y), xs[m][1] = scale_pair(xs[m][1], early.x, early.y);
-                xs[m][2] = scale_pair(xs[m][2], late.x, late.y), xs[m][3] = scale_pair(xs[m][3], late.x, late.y);
+                if constexpr (REVERSE) {
+                    // Not rounded to bf16 before the product: what is read from this state sums over all later chunks.
+                    float2 early = *reinterpret_cast<const float2*>(&own.from_start[k * 16 + 2 * t]);
+                    float2 late = *reinterpret_cast<const float2*>(&own.from_start[k * 16 + 8 + 2 * t]);
+                    xs[m][0] = scale_pair(xs[m][0], early.x, early.y), xs[m][1] = scale_pair(xs[m][1], early.x, early.y);
+                    xs[m][2] = scale_pair(xs[m][2], late.x, late.y), xs[m][3] = scale_pair(xs[m][3], late.x, late.y);
+                } else {
+                    scale_columns(xs[m], own.to_end[k * 8 + t], own.to_end[k * 8 + 4 + t]);
+                }
             }
             #pragma unroll
             for (int n = 0; n < STATE_N; n += 2) {
@@ -136,12 +143,22 @@ extern "C" __global__ void ssd_carry(float* states, const float* decays, const f
     int batch = blockIdx.y;
     if (i >= head_size) return;
     float state = initial ? initial[batch * head_size + i] : 0.f;
-    for (int k = 0; k < n_segments; k++) {
-        int segment = REVERSE ? n_segments - 1 - k : k;
-        i64 at = (i64)batch * n_segments + segment;
-        float* slot = states + at * head_size + i;
-        float own = *slot, decay = decays[at * n_heads + i / size];
-        *slot = state;
-        state = (decay == 0.f ? 0.f : decay * state) + own;
+    // Eight segments at a time, so that their reads do not wait for each other.
+    int head = (int)(i / size);
+    for (int first = 0; first < n_segments; first += 8) {
+        float own[8], decay[8];
+        #pragma unroll
+        for (int k = 0; k < 8; k++) {
+            if (first + k >= n_segments) continue;
+            i64 at = (i64)batch * n_segments + (REVERSE ? n_segments - 1 - first - k : first + k);
+            own[k] = states[at * head_size + i], decay[k] = decays[at * n_heads + head];
+        }
+        #pragma unroll
+        for (int k = 0; k < 8; k++) {
+            if (first + k >= n_segments) continue;
+            i64 at = (i64)batch * n_segments + (REVERSE ? n_segments - 1 - first - k : first + k);
+            states[at * head_size + i] = state;
+            state = (decay[k] == 0.f ? 0.f : decay[k] * state) + own[k];
+        }
     }
 }

@@ -2,7 +2,7 @@
 //
 //   dt_t = softplus(dt_t + bias),  s_t = sum of dt a log2(e) over the chunk's tokens up to t
 //
-// dt [batch, seq_len, n_heads] bf16 or f32, any strides; steps f32 [batch, chunks, n_heads, 4, 64], see Steps in ssd_tile.cuh.
+// dt [batch, seq_len, n_heads] bf16 or f32, any strides; steps [batch, chunks, n_heads] of 1 KiB, see Steps in ssd_tile.cuh.
 // Token i reads token j <= i through 2^(s_i - s_j). A step is cut off at -160, where 2^step is 0 in f32 already: sums over 64 tokens
 // stay so small that their differences are exact to 1e-3 whatever dt and a are. A reset is such a step.
 //
@@ -44,6 +44,6 @@ extern "C" __global__ void __launch_bounds__(256) ssd_steps(
     auto put = [&](float* row, float x, float y) { *reinterpret_cast<float2*>(row + 2 * lane) = make_float2(x, y); };
     put(out.dt, size[0], size[1]);
     put(out.s, s[0], s[1]);
-    put(out.to_end, size[0] * ex2(end - s[0]), size[1] * ex2(end - s[1]));
     put(out.from_start, ex2(s[0]), ex2(s[1]));
+    out.to_end[lane] = pack_bf16(size[0] * ex2(end - s[0]), size[1] * ex2(end - s[1]));
 }

@@ -9,8 +9,9 @@ constexpr int CHUNK = 64;
 struct Steps {
     float dt[CHUNK];          // step sizes, 0 past the end
     float s[CHUNK];           // running sums of dt a log2(e)
-    float to_end[CHUNK];      // dt_j 2^(s_end - s_j), what token j weighs in the state after the chunk
     float from_start[CHUNK];  // 2^(s_i), what of the state before the chunk is left at token i
+    unsigned to_end[CHUNK / 2];  // dt_j 2^(s_end - s_j), what token j weighs in the state after the chunk: pairs of bf16
+    unsigned unused[CHUNK / 2];
 };
 
 // A decay that is cut off, and one at a reset: 2^-160 is 0 in f32.
@@ -57,6 +58,20 @@ __device__ __forceinline__ void load_tile(Tile<COLS> tile, const bf16* src, i64 
     }
 }
 
+// Writes the first `n_rows` rows and `n_cols` columns of a tile to rows without gaps.
+template <int ROWS, int COLS, int THREADS, bool ALIGN>
+__device__ __forceinline__ void store_tile(bf16* out, Tile<COLS> tile, int n_rows, int n_cols) {
+    constexpr int WIDTH = ALIGN ? 8 : 1;
+    #pragma unroll
+    for (int i = threadIdx.x; i < ROWS * COLS / WIDTH; i += THREADS) {
+        int row = i / (COLS / WIDTH), col = i % (COLS / WIDTH) * WIDTH;
+        if (row >= n_rows || col >= n_cols) continue;
+        const char* src = tile.base + (row * Tile<COLS>::PITCH + col) * 2;
+        if constexpr (ALIGN) *reinterpret_cast<uint4*>(out + row * n_cols + col) = *reinterpret_cast<const uint4*>(src);
+        else out[row * n_cols + col] = *reinterpret_cast<const bf16*>(src);
+    }
+}
+
 // Starts the copy of one head's steps, by the first 64 threads.
 __device__ __forceinline__ void load_steps(const Steps* out, const Steps* src) {
     int i = threadIdx.x;
@@ -98,6 +113,12 @@ __device__ __forceinline__ void load_b_trans(unsigned (&b)[2][2], Tile<COLS> til
 
 __device__ __forceinline__ void add_product(float (&acc)[4], const unsigned (&a)[4], const unsigned (&b)[2]) {
     mma_bf16(acc, a, b, acc);
+}
+
+// A left operand with its columns times `early` and, from column 8 on, `late`: this lane's pairs of 16 bf16 weights.
+__device__ __forceinline__ void scale_columns(unsigned (&a)[4], unsigned early, unsigned late) {
+    a[0] = mul_bf16_pair(a[0], early), a[1] = mul_bf16_pair(a[1], early);
+    a[2] = mul_bf16_pair(a[2], late), a[3] = mul_bf16_pair(a[3], late);
 }
 
 // Two bf16 values times a factor each.

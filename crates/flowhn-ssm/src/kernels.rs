@@ -70,6 +70,26 @@ pub(crate) static SSD_STEPS: KernelSource =
 pub(crate) static SSD_FORWARD: KernelSource =
     KernelSource { name: "ssd_forward.cu", text: include_str!("../kernels/ssd_forward.cu"), headers: SSD_HEADERS };
 
+/// What its kernels for Hopper share.
+const SSD_SM90_HEADERS: &[(&str, &str)] = &[
+    ("ssd_tile.cuh", include_str!("../kernels/ssd_tile.cuh")),
+    ("ssd_panels.cuh", include_str!("../kernels/ssd_panels.cuh")),
+];
+
+/// [`SSD_FORWARD`] for Hopper.
+pub(crate) static SSD_FORWARD_SM90: KernelSource = KernelSource {
+    name: "ssd_forward_sm90.cu",
+    text: include_str!("../kernels/ssd_forward_sm90.cu"),
+    headers: SSD_SM90_HEADERS,
+};
+
+/// [`SSD_STATE`] for Hopper.
+pub(crate) static SSD_STATE_SM90: KernelSource = KernelSource {
+    name: "ssd_state_sm90.cu",
+    text: include_str!("../kernels/ssd_state_sm90.cu"),
+    headers: SSD_SM90_HEADERS,
+};
+
 /// Its state alone, over the chunks of a sequence, both ways.
 pub(crate) static SSD_STATE: KernelSource =
     KernelSource { name: "ssd_state.cu", text: include_str!("../kernels/ssd_state.cu"), headers: SSD_HEADERS };
@@ -125,13 +145,15 @@ pub const KERNELS: &[KernelSpec] = &[
             &[("P_TILE", 32), ("N_TILE", 64), ("ALIGNED", 0), ("DT_KIND", 0)],
         ],
     },
+    KernelSpec { source: &SSD_FORWARD_SM90, variants: &[&[]] },
+    KernelSpec { source: &SSD_STATE_SM90, variants: &[&[("REVERSE", 0)], &[("REVERSE", 1)]] },
     KernelSpec { source: &SSD_REDUCE, variants: &[&[("OUT_KIND", 1)], &[("OUT_KIND", 0)]] },
     KernelSpec {
         source: &SSD_RECURRENT,
         variants: &[
             &[("X_KIND", 0), ("DT_KIND", 0), ("N_TILE", 128), ("ROWS", 8)],
             &[("X_KIND", 0), ("DT_KIND", 0), ("N_TILE", 256), ("ROWS", 8)],
-            &[("X_KIND", 1), ("DT_KIND", 1), ("N_TILE", 128), ("ROWS", 1)],
+            &[("X_KIND", 1), ("DT_KIND", 1), ("N_TILE", 128), ("ROWS", 4)],
         ],
     },
 ];

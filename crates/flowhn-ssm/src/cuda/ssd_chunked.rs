@@ -5,12 +5,14 @@ use flowhn_torch::{DeviceProperties, Result};
 use tch::{Device, Kind, Tensor};
 
 use super::ssd::{Forward, Grads, Operands, Sizes, empty, strided};
-use crate::kernels::{SSD_BACKWARD, SSD_FORWARD, SSD_REDUCE, SSD_STATE, SSD_STEPS};
+use crate::kernels::{SSD_BACKWARD, SSD_FORWARD, SSD_FORWARD_SM90, SSD_REDUCE, SSD_STATE, SSD_STATE_SM90, SSD_STEPS};
 
 /// Tokens of a chunk.
 const CHUNK: i64 = 64;
 /// Four scalars a token.
 const STEPS_BYTES: usize = 4 * CHUNK as usize * size_of::<f32>();
+/// 64 rows of 64 bf16 values.
+const PANEL_BYTES: usize = 64 * 64 * 2;
 /// A segment has at least this many chunks: the pass that finds the state before it costs about half of what the segment costs.
 const MIN_SEGMENT_CHUNKS: i64 = 8;
 /// Most heads that one block of the backward takes: what it keeps of their steps has to fit into shared memory.
@@ -42,12 +44,14 @@ pub(super) fn forward(operands: &Operands, recorded: bool) -> Result<Forward> {
         &sizes.args(),
         &tiles.segment_args(),
     ];
-    Kernel { source: &SSD_FORWARD, entry: "ssd_forward", defines: &tiles.defines() }.launch(
-        [tiles.segment_blocks(), 1, 1],
-        256,
-        tiles.forward_shared_bytes(),
-        &args.concat(),
-    )?;
+    let grid = [tiles.segment_blocks(), 1, 1];
+    if tiles.hopper {
+        let kernel = Kernel { source: &SSD_FORWARD_SM90, entry: "ssd_forward_sm90", defines: &[] };
+        kernel.launch(grid, 128, 2 * 5 * PANEL_BYTES + 2 * PANEL_BYTES + 2 * STEPS_BYTES, &args.concat())?;
+    } else {
+        let kernel = Kernel { source: &SSD_FORWARD, entry: "ssd_forward", defines: &tiles.defines() };
+        kernel.launch(grid, 256, tiles.forward_shared_bytes(), &args.concat())?;
+    }
     Ok(Forward { y, final_state, saved: states.map_or_else(Vec::new, |states| vec![states, steps]) })
 }
 
@@ -132,6 +136,8 @@ struct Tiles {
     p_tile: i64,
     n_tile: i64,
     aligned: bool,
+    /// Whether the kernels with Hopper's own instructions fit.
+    hopper: bool,
     p_blocks: i64,
     n_chunks: i64,
     n_segments: i64,
@@ -150,7 +156,10 @@ impl Tiles {
             Device::Cuda(device_idx) => device_idx,
             _ => 0,
         };
-        let n_multiprocessors = i64::from(DeviceProperties::of(device_idx)?.n_multiprocessors);
+        let properties = DeviceProperties::of(device_idx)?;
+        let n_multiprocessors = i64::from(properties.n_multiprocessors);
+        let n_tile = sizes.state_tile();
+        let aligned = sizes.d_state % 8 == 0 && rows.iter().all(|t| aligned(t));
         // Few heads and a long sequence: segments that run side by side, two blocks a multiprocessor.
         let blocks = sizes.batch * sizes.n_heads * p_blocks;
         let segments = (2 * n_multiprocessors / blocks).min(n_chunks / MIN_SEGMENT_CHUNKS).max(1);
@@ -158,8 +167,9 @@ impl Tiles {
         Ok(Self {
             sizes,
             p_tile,
-            n_tile: sizes.state_tile(),
-            aligned: sizes.d_state % 8 == 0 && rows.iter().all(|t| aligned(t)),
+            n_tile,
+            aligned,
+            hopper: properties.compute_capability == 90 && aligned && p_tile == 64 && n_tile == 128,
             p_blocks,
             n_chunks,
             n_segments: div_ceil(n_chunks, segment_chunks),
@@ -305,12 +315,15 @@ impl Tiles {
             &self.sizes.args(),
             &self.segment_args(),
         ];
-        Kernel { source: &SSD_STATE, entry: "ssd_state", defines: &self.state_defines(direction) }.launch(
-            [self.segment_blocks(), 1, 1],
-            256,
-            self.state_shared_bytes(),
-            &args.concat(),
-        )
+        let grid = [self.segment_blocks(), 1, 1];
+        if self.hopper {
+            let defines = [("REVERSE", (direction == Direction::Reverse).into())];
+            let kernel = Kernel { source: &SSD_STATE_SM90, entry: "ssd_state_sm90", defines: &defines };
+            kernel.launch(grid, 128, 3 * (3 * PANEL_BYTES + STEPS_BYTES), &args.concat())
+        } else {
+            let kernel = Kernel { source: &SSD_STATE, entry: "ssd_state", defines: &self.state_defines(direction) };
+            kernel.launch(grid, 256, self.state_shared_bytes(), &args.concat())
+        }
     }
 }
 

@@ -12,9 +12,9 @@ use crate::kernels::SSD_RECURRENT;
 const CHECKPOINT: i64 = 32;
 /// Warps of a block forward.
 const WARPS: i64 = 8;
-/// Rows of the state in a warp: for a few tokens one, so that a small batch fills the chip; for many, reading `b` and `c` less often
-/// counts for more.
-const ROWS: [(i64, i64); 2] = [(4, 1), (i64::MAX, 8)];
+/// Rows of the state in a warp, by the number of tokens: a few for single steps, so that a small batch fills the chip; for
+/// sequences more, as reading `b` and `c` less often counts for more.
+const ROWS: [(i64, i64); 2] = [(4, 4), (i64::MAX, 8)];
 
 pub(super) fn forward(operands: &Operands, recorded: bool) -> Result<Forward> {
     let Operands { sizes, x, .. } = operands;
@@ -25,7 +25,7 @@ pub(super) fn forward(operands: &Operands, recorded: bool) -> Result<Forward> {
         true => Some(empty(&[sizes.batch, n_checkpoints, sizes.n_heads, sizes.d_head, sizes.d_state], Kind::Float, x)?),
         false => None,
     };
-    let rows = ROWS.iter().find(|(most, _)| sizes.seq_len <= *most).map_or(1, |(_, rows)| *rows);
+    let rows = ROWS.iter().find(|(most, _)| sizes.seq_len <= *most).map_or(8, |(_, rows)| *rows);
     let row_blocks = (sizes.d_head as u64).div_ceil((WARPS * rows) as u64) as i64;
     let args = [
         &strided(x)[..],
