@@ -59,6 +59,8 @@ pub const KERNELS: &[KernelSpec] = &[
     KernelSpec {
         source: &EMBEDDING,
         variants: &[
+            &embedding::defines(0, 8),
+            &embedding::defines(1, 8),
             &embedding::defines(0, 4),
             &embedding::defines(1, 4),
             &embedding::defines(0, 1),

@@ -22,6 +22,9 @@
 #include "smem.cuh"
 
 typedef DtypeOf<X_KIND>::type T;
+#ifndef ALONG_CHANNELS
+#define ALONG_CHANNELS 0
+#endif
 constexpr int K = D_CONV, V = VEC, U = AHEAD, WARPS = N_WARPS;
 
 // V elements as they lie in memory, so that a load ahead takes few registers.
@@ -91,11 +94,13 @@ struct Place {
 
     __device__ __forceinline__ Place(int seq_len, int channels, int run) {
         lane = threadIdx.x % 32, warp = threadIdx.x / 32;
-        int n_columns = (channels + 32 * V - 1) / (32 * V), n_blocks = (seq_len + WARPS * run - 1) / (WARPS * run);
+        // The warps of a block stand side by side along the channels, or one after the other along the tokens.
+        constexpr int ACROSS = ALONG_CHANNELS ? WARPS : 1, DEEP = WARPS / ACROSS;
+        int n_columns = (channels + 32 * V * ACROSS - 1) / (32 * V * ACROSS), n_blocks = (seq_len + DEEP * run - 1) / (DEEP * run);
         part = blockIdx.x / n_columns;
         batch = part / n_blocks;
-        channel = (blockIdx.x % n_columns * 32 + lane) * V;
-        first = (part % n_blocks * WARPS + warp) * run;
+        channel = ((blockIdx.x % n_columns * ACROSS + warp % ACROSS) * 32 + lane) * V;
+        first = (part % n_blocks * DEEP + warp / ACROSS) * run;
         end = min(first + run, seq_len);
         active = channel < channels && first < seq_len;
     }
@@ -311,6 +316,13 @@ extern "C" __global__ void __launch_bounds__(32 * WARPS, N_BLOCKS) causal_conv1d
     }
 
     if (!parts) return;
+    if constexpr (ALONG_CHANNELS) {
+        if (!place.active) return;
+        #pragma unroll
+        for (int k = 0; k <= K; k++)
+            store_vec<V>(parts + ((i64)place.part * (K + 1) + k) * channels + place.channel, k < K ? dtaps[k < K ? k : 0] : dbias);
+        return;
+    }
     int column = place.channel - place.lane * V;
     #pragma unroll
     for (int k = 0; k <= K; k++) {

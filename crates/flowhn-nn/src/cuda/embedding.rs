@@ -38,7 +38,7 @@ impl Function for EmbeddingCuda {
         let x = Tensor::f_empty(shape, (self.kind, table.device()))?;
         let n_tokens = ids.numel() as i64;
         if n_tokens * d > 0 {
-            let vec = vector_len(d, d, &[&table, &x]);
+            let vec = vector_len(8, d, d, &[&table, &x]);
             let n_words = n_tokens * (d / vec);
             let args = [
                 Arg::Tensor(&table),
@@ -80,7 +80,7 @@ impl Function for EmbeddingCuda {
         let n_chunks = n_tokens / CHUNK;
         let parts = Tensor::f_empty([n_chunks, d], (Kind::Float, dx.device()))?;
         let row_stride = dx.stride()[0];
-        let defines = defines(kind_define(Self::NAME, "x", &dx)?, vector_len(d, row_stride, &[&dx]));
+        let defines = defines(kind_define(Self::NAME, "x", &dx)?, vector_len(4, d, row_stride, &[&dx]));
         let rows = [Arg::Tensor(&sorted), Arg::Tensor(&order), Arg::Tensor(&dx), Arg::I64(row_stride), Arg::Tensor(&parts)];
         let args = [&rows[..], &[Arg::I32(d as i32)]].concat();
         kernel("embedding_parts", &defines).launch(blocks(n_chunks, 1)?, 256, 0, &args)?;
@@ -91,10 +91,15 @@ impl Function for EmbeddingCuda {
     }
 }
 
-/// Neighbours of a thread: 4 where rows of `d` elements, `row_stride` apart, are made of aligned words of 4.
-fn vector_len(d: i64, row_stride: i64, tensors: &[&Tensor]) -> i64 {
-    let is_aligned = |tensor: &&Tensor| tensor.data_ptr() as usize % (4 * tensor.kind().elt_size_in_bytes()) == 0;
-    if d % 4 == 0 && row_stride % 4 == 0 && tensors.iter().all(is_aligned) { 4 } else { 1 }
+/// Neighbours of a thread: the most, up to `widest`, that are aligned words in rows of `d` elements, `row_stride` apart.
+fn vector_len(widest: i64, d: i64, row_stride: i64, tensors: &[&Tensor]) -> i64 {
+    // Words are 16 bytes at most.
+    let bytes = |vec: i64, tensor: &Tensor| (vec as usize * tensor.kind().elt_size_in_bytes()).min(16);
+    let fits = |vec: i64| {
+        let is_aligned = |tensor: &&Tensor| tensor.data_ptr() as usize % bytes(vec, tensor) == 0;
+        d % vec == 0 && row_stride % vec == 0 && tensors.iter().all(is_aligned)
+    };
+    [8, 4].into_iter().find(|&vec| vec <= widest && fits(vec)).unwrap_or(1)
 }
 
 /// The macros of `embedding.cu`.

@@ -16,7 +16,10 @@ const OP: &str = "causal_conv1d";
 const MAX_D_CONV: i64 = 64;
 
 /// Warps that keep a large device busy; runs of tokens are cut shorter until there are as many.
-const ENOUGH_WARPS: i64 = 4096;
+const ENOUGH_WARPS: i64 = 3072;
+
+/// Tokens on their way to a thread.
+const AHEAD: i64 = 8;
 
 /// Runs the convolution on checked arguments with at least one element.
 pub(crate) fn causal_conv1d(args: &CausalConv1d) -> Result<CausalConv1dOutput> {
@@ -199,7 +202,7 @@ impl Operands {
         };
         let vec = vector_len(activations, widest);
         let n_columns = (channels + 32 * vec - 1) / (32 * vec);
-        let mut run = 64;
+        let mut run = 128;
         while run > 8 && n_columns * batch * (seq_len / run) < ENOUGH_WARPS {
             run /= 2;
         }
@@ -207,7 +210,7 @@ impl Operands {
             x_kind: self.x_kind,
             d_conv,
             vec,
-            ahead: 4,
+            ahead: AHEAD,
             silu: self.silu,
             resets: self.reset.is_some(),
         };
@@ -296,7 +299,7 @@ const N_WARPS: i64 = 4;
 impl ConvVariant {
     /// Four taps with SiLU.
     pub(crate) const fn mixer(x_kind: i64, vec: i64) -> Self {
-        Self { x_kind, d_conv: 4, vec, ahead: 4, silu: true, resets: false }
+        Self { x_kind, d_conv: 4, vec, ahead: AHEAD, silu: true, resets: false }
     }
 
     pub(crate) const fn defines(&self) -> [(&'static str, i64); 8] {
