@@ -49,8 +49,8 @@ const SELECTIVE_SCAN_VARIANTS: &[Defines<'static>] = &[
     &ScanVariant::mamba(0).defines(),
     &ScanVariant { reset: true, kinds: [1, 1, 1, 0, 0], ..ScanVariant::mamba(1) }.defines(),
     &ScanVariant {
-        paired_channels: false,
-        paired_states: false,
+        aligned_channels: false,
+        aligned_states: false,
         softplus: false,
         gated: false,
         n_slices: 4,
@@ -97,6 +97,13 @@ pub(crate) static SSD_STATE: KernelSource =
 /// Its backward inside the chunks.
 pub(crate) static SSD_BACKWARD: KernelSource =
     KernelSource { name: "ssd_backward.cu", text: include_str!("../kernels/ssd_backward.cu"), headers: SSD_HEADERS };
+
+/// [`SSD_BACKWARD`] for Hopper.
+pub(crate) static SSD_BACKWARD_SM90: KernelSource = KernelSource {
+    name: "ssd_backward_sm90.cu",
+    text: include_str!("../kernels/ssd_backward_sm90.cu"),
+    headers: SSD_SM90_HEADERS,
+};
 
 /// The sums that close its backward.
 pub(crate) static SSD_REDUCE: KernelSource =
@@ -147,6 +154,7 @@ pub const KERNELS: &[KernelSpec] = &[
     },
     KernelSpec { source: &SSD_FORWARD_SM90, variants: &[&[]] },
     KernelSpec { source: &SSD_STATE_SM90, variants: &[&[("REVERSE", 0)], &[("REVERSE", 1)]] },
+    KernelSpec { source: &SSD_BACKWARD_SM90, variants: &[&[("DT_KIND", 1)], &[("DT_KIND", 0)]] },
     KernelSpec { source: &SSD_REDUCE, variants: &[&[("OUT_KIND", 1)], &[("OUT_KIND", 0)]] },
     KernelSpec {
         source: &SSD_RECURRENT,

@@ -5,7 +5,9 @@ use flowhn_torch::{DeviceProperties, Result};
 use tch::{Device, Kind, Tensor};
 
 use super::ssd::{Forward, Grads, Operands, Sizes, empty, strided};
-use crate::kernels::{SSD_BACKWARD, SSD_FORWARD, SSD_FORWARD_SM90, SSD_REDUCE, SSD_STATE, SSD_STATE_SM90, SSD_STEPS};
+use crate::kernels::{
+    SSD_BACKWARD, SSD_BACKWARD_SM90, SSD_FORWARD, SSD_FORWARD_SM90, SSD_REDUCE, SSD_STATE, SSD_STATE_SM90, SSD_STEPS,
+};
 
 /// Tokens of a chunk.
 const CHUNK: i64 = 64;
@@ -102,12 +104,16 @@ pub(super) fn backward(
         &[Arg::I32(tiles.p_blocks as i32), Arg::I32(part_heads as i32), operands.activate()],
     ];
     let n_blocks = sizes.batch * tiles.n_chunks * sizes.n_groups * n_parts;
-    Kernel { source: &SSD_BACKWARD, entry: "ssd_backward", defines: &tiles.backward_defines(operands)? }.launch(
-        [n_blocks as u32, 1, 1],
-        512,
-        tiles.backward_shared_bytes(part_heads),
-        &args.concat(),
-    )?;
+    let grid = [n_blocks as u32, 1, 1];
+    if tiles.hopper {
+        let defines = [("DT_KIND", operands.dt_kind()?)];
+        let kernel = Kernel { source: &SSD_BACKWARD_SM90, entry: "ssd_backward_sm90", defines: &defines };
+        kernel.launch(grid, 256, Tiles::backward_sm90_shared_bytes(part_heads), &args.concat())?;
+    } else {
+        let defines = tiles.backward_defines(operands)?;
+        let kernel = Kernel { source: &SSD_BACKWARD, entry: "ssd_backward", defines: &defines };
+        kernel.launch(grid, 512, tiles.backward_shared_bytes(part_heads), &args.concat())?;
+    }
     let (b, c, per_head) = sums.reduce()?;
     let initial_state = first.map(|first| first.select(1, 0));
     Ok(Grads { x: grad_x, dt: grad_dt, b, c, per_head, initial_state })
@@ -220,6 +226,12 @@ impl Tiles {
         // What warps find out about two heads, and two scalars a token of all heads.
         let scalars = 2 * (8 * CHUNK + 16) + part_heads * 2 * CHUNK;
         2 * Self::tile_bytes(self.n_tile, CHUNK) + stages * stage + scalars as usize * size_of::<f32>()
+    }
+
+    fn backward_sm90_shared_bytes(part_heads: i64) -> usize {
+        // b and c, two stages of x, dy and two states; then as above.
+        let scalars = 2 * (6 * CHUNK + 8) + part_heads * 2 * CHUNK;
+        16 * PANEL_BYTES + scalars as usize * size_of::<f32>()
     }
 
     /// Heads that a block of the backward takes: as many as leave blocks enough to fill the chip evenly.
