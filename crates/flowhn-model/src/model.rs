@@ -51,6 +51,11 @@ impl Head {
             Self::Tied(weight) => weight,
         }
     }
+
+    /// The weight as the loss takes it: beside bf16 the master itself, whose gradient then needs no rounding to bf16 and back.
+    fn weight_for(&self, kind: Kind) -> Tensor {
+        if kind == Kind::BFloat16 { self.weight().master().shallow_clone() } else { self.weight().to(kind) }
+    }
 }
 
 /// A batch of sequences.
@@ -192,7 +197,7 @@ impl Model {
     /// As [`Model::forward`].
     pub fn loss(&self, ids_bl: &Tensor, targets_bl: &Tensor, segments_bl: Option<&Tensor>) -> Result<Tensor> {
         let (x_td, targets_t) = self.before_head(ids_bl, targets_bl, segments_bl)?;
-        let weight_vd = self.head.weight().to(x_td.kind());
+        let weight_vd = self.head.weight_for(x_td.kind());
         catch(|| linear_cross_entropy(&x_td, &weight_vd, &targets_t, IGNORE_INDEX)).map_err(Error::from)
     }
 
@@ -203,7 +208,7 @@ impl Model {
     pub fn token_losses(&self, ids_bl: &Tensor, targets_bl: &Tensor, segments_bl: Option<&Tensor>) -> Result<Tensor> {
         tch::no_grad(|| {
             let (x_td, targets_t) = self.before_head(ids_bl, targets_bl, segments_bl)?;
-            let weight_vd = self.head.weight().to(x_td.kind());
+            let weight_vd = self.head.weight_for(x_td.kind());
             let losses_t = catch(|| token_losses(&x_td, &weight_vd, &targets_t, IGNORE_INDEX))?;
             Ok(losses_t.f_view(targets_bl.size().as_slice())?)
         })

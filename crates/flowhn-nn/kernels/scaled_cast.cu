@@ -2,8 +2,9 @@
 //
 //   in [n], out [n], f32 or bf16, contiguous; factor one f32
 //
-// The gradients that the LM head finds in its forward pass wait in f32 for the gradient that comes in; multiplying and rounding is one pass
-// then, and reading the factor on the device spares waiting for it. A thread takes words of 4 elements, four words at once.
+// The gradients that the LM head finds in its forward pass wait for the gradient that comes in. Reading it on the device spares
+// waiting for it. Where the type stays, the product is taken in place, and not at all if the factor is 1, as it is where the loss
+// is the end of the graph. A thread takes words of 4 elements, four words at once.
 //
 // Variants: IN_KIND, OUT_KIND 0 f32, 1 bf16.
 #include "flowhn.cuh"
@@ -12,9 +13,7 @@ typedef DtypeOf<IN_KIND>::type In;
 typedef DtypeOf<OUT_KIND>::type Out;
 constexpr int VEC = 4, WORDS = 4, THREADS = 256;
 
-extern "C" __global__ void __launch_bounds__(THREADS) scaled_cast(
-    const In* __restrict__ in, const float* __restrict__ factor, Out* __restrict__ out, i64 n) {
-    float by = *factor;
+__device__ __forceinline__ void multiply(const In* in, float by, Out* out, i64 n) {
     i64 first = (i64)blockIdx.x * (THREADS * WORDS * VEC) + threadIdx.x * VEC;
     if (first + (WORDS - 1) * THREADS * VEC + VEC <= n) {
         float x[WORDS][VEC];
@@ -34,4 +33,14 @@ extern "C" __global__ void __launch_bounds__(THREADS) scaled_cast(
             if (idx < n) out[idx] = from_f32<Out>(to_f32(in[idx]) * by);
         }
     }
+}
+
+extern "C" __global__ void __launch_bounds__(THREADS) scaled_cast(
+    const In* __restrict__ in, const float* __restrict__ factor, Out* __restrict__ out, i64 n) {
+    multiply(in, *factor, out, n);
+}
+
+// Of a variant with one type.
+extern "C" __global__ void __launch_bounds__(THREADS) scale_in_place(Out* x, const float* __restrict__ factor, i64 n) {
+    if (*factor != 1.f) multiply(reinterpret_cast<const In*>(x), *factor, x, n);
 }

@@ -14,7 +14,8 @@ use crate::rows::{for_float_kind, no_kernel};
 /// Returns the mean over tokens of `-ln softmax(x W^T)[target]`, leaving out tokens whose target is `ignore_index`.
 ///
 /// The logits are computed in chunks of rows. Where a gradient is wanted, each chunk's logits become their own gradient
-/// at once and the gradients of `x` and `W` are done when this returns; the backward only scales them. The softmax and
+/// at once and the gradients of `x` and `W` are done when this returns; the backward only scales them (on CUDA in place, so that
+/// a second one through the same loss is an error). The softmax and
 /// the loss are f32 (f64 for f64 inputs), and with bf16 inputs the gradient of `W` is summed in f32. If every target is
 /// ignored, the loss and the gradients are 0.
 ///
@@ -24,7 +25,8 @@ use crate::rows::{for_float_kind, no_kernel};
 ///
 /// # Shapes
 /// - `x_td`: `[n_tokens, d_model]`, f32, bf16 or, on the CPU, f64
-/// - `weight_vd`: `[vocab_size, d_model]`, in the type of `x_td`
+/// - `weight_vd`: `[vocab_size, d_model]`, in the type of `x_td`, or f32 beside bf16: it is then rounded here, and its gradient
+///   stays as exact as it was summed
 /// - `targets_t`: `[n_tokens]`, i64, each in `0..vocab_size` or `ignore_index`
 /// - returns a scalar, f32 (f64 for f64 inputs), in nats a token
 ///
@@ -54,7 +56,7 @@ pub fn linear_cross_entropy(
     let inputs = [x_td, weight_vd, targets_t];
     let mut outputs = match x_td.device() {
         Device::Cpu => apply(LinearCrossEntropyCpu { ignore_index }, &inputs)?,
-        Device::Cuda(_) => apply(LinearCrossEntropyCuda::new(ignore_index, x_td.kind()), &inputs)?,
+        Device::Cuda(_) => apply(LinearCrossEntropyCuda::new(ignore_index, weight_vd.kind()), &inputs)?,
         got => return Err(no_kernel(OP, "x_td", got)),
     };
     Ok(outputs.swap_remove(0))
@@ -90,8 +92,13 @@ pub fn token_losses(x_td: &Tensor, weight_vd: &Tensor, targets_t: &Tensor, ignor
     let targets = check_ids(OP, "targets_t", &targets_t, weight_vd.size()[0], Some(ignore_index))?;
     tch::no_grad(|| {
         for_float_kind!(OP, "x_td", x_td.kind(),
-            T => head::losses::<T>(&x_td.contiguous(), &weight_vd.contiguous(), targets, ignore_index))
+            T => head::losses::<T>(&x_td.contiguous(), &in_kind(weight_vd, x_td), targets, ignore_index))
     })
+}
+
+/// The weight as the products take it.
+fn in_kind(weight: &Tensor, x: &Tensor) -> Tensor {
+    weight.to_kind(x.kind()).contiguous()
 }
 
 fn check_arguments(op: &'static str, x_td: &Tensor, weight_vd: &Tensor, targets_t: &Tensor) -> Result<()> {
@@ -100,7 +107,8 @@ fn check_arguments(op: &'static str, x_td: &Tensor, weight_vd: &Tensor, targets_
     check::shape(op, "weight_vd", weight_vd, &[vocab_size, d_model])?;
     check::shape(op, "targets_t", targets_t, &[n_tokens])?;
     check::kind(op, "x_td", x_td, &[Kind::Float, Kind::BFloat16, Kind::Double])?;
-    check::kind(op, "weight_vd", weight_vd, &[x_td.kind()])?;
+    let master_kind = if x_td.kind() == Kind::BFloat16 { Kind::Float } else { x_td.kind() };
+    check::kind(op, "weight_vd", weight_vd, &[x_td.kind(), master_kind])?;
     check::kind(op, "targets_t", targets_t, &[Kind::Int64])?;
     check::device(op, "weight_vd", weight_vd, x_td.device())?;
     check::device(op, "targets_t", targets_t, x_td.device())?;
@@ -118,11 +126,11 @@ impl Function for LinearCrossEntropyCpu {
     const NAME: &'static str = "linear_cross_entropy";
 
     fn forward(&mut self, ctx: &mut ForwardCtx, inputs: &[&Tensor]) -> Result<Vec<Tensor>> {
-        let (x, weight, targets) = (inputs[0].contiguous(), inputs[1].contiguous(), inputs[2].contiguous());
+        let (x, weight, targets) = (inputs[0].contiguous(), in_kind(inputs[1], inputs[0]), inputs[2].contiguous());
         let targets = check_ids(Self::NAME, "targets_t", &targets, weight.size()[0], Some(self.ignore_index))?;
         let wanted = head::Wanted { x: ctx.needs_grad(0), weight: ctx.needs_grad(1) };
         let done = for_float_kind!(Self::NAME, "x_td", x.kind(),
-            T => head::loss_and_grads::<T>(&x, &weight, targets, self.ignore_index, wanted))?;
+            T => head::loss_and_grads::<T>(&x, &weight, targets, self.ignore_index, wanted, inputs[1].kind()))?;
         if ctx.is_recorded() {
             // A gradient that nobody wants is saved as an empty tensor, so that the positions stay fixed.
             for grad in [done.dx, done.dweight] {

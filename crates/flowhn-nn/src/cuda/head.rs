@@ -1,6 +1,8 @@
 //! [`linear_cross_entropy`](crate::linear_cross_entropy) on CUDA: matrix products by libtorch, what is between them by one kernel a chunk.
 // t n_tokens, r rows of a chunk, d d_model, v vocab_size
 
+use std::sync::atomic::{AtomicBool, Ordering};
+
 use tch::{Kind, Tensor};
 
 use flowhn_torch::kernel::{Arg, Kernel, KernelSource, kind_define};
@@ -17,13 +19,14 @@ const TILE_ROWS: i64 = 128;
 
 pub(crate) struct LinearCrossEntropyCuda {
     ignore_index: i64,
-    /// The type of the inputs.
-    kind: Kind,
+    weight_kind: Kind,
+    /// Whether a backward has handed out the gradients.
+    is_spent: AtomicBool,
 }
 
 impl LinearCrossEntropyCuda {
-    pub(crate) fn new(ignore_index: i64, kind: Kind) -> Self {
-        Self { ignore_index, kind }
+    pub(crate) fn new(ignore_index: i64, weight_kind: Kind) -> Self {
+        Self { ignore_index, weight_kind, is_spent: AtomicBool::new(false) }
     }
 }
 
@@ -50,15 +53,18 @@ impl Function for LinearCrossEntropyCuda {
         Ok(vec![loss])
     }
 
-    /// Multiplies by the gradient that comes in, which stays on the device. The gradient of the weight has to be rounded to the weight's
-    /// type in any case, in the same pass.
+    /// Multiplies by the gradient that comes in, which stays on the device: in place, or while rounding the gradient of a bf16 weight.
     fn backward(&self, ctx: &BackwardCtx, grads: &[Tensor]) -> Result<Vec<Option<Tensor>>> {
+        if self.is_spent.swap(true, Ordering::Relaxed) {
+            let message = "a second backward through the same loss: the gradients were handed out by the first; run the forward again";
+            return Err(Error::invalid(Self::NAME, message));
+        }
         let [dx, dweight] = ctx.saved() else { unreachable!("two tensors are saved") };
         let factor = grads[0].f_contiguous()?;
-        let scaled = |input_idx: usize, grad: &Tensor| {
-            ctx.needs_grad(input_idx).then(|| scaled_cast(grad, &factor, self.kind)).transpose()
+        let scaled = |input_idx: usize, grad: &Tensor, kind: Kind| {
+            ctx.needs_grad(input_idx).then(|| scaled(grad, &factor, kind)).transpose()
         };
-        Ok(vec![scaled(0, dx)?, scaled(1, dweight)?, None])
+        Ok(vec![scaled(0, dx, dx.kind())?, scaled(1, dweight, self.weight_kind)?, None])
     }
 }
 
@@ -93,7 +99,8 @@ impl Head {
             let message = format!("{n_tokens} tokens and {vocab_size} rows of the weight: the CUDA kernel counts to 2^31 - 1");
             return Err(Error::invalid(op, message));
         }
-        let (x, weight, targets) = (x.f_contiguous()?, weight.f_contiguous()?, targets.f_contiguous()?);
+        let (x, weight) = (x.f_contiguous()?, weight.f_to_kind(x.kind())?.f_contiguous()?);
+        let targets = targets.f_contiguous()?;
         Ok(Self { op, x, weight, targets, ignore_index, n_tokens, vocab_size })
     }
 
@@ -216,18 +223,22 @@ impl WeightGrad {
     }
 }
 
-/// `tensor * factor` in another type or the same; the factor is a number on the device.
-fn scaled_cast(tensor: &Tensor, factor: &Tensor, kind: Kind) -> Result<Tensor> {
+/// `tensor * factor`, the factor a number on the device: the tensor itself, multiplied in place, or one of another type.
+fn scaled(tensor: &Tensor, factor: &Tensor, kind: Kind) -> Result<Tensor> {
     const OP: &str = LinearCrossEntropyCuda::NAME;
-    let out = Tensor::f_empty(tensor.size(), (kind, tensor.device()))?;
-    let defines = [("IN_KIND", kind_define(OP, "gradient", tensor)?), ("OUT_KIND", kind_define(OP, "gradient", &out)?)];
     let n_elements = tensor.numel() as i64;
-    kernel(&SCALED_CAST, "scaled_cast", &defines).launch(
-        [((n_elements + 4095) / 4096) as u32, 1, 1],
-        256,
-        0,
-        &[Arg::Tensor(tensor), Arg::Tensor(factor), Arg::Tensor(&out), Arg::I64(n_elements)],
-    )?;
+    let grid = [((n_elements + 4095) / 4096) as u32, 1, 1];
+    let in_kind = kind_define(OP, "gradient", tensor)?;
+    if kind == tensor.kind() {
+        let args = [Arg::Tensor(tensor), Arg::Tensor(factor), Arg::I64(n_elements)];
+        let defines = [("IN_KIND", in_kind), ("OUT_KIND", in_kind)];
+        kernel(&SCALED_CAST, "scale_in_place", &defines).launch(grid, 256, 0, &args)?;
+        return Ok(tensor.shallow_clone());
+    }
+    let out = Tensor::f_empty(tensor.size(), (kind, tensor.device()))?;
+    let args = [Arg::Tensor(tensor), Arg::Tensor(factor), Arg::Tensor(&out), Arg::I64(n_elements)];
+    let defines = [("IN_KIND", in_kind), ("OUT_KIND", kind_define(OP, "gradient", &out)?)];
+    kernel(&SCALED_CAST, "scaled_cast", &defines).launch(grid, 256, 0, &args)?;
     Ok(out)
 }
 

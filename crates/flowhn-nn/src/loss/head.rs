@@ -51,13 +51,14 @@ pub(super) fn losses<T: Storage>(x: &Tensor, weight: &Tensor, targets: &[i64], i
     Ok(out)
 }
 
-/// The mean loss and its gradients, which are done in the same pass over the chunks.
+/// The mean loss and its gradients, which are done in the same pass over the chunks; that of the weight comes in `dweight_kind`.
 pub(super) fn loss_and_grads<T: Storage>(
     x: &Tensor,
     weight: &Tensor,
     targets: &[i64],
     ignored: i64,
     wanted: Wanted,
+    dweight_kind: tch::Kind,
 ) -> Result<LossAndGrads> {
     let n_counted = targets.iter().filter(|&&target| target != ignored).count();
     let mean = |losses: &Tensor| -> Result<Tensor> {
@@ -108,7 +109,7 @@ pub(super) fn loss_and_grads<T: Storage>(
             Ok(())
         })
     })?;
-    Ok(LossAndGrads { loss: mean(&losses)?, dx, dweight: dweight.map(WeightGrad::finish) })
+    Ok(LossAndGrads { loss: mean(&losses)?, dx, dweight: dweight.map(|grad| grad.finish(dweight_kind)) })
 }
 
 /// Calls `work(first_row, logits)` for each chunk of rows of `x W^T`; the chunks share one buffer.
@@ -159,9 +160,9 @@ impl WeightGrad {
         Ok(())
     }
 
-    fn finish(self) -> Tensor {
+    fn finish(self, kind: tch::Kind) -> Tensor {
         let sum = if self.is_empty { self.sum.zeros_like() } else { self.sum };
-        sum.to_kind(self.kind)
+        sum.to_kind(kind)
     }
 }
 

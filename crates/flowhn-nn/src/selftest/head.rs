@@ -39,14 +39,30 @@ pub(super) fn cases() -> Vec<Case> {
         }));
         cases.push(Case::new(format!("token_losses: {kind:?}"), move |device| check_token_losses(kind, device)));
     }
+    let name = "linear_cross_entropy: BFloat16, weight in f32";
+    cases.push(Case::new(name, |device| check_kinds(70, 24, 300, [Kind::BFloat16, Kind::Float], device)));
     cases
 }
 
 fn check(n_tokens: i64, d_model: i64, vocab_size: i64, kind: Kind, device: Device) -> Result<String> {
+    check_kinds(n_tokens, d_model, vocab_size, [kind, kind], device)
+}
+
+/// The types of x and of the weight, which is rounded to that of x.
+fn check_kinds(
+    n_tokens: i64,
+    d_model: i64,
+    vocab_size: i64,
+    [kind, weight_kind]: [Kind; 2],
+    device: Device,
+) -> Result<String> {
     let inputs = [noise(&[n_tokens, d_model], 1), noise(&[vocab_size, d_model], 2) * 2., targets(n_tokens, vocab_size)];
-    let plain = |t: &[Tensor]| Ok(vec![reference::linear_cross_entropy(&t[0], &t[1], &t[2], IGNORED)]);
+    let plain = |t: &[Tensor]| {
+        Ok(vec![reference::linear_cross_entropy(&t[0], &t[1].to_kind(t[0].kind()), &t[2], IGNORED)])
+    };
     let kernel = |t: &[Tensor]| Ok(vec![linear_cross_entropy(&t[0], &t[1], &t[2], IGNORED)?]);
-    Rule { kernel: &kernel, plain: &plain, floor: Rule::floor_of(kind) }.check(&inputs, &[kind; 3], device)
+    let rule = Rule { kernel: &kernel, plain: &plain, floor: Rule::floor_of(kind) };
+    rule.check(&inputs, &[kind, weight_kind, kind], device)
 }
 
 /// Every third target is ignored; the first is not.
