@@ -5,7 +5,7 @@ mod kernels;
 mod rule;
 
 pub use case::{Case, run_on_cpu};
-pub use kernels::compile_all;
+pub use kernels::{CompiledEntry, check_kernels, compile_all};
 pub use rule::{Rule, noise, same_bits};
 
 use tch::{Kind, Tensor};

@@ -1,0 +1,11 @@
+//! Every variant of every kernel compiles for every architecture; those that are tuned do not spill. No GPU is needed.
+
+use flowhn_torch::testing::check_kernels;
+
+/// The variants of the shapes that `flowhn bench kernels` times.
+const TUNED: &[&str] = &["rotary X_KIND=1"];
+
+#[test]
+fn kernels_compile_everywhere_and_tuned_ones_do_not_spill() {
+    check_kernels(flowhn_attn::KERNELS, TUNED);
+}

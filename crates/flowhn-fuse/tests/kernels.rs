@@ -1,0 +1,16 @@
+//! Every variant of every kernel compiles for every architecture; those that are tuned do not spill. No GPU is needed.
+
+use flowhn_torch::testing::check_kernels;
+
+/// The variants of the shapes that `flowhn bench kernels` times.
+const TUNED: &[&str] = &[
+    "routed_norm_forward X_KIND=1 VECS=1",
+    "routed_norm_backward X_KIND=1 VECS=1",
+    "merge_residual X_KIND=1",
+    "copy_tokens X_KIND=1",
+];
+
+#[test]
+fn kernels_compile_everywhere_and_tuned_ones_do_not_spill() {
+    check_kernels(flowhn_fuse::KERNELS, TUNED);
+}

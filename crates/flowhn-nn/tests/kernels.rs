@@ -1,0 +1,20 @@
+//! Every variant of every kernel compiles for every architecture; those that are tuned do not spill. No GPU is needed.
+
+use flowhn_torch::testing::check_kernels;
+
+/// The variants of the shapes that `flowhn bench kernels` times.
+const TUNED: &[&str] = &[
+    "rms_norm_forward X_KIND=1 VECS=1",
+    "rms_norm_backward X_KIND=1 VECS=1",
+    "gated_rms_norm_forward X_KIND=1 VECS=1",
+    "gated_rms_norm_backward X_KIND=1 VECS=1",
+    "swiglu_forward X_KIND=1",
+    "swiglu_backward X_KIND=1",
+    "cross_entropy_rows X_KIND=1",
+    "embedding_backward X_KIND=1",
+];
+
+#[test]
+fn kernels_compile_everywhere_and_tuned_ones_do_not_spill() {
+    check_kernels(flowhn_nn::KERNELS, TUNED);
+}

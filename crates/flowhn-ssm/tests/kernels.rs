@@ -1,0 +1,19 @@
+//! Every variant of every kernel compiles for every architecture; those that are tuned do not spill. No GPU is needed.
+
+use flowhn_torch::testing::check_kernels;
+
+/// The variants of the shapes that `flowhn bench kernels` times.
+const TUNED: &[&str] = &[
+    "selective_scan_forward X_KIND=1 DT_KIND=1 GATED=1",
+    "selective_scan_backward X_KIND=1 DT_KIND=1 GATED=1",
+    "causal_conv1d_forward X_KIND=1 D_CONV=4",
+    "causal_conv1d_backward X_KIND=1 D_CONV=4",
+    "ssd_steps DT_KIND=1",
+    "ssd_state P_TILE=64 N_TILE=128",
+    "ssd_carry P_TILE=64 N_TILE=128",
+];
+
+#[test]
+fn kernels_compile_everywhere_and_tuned_ones_do_not_spill() {
+    check_kernels(flowhn_ssm::KERNELS, TUNED);
+}
