@@ -103,6 +103,11 @@ __device__ __forceinline__ void cp_async_commit() { asm volatile("cp.async.commi
 // Waits until at most `N` of this thread's latest groups are still under way; a barrier must follow before others read.
 template <int N> __device__ __forceinline__ void cp_async_wait() { asm volatile("cp.async.wait_group %0;" ::"n"(N) : "memory"); }
 
+// Starts bringing the 32 bytes around an address of device memory into the L2 cache.
+__device__ __forceinline__ void prefetch_l2(const void* src) {
+    asm volatile("prefetch.global.L2 [%0];" ::"l"(__cvta_generic_to_global(src)));
+}
+
 // A barrier of `n_threads` threads of the block, one of ids 1..15.
 __device__ __forceinline__ void named_barrier(int id, int n_threads) {
     asm volatile("bar.sync %0, %1;" ::"r"(id), "r"(n_threads) : "memory");
