@@ -38,11 +38,6 @@ struct Stage {
     }
 };
 
-// What the tokens of all heads begin from.
-struct HeadSteps {
-    float dt[CHUNK], s[CHUNK];
-};
-
 // What the warps find out about one head, for the warp that closes its books.
 struct Findings {
     float r[2][CHUNK];  // by halves of d_state
@@ -95,13 +90,14 @@ struct RowWarp {
         }
     }
 
-    __device__ __forceinline__ void head(const Stage& in, Tile<N>, Tile<N> c, const HeadSteps& steps, Findings& out, float, bf16*, i64, int,
+    __device__ __forceinline__ void head(const Stage& in, Tile<N>, Tile<N> c, const Steps& steps, Findings& out, float, bf16*, i64, int,
                                          int) {
         unsigned dy[P / 16][4];
         #pragma unroll
         for (int k = 0; k < P / 16; k++) load_a(dy[k], in.dy, row * 16, k * 16);
         int i0 = row * 16 + g;
         float s_row[2] = {steps.s[i0], steps.s[i0 + 8]};
+        int begin[2] = {steps.begin[i0], steps.begin[i0 + 8]};
         float r[2] = {0.f, 0.f};
         #pragma unroll
         for (int slot = 0; slot < 2; slot++) {
@@ -125,7 +121,8 @@ struct RowWarp {
                 for (int k = 0; k < 4; k++) {
                     float dt = k % 2 ? dt_col.y : dt_col.x;
                     float decay = ex2(s_row[k / 2] - (k % 2 ? s_col.y : s_col.x));
-                    float by_score = j0 + k % 2 <= i0 + k / 2 * 8 ? p[n][k] * decay : 0.f;
+                    int j = j0 + k % 2;
+                    float by_score = j <= i0 + k / 2 * 8 && j >= begin[k / 2] ? p[n][k] * decay : 0.f;
                     d_scores[slot][n][k] += by_score * dt;
                     float by_decay = by_score * scores[slot][n][k];
                     r[k / 2] += by_decay * dt;
@@ -138,7 +135,7 @@ struct RowWarp {
                 }
             }
         }
-        float keep[2] = {ex2(s_row[0]), ex2(s_row[1])};
+        float keep[2] = {steps.from_start[i0], steps.from_start[i0 + 8]};
         #pragma unroll
         for (int n = 0; n < HALF_N; n += 2) {
             int col = half * (N / 2) + n * 8;
@@ -242,12 +239,13 @@ struct ColumnWarp {
         }
     }
 
-    __device__ __forceinline__ void head(const Stage& in, Tile<N> b, Tile<N>, const HeadSteps& steps, Findings& out, float skip, bf16* dx, i64 dx_l,
+    __device__ __forceinline__ void head(const Stage& in, Tile<N> b, Tile<N>, const Steps& steps, Findings& out, float skip, bf16* dx, i64 dx_l,
                                          int n_rows, int n_p) {
         int j0 = row * 16 + g, p0 = half * (P / 2);
         float s_row[2] = {steps.s[j0], steps.s[j0 + 8]}, dt[2] = {steps.dt[j0], steps.dt[j0 + 8]};
         float end = steps.s[CHUNK - 1];
-        float to_end[2] = {ex2(end - s_row[0]), ex2(end - s_row[1])};
+        int ends[2] = {steps.end[j0], steps.end[j0 + 8]};
+        float to_end[2] = {ends[0] == CHUNK ? ex2(end - s_row[0]) : 0.f, ends[1] == CHUNK ? ex2(end - s_row[1]) : 0.f};
         float grad[HALF_P][4] = {};
         #pragma unroll
         for (int k = 0; k < N / 16; k++) {
@@ -292,7 +290,8 @@ struct ColumnWarp {
                 #pragma unroll
                 for (int k = 0; k < 4; k++) {
                     float decay = ex2((k % 2 ? s_col.y : s_col.x) - s_row[k / 2]);
-                    m[k] = i0 + k % 2 >= j0 + k / 2 * 8 ? scores[block][n][k] * decay * dt[k / 2] : 0.f;
+                    int i = i0 + k % 2;
+                    m[k] = i >= j0 + k / 2 * 8 && i < ends[k / 2] ? scores[block][n][k] * decay * dt[k / 2] : 0.f;
                 }
                 mix[2 * n] = pack_bf16(m[0], m[1]), mix[2 * n + 1] = pack_bf16(m[2], m[3]);
             }
@@ -382,7 +381,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) ssd_backward(
     Tile<N> b_tile{memory}, c_tile{memory + Tile<N>::bytes(CHUNK)};
     char* stages = memory + 2 * Tile<N>::bytes(CHUNK);
     Findings* findings = reinterpret_cast<Findings*>(stages + STAGES * STAGE_BYTES);
-    HeadSteps* head_steps = reinterpret_cast<HeadSteps*>(findings + 2);
+    Steps* head_steps = reinterpret_cast<Steps*>(findings + 2);
 
     int lane = threadIdx.x & 31, warp = threadIdx.x / 32;
     int n_chunks = (seq_len + CHUNK - 1) / CHUNK, group_heads = n_heads / n_groups;
@@ -413,8 +412,8 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) ssd_backward(
     };
     load_tile<CHUNK, N, THREADS, ALIGN16>(b_tile, b + batch * b_b + group * b_g + first * b_l, b_l, n_rows, d_state);
     load_tile<CHUNK, N, THREADS, ALIGN16>(c_tile, c + batch * c_b + group * c_g + first * c_l, c_l, n_rows, d_state);
-    for (int i = threadIdx.x; i < own_heads * 32; i += THREADS)
-        cp_async16(smem_address(head_steps) + i * 16, reinterpret_cast<const char*>(steps + batch_chunk * n_heads + first_head + i / 32) + i % 32 * 16);
+    for (int i = threadIdx.x; i < own_heads * 64; i += THREADS)
+        cp_async16(smem_address(head_steps) + i * 16, reinterpret_cast<const char*>(steps + batch_chunk * n_heads + first_head + i / 64) + i % 64 * 16);
     cp_async_commit();
     load(0);
     cp_async_wait<1>();
@@ -425,7 +424,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) ssd_backward(
     auto close = [&](int turn) {
         int own = turn / p_blocks, head = first_head + own;
         const Findings& found = findings[turn % 2];
-        const HeadSteps& steps = head_steps[own];
+        const Steps& steps = head_steps[own];
         if (turn % p_blocks == 0) dt_sum[0] = dt_sum[1] = a_sum = skip_sum = bias_sum = 0.f;
         float q[2], net[2], added = 0.f;
         #pragma unroll
@@ -442,22 +441,34 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) ssd_backward(
         float all = warp_sum(added), states_product = 0.f, skips = 0.f;
         #pragma unroll
         for (int k = 0; k < 8; k++) states_product += found.states[k], skips += found.skips[k];
-        float keep = ex2(steps.s[CHUNK - 1]);
+        float keep = steps.from_start[CHUNK - 1];
         if (keep != 0.f) all += keep * states_product;
-        float later = net[0] + net[1];
+        // Sums from each token to the last that sees it.
+        const unsigned char* ends = steps.end;
+        bool stop[2] = {ends[2 * lane] == 2 * lane + 1, ends[2 * lane + 1] == 2 * lane + 2};
+        float later = net[0] + (stop[0] ? 0.f : net[1]);
+        bool stopped = stop[0] || stop[1];
         #pragma unroll
         for (int offset = 1; offset < 32; offset *= 2) {
             float after = __shfl_down_sync(FULL_WARP, later, offset);
-            if (lane + offset < 32) later += after;
+            int after_stopped = __shfl_down_sync(FULL_WARP, (int)stopped, offset);
+            if (lane + offset < 32) {
+                if (!stopped) later += after;
+                stopped = stopped || after_stopped;
+            }
         }
-        float by_step[2] = {later + all, later - net[0] + all};
+        float after = __shfl_down_sync(FULL_WARP, later, 1);
+        float by_step[2] = {later, net[1] + (stop[1] || lane == 31 ? 0.f : after)};
+        #pragma unroll
+        for (int k = 0; k < 2; k++)
+            if (ends[2 * lane + k] == CHUNK) by_step[k] += all;
         float rate = a[head], a_part = 0.f, bias_part = 0.f;
         #pragma unroll
         for (int k = 0; k < 2; k++) {
             int t = 2 * lane + k;
-            // A step that was cut off has no derivative.
-            float own_step = steps.s[t] - (t > 0 ? steps.s[t - 1] : 0.f);
-            float step = own_step < 0.999f * MIN_STEP ? 0.f : by_step[k];
+            // A step that was cut off has no derivative, nor has one at a reset.
+            bool cut = steps.dt[t] * (rate * LOG2_E) <= MIN_STEP || (t > 0 ? steps.begin[t] == t : steps.from_start[0] == 0.f);
+            float step = cut ? 0.f : by_step[k];
             // With dt = softplus(z), the derivative by z is sigmoid(z) = 1 - exp(-dt).
             float grad = (rate * step + q[k]) * (activate ? -expm1f(-steps.dt[t]) : 1.f);
             if (t >= n_rows) grad = 0.f;

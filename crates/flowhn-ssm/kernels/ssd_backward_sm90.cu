@@ -15,10 +15,6 @@ typedef DtypeOf<DT_KIND>::type DT;
 constexpr int P = 64, N = 128, THREADS = 256, STAGES = 2;
 constexpr int STAGE_BYTES = 6 * PANEL;  // x, dy, h, dh
 
-struct HeadSteps {
-    float dt[CHUNK], s[CHUNK];
-};
-
 // What the warps find out about one head, for the warp that closes its books.
 struct Findings {
     float r[CHUNK];     // with the part through the state
@@ -90,7 +86,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) ssd_backward_sm90(
     Panels b_tile{base}, c_tile{base + 2 * PANEL};
     constexpr int STAGES_AT = 4 * PANEL;
     Findings* findings = reinterpret_cast<Findings*>(memory + STAGES_AT + STAGES * STAGE_BYTES);
-    HeadSteps* head_steps = reinterpret_cast<HeadSteps*>(findings + 2);
+    Steps* head_steps = reinterpret_cast<Steps*>(findings + 2);
 
     int lane = threadIdx.x & 31, warp = threadIdx.x / 32 % 4, g = lane / 4, t = lane % 4, row = warp * 16 + g;
     int n_chunks = (seq_len + CHUNK - 1) / CHUNK, group_heads = n_heads / n_groups;
@@ -120,9 +116,9 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) ssd_backward_sm90(
     };
     load_panels<N, THREADS>(b_tile, b + batch * b_b + group * b_g + first * b_l, b_l, n_rows, d_state);
     load_panels<N, THREADS>(c_tile, c + batch * c_b + group * c_g + first * c_l, c_l, n_rows, d_state);
-    for (int i = threadIdx.x; i < own_heads * 32; i += THREADS)
+    for (int i = threadIdx.x; i < own_heads * 64; i += THREADS)
         cp_async16(smem_address(head_steps) + i * 16,
-                   reinterpret_cast<const char*>(steps + batch_chunk * n_heads + first_head + i / 32) + i % 32 * 16);
+                   reinterpret_cast<const char*>(steps + batch_chunk * n_heads + first_head + i / 64) + i % 64 * 16);
     cp_async_commit();
     load(0);
     cp_async_wait<1>();
@@ -153,9 +149,10 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) ssd_backward_sm90(
             unsigned stage = base + STAGES_AT + turn % STAGES * STAGE_BYTES;
             const char* bytes = memory + STAGES_AT + turn % STAGES * STAGE_BYTES;
             Panels x_tile{stage}, dy_tile{stage + PANEL}, h_tile{stage + 2 * PANEL};
-            const HeadSteps& own = head_steps[turn / p_blocks];
+            const Steps& own = head_steps[turn / p_blocks];
             Findings& out = findings[turn % 2];
-            float s_row[2] = {own.s[row], own.s[row + 8]}, keep[2] = {ex2(s_row[0]), ex2(s_row[1])};
+            float s_row[2] = {own.s[row], own.s[row + 8]}, keep[2] = {own.from_start[row], own.from_start[row + 8]};
+            int begin[2] = {own.begin[row], own.begin[row + 8]};
 
             float p[8][4];
             wgmma_fence();
@@ -185,7 +182,8 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) ssd_backward_sm90(
                 for (int k = 0; k < 4; k++) {
                     float dt = k % 2 ? dt_col.y : dt_col.x;
                     float decay = ex2(s_row[k / 2] - (k % 2 ? s_col.y : s_col.x));
-                    float by_score = j0 + k % 2 <= row + k / 2 * 8 ? p[n][k] * decay : 0.f;
+                    int j = j0 + k % 2;
+                    float by_score = j <= row + k / 2 * 8 && j >= begin[k / 2] ? p[n][k] * decay : 0.f;
                     d_scores[n][k] += by_score * dt;
                     float by_decay = by_score * scores[n][k];
                     r[k / 2] += by_decay * dt;
@@ -269,7 +267,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) ssd_backward_sm90(
     auto close = [&](int turn) {
         int own_idx = turn / p_blocks, head = first_head + own_idx;
         const Findings& found = findings[turn % 2];
-        const HeadSteps& own = head_steps[own_idx];
+        const Steps& own = head_steps[own_idx];
         if (turn % p_blocks == 0) dt_sum[0] = dt_sum[1] = a_sum = skip_sum = bias_sum = 0.f;
         float q[2], net[2], added = 0.f;
         #pragma unroll
@@ -285,22 +283,34 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) ssd_backward_sm90(
         float all = warp_sum(added), product = 0.f, skips = 0.f;
         #pragma unroll
         for (int k = 0; k < 4; k++) product += found.states[k], skips += found.skips[k];
-        float keep = ex2(own.s[CHUNK - 1]);
+        float keep = own.from_start[CHUNK - 1];
         if (keep != 0.f) all += keep * product;
-        float later = net[0] + net[1];
+        // Sums from each token to the last that sees it.
+        const unsigned char* ends = own.end;
+        bool stop[2] = {ends[2 * lane] == 2 * lane + 1, ends[2 * lane + 1] == 2 * lane + 2};
+        float later = net[0] + (stop[0] ? 0.f : net[1]);
+        bool stopped = stop[0] || stop[1];
         #pragma unroll
         for (int offset = 1; offset < 32; offset *= 2) {
             float after = __shfl_down_sync(FULL_WARP, later, offset);
-            if (lane + offset < 32) later += after;
+            int after_stopped = __shfl_down_sync(FULL_WARP, (int)stopped, offset);
+            if (lane + offset < 32) {
+                if (!stopped) later += after;
+                stopped = stopped || after_stopped;
+            }
         }
-        float by_step[2] = {later + all, later - net[0] + all};
+        float after = __shfl_down_sync(FULL_WARP, later, 1);
+        float by_step[2] = {later, net[1] + (stop[1] || lane == 31 ? 0.f : after)};
+        #pragma unroll
+        for (int k = 0; k < 2; k++)
+            if (ends[2 * lane + k] == CHUNK) by_step[k] += all;
         float rate = a[head], a_part = 0.f, bias_part = 0.f;
         #pragma unroll
         for (int k = 0; k < 2; k++) {
             int i = 2 * lane + k;
-            // A step that was cut off has no derivative.
-            float own_step = own.s[i] - (i > 0 ? own.s[i - 1] : 0.f);
-            float step = own_step < 0.999f * MIN_STEP ? 0.f : by_step[k];
+            // A step that was cut off has no derivative, nor has one at a reset.
+            bool cut = own.dt[i] * (rate * LOG2_E) <= MIN_STEP || (i > 0 ? own.begin[i] == i : own.from_start[0] == 0.f);
+            float step = cut ? 0.f : by_step[k];
             // With dt = softplus(z), the derivative by z is sigmoid(z) = 1 - exp(-dt).
             float grad = (rate * step + q[k]) * (activate ? -expm1f(-own.dt[i]) : 1.f);
             if (i >= n_rows) grad = 0.f;
@@ -326,7 +336,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) ssd_backward_sm90(
         unsigned stage = base + STAGES_AT + turn % STAGES * STAGE_BYTES;
         const char* bytes = memory + STAGES_AT + turn % STAGES * STAGE_BYTES;
         Panels x_tile{stage}, dy_tile{stage + PANEL}, dh_tile{stage + 4 * PANEL};
-        const HeadSteps& own = head_steps[turn / p_blocks];
+        const Steps& own = head_steps[turn / p_blocks];
         Findings& out = findings[turn % 2];
         int head = first_head + turn / p_blocks, p0 = turn % p_blocks * P;
         float skip = d ? d[head] : 0.f;
@@ -337,7 +347,9 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) ssd_backward_sm90(
         for (int k = 0; k < N / 16; k++) wgmma_64x64(grad, b_tile.along(k), dh_tile.along(k), k > 0);
         wgmma_commit();
         float s_row[2] = {own.s[row], own.s[row + 8]}, dt[2] = {own.dt[row], own.dt[row + 8]}, end = own.s[CHUNK - 1];
-        float to_end[2] = {ex2(end - s_row[0]), ex2(end - s_row[1])}, weight[2] = {to_end[0] * dt[0], to_end[1] * dt[1]};
+        int ends[2] = {own.end[row], own.end[row + 8]};
+        float to_end[2] = {ends[0] == CHUNK ? ex2(end - s_row[0]) : 0.f, ends[1] == CHUNK ? ex2(end - s_row[1]) : 0.f};
+        float weight[2] = {to_end[0] * dt[0], to_end[1] * dt[1]};
         unsigned left[4][4];
         #pragma unroll
         for (int k = 0; k < 4; k++) load_rows(left[k], x_tile, warp * 16, k, weight[0], weight[1]);
@@ -378,7 +390,8 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) ssd_backward_sm90(
                 #pragma unroll
                 for (int k = 0; k < 4; k++) {
                     float decay = ex2((k % 2 ? s_col.y : s_col.x) - s_row[k / 2]);
-                    m[k] = i0 + k % 2 >= row + k / 2 * 8 ? scores[n][k] * decay * dt[k / 2] : 0.f;
+                    int i = i0 + k % 2;
+                    m[k] = i >= row + k / 2 * 8 && i < ends[k / 2] ? scores[n][k] * decay * dt[k / 2] : 0.f;
                 }
             }
             mix[n / 2][n % 2 * 2] = pack_bf16(m[0], m[1]), mix[n / 2][n % 2 * 2 + 1] = pack_bf16(m[2], m[3]);

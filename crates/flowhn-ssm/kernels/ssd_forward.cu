@@ -104,6 +104,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, N <= 128 ? 2 : 1) ssd_forw
 
         // m, shared between the two warps of a row: blocks of 16 tokens j in turn.
         float s_row[2] = {in.steps.s[row * 16 + g], in.steps.s[row * 16 + g + 8]};
+        int begin[2] = {in.steps.begin[row * 16 + g], in.steps.begin[row * 16 + g + 8]};
         for (int block = half; block <= row; block += 2) {
             float score[2][4] = {};
             #pragma unroll
@@ -122,7 +123,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, N <= 128 ? 2 : 1) ssd_forw
                 for (int k = 0; k < 4; k++) {
                     int i = row * 16 + g + k / 2 * 8, j = block * 16 + n * 8 + 2 * t + k % 2;
                     float decay = ex2(s_row[k / 2] - (k % 2 ? s_col.y : s_col.x));
-                    score[n][k] = j <= i ? score[n][k] * decay * (k % 2 ? dt_col.y : dt_col.x) : 0.f;
+                    score[n][k] = j <= i && j >= begin[k / 2] ? score[n][k] * decay * (k % 2 ? dt_col.y : dt_col.x) : 0.f;
                 }
             }
             mix_blocks[(row * (row + 1) / 2 + block) * 32 + lane] =

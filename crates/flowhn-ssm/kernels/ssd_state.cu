@@ -65,7 +65,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, N <= 128 ? 2 : 1) ssd_stat
     };
     #pragma unroll
     for (int i = 0; i < STAGES - 1; i++) load(i);
-    float total = 0.f;
+    float total = 1.f;
     for (int i = 0; i < n_own; i++) {
         const Steps& own = *steps_at(i);
         cp_async_wait<STAGES - 2>();
@@ -85,7 +85,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, N <= 128 ? 2 : 1) ssd_stat
                 }
         }
         float decay = own.from_start[CHUNK - 1];
-        total += own.s[CHUNK - 1];
+        total *= decay;
         // A decay of 0 clears whatever was there.
         #pragma unroll
         for (int m = 0; m < STATE_M; m++)
@@ -124,7 +124,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, N <= 128 ? 2 : 1) ssd_stat
         }
     }
 
-    if (decays && threadIdx.x == 0 && p0 == 0) decays[((i64)batch * n_segments + segment) * n_heads + head] = ex2(total);
+    if (decays && threadIdx.x == 0 && p0 == 0) decays[((i64)batch * n_segments + segment) * n_heads + head] = total;
     if (last == nullptr) return;
     #pragma unroll
     for (int m = 0; m < STATE_M; m++)

@@ -55,7 +55,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, 3) ssd_state_sm90(
     #pragma unroll
     for (int i = 0; i < STAGES - 1; i++) load(i);
 
-    float total = 0.f;
+    float total = 1.f;
     for (int i = 0; i < n_own; i++) {
         unsigned stage = stages + i % STAGES * STAGE_BYTES;
         Panels b_tile{stage}, x_tile{stage + 2 * PANEL};
@@ -76,7 +76,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, 3) ssd_state_sm90(
             }
         }
         float decay = own.from_start[CHUNK - 1];
-        total += own.s[CHUNK - 1];
+        total *= decay;
         #pragma unroll
         for (int n = 0; n < N / 8; n++)
             #pragma unroll
@@ -106,7 +106,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, 3) ssd_state_sm90(
         wgmma_hold(state);
     }
 
-    if (decays && threadIdx.x == 0 && p0 == 0) decays[((i64)batch * n_segments + segment) * n_heads + head] = ex2(total);
+    if (decays && threadIdx.x == 0 && p0 == 0) decays[((i64)batch * n_segments + segment) * n_heads + head] = total;
     if (last == nullptr) return;
     #pragma unroll
     for (int n = 0; n < N / 8; n++)

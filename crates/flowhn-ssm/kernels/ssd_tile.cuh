@@ -8,13 +8,14 @@ constexpr int CHUNK = 64;
 // One head's steps in a chunk, as ssd_steps.cu writes them.
 struct Steps {
     float dt[CHUNK];          // step sizes, 0 past the end
-    float s[CHUNK];           // running sums of dt a log2(e)
-    float from_start[CHUNK];  // 2^(s_i), what of the state before the chunk is left at token i
-    unsigned to_end[CHUNK / 2];  // dt_j 2^(s_end - s_j), what token j weighs in the state after the chunk: pairs of bf16
-    unsigned unused[CHUNK / 2];
+    float s[CHUNK];           // running sums of dt a log2(e), from 0 at every reset
+    float from_start[CHUNK];  // 2^(s_i), what of the state before the chunk is left at token i; 0 after a reset
+    unsigned to_end[CHUNK / 2];  // dt_j 2^(s_end - s_j), what token j weighs in the state after the chunk: pairs of bf16; 0 before a reset
+    // Token i sees the tokens from begin[i] on, token j is seen by those before end[j]: borders at resets.
+    unsigned char begin[CHUNK], end[CHUNK];
 };
 
-// A decay that is cut off, and one at a reset: 2^-160 is 0 in f32.
+// Where a step is cut off: 2^-160 is 0 in f32.
 constexpr float MIN_STEP = -160.f;
 
 // ---- tiles --------------------------------------------------------------------------------------------------------------

@@ -11,7 +11,7 @@ use crate::kernels::{
 
 /// Tokens of a chunk.
 const CHUNK: i64 = 64;
-/// Four scalars a token.
+/// Four words a token.
 const STEPS_BYTES: usize = 4 * CHUNK as usize * size_of::<f32>();
 /// 64 rows of 64 bf16 values.
 const PANEL_BYTES: usize = 64 * 64 * 2;
@@ -223,14 +223,14 @@ impl Tiles {
     fn backward_shared_bytes(&self, part_heads: i64) -> usize {
         let stages = if self.n_tile <= 128 { 2 } else { 1 };
         let stage = 2 * Self::tile_bytes(self.p_tile, CHUNK) + 2 * Self::tile_bytes(self.n_tile, self.p_tile);
-        // What warps find out about two heads, and two scalars a token of all heads.
-        let scalars = 2 * (8 * CHUNK + 16) + part_heads * 2 * CHUNK;
+        // What warps find out about two heads, and the steps of all heads.
+        let scalars = 2 * (8 * CHUNK + 16) + part_heads * 4 * CHUNK;
         2 * Self::tile_bytes(self.n_tile, CHUNK) + stages * stage + scalars as usize * size_of::<f32>()
     }
 
     fn backward_sm90_shared_bytes(part_heads: i64) -> usize {
         // b and c, two stages of x, dy and two states; then as above.
-        let scalars = 2 * (6 * CHUNK + 8) + part_heads * 2 * CHUNK;
+        let scalars = 2 * (6 * CHUNK + 8) + part_heads * 4 * CHUNK;
         16 * PANEL_BYTES + scalars as usize * size_of::<f32>()
     }
 
