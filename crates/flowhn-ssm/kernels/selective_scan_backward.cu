@@ -31,6 +31,7 @@ constexpr bool EXACT = X_KIND == 0 || B_KIND == 0 || C_KIND == 0;
 constexpr int STEP_STRIDE = CHANNELS + 4;
 // Tokens whose states, decays and operands a lane keeps in registers.
 constexpr int STRIP = 4;
+static_assert(CHUNK <= 64 && CHUNK % ROWS == 0 && THREADS >= 2 * STRIP * SLICE, "");
 // Channels of 32 bytes, and how many times as many a block has.
 constexpr int PREFETCH_CHANNELS = 32 / sizeof(X);
 constexpr int PREFETCHES = CHANNELS / PREFETCH_CHANNELS;
@@ -172,15 +173,18 @@ selective_scan_backward(X* dx, Dt* ddt, Z* dz, float* state_parts, float* rate_p
             store_pairs(reinterpret_cast<float2*>(steps) + t * STEP_STRIDE + quad, step, u);
             *reinterpret_cast<float4*>(gated + t * CHANNELS + quad) = to_float4(out);
         }
-        unsigned resets[CHUNK / 32];
+        // Bit t: whether token t resets the state.
+        unsigned early_resets = 0, late_resets = 0;
         if (RESET) {
-            #pragma unroll
-            for (int k = 0; k < CHUNK / 32; k++) {
-                int t = k * 32 + lane;
-                i64 at = batch * reset_batch + (token + (t < n_tokens ? t : 0)) * reset_token;
-                resets[k] = __ballot_sync(FULL_WARP, t < n_tokens && reset[at]);
-            }
+            i64 at = batch * reset_batch + token * reset_token;
+            int t = lane + 32;
+            early_resets = __ballot_sync(FULL_WARP, lane < n_tokens && reset[at + (lane < n_tokens ? lane : 0) * reset_token]);
+            late_resets = __ballot_sync(FULL_WARP, t < n_tokens && reset[at + (t < n_tokens ? t : 0) * reset_token]);
         }
+        auto resets_of = [&](int strip) {
+            int t = strip * STRIP;
+            return RESET ? (t < 32 ? early_resets : late_resets) >> t % 32 : 0;
+        };
 
         #pragma unroll 1
         for (int slice = 0; slice < SLICES; slice++) {
@@ -215,8 +219,7 @@ selective_scan_backward(X* dx, Dt* ddt, Z* dz, float* state_parts, float* rate_p
             #pragma unroll 1
             for (int strip = 0; strip < n_strips - 1; strip++) {
                 *mark_at = to_float4(h);
-                unsigned reset_bits = 0;
-                if (RESET) reset_bits = resets[strip * STRIP / 32] >> strip * STRIP % 32;
+                unsigned reset_bits = resets_of(strip);
                 #pragma unroll
                 for (int k = 0; k < STRIP; k++) {
                     float2 step = step_at[k * STEP_STRIDE];
@@ -241,8 +244,7 @@ selective_scan_backward(X* dx, Dt* ddt, Z* dz, float* state_parts, float* rate_p
 
             #pragma unroll 1
             for (int strip = n_strips - 1; strip >= 0; strip--) {
-                unsigned reset_bits = 0;
-                if (RESET) reset_bits = resets[strip * STRIP / 32] >> strip * STRIP % 32;
+                unsigned reset_bits = resets_of(strip);
                 if (strip < n_strips - 1) h = to_four(*mark_at);
                 int parity = strip % 2 * WARPS * N_SUMS;
                 float before[STRIP][4], decay[STRIP][4], products[STRIP][4], y_part[STRIP];
