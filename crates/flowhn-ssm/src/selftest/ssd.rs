@@ -58,6 +58,7 @@ pub(super) fn cases() -> Vec<Case> {
     cases.push(Case::new("ssd: pieces equal the whole", pieces_equal_the_whole));
     cases.push(Case::new("ssd: extreme steps stay finite", extremes_stay_finite));
     cases.push(Case::new("ssd: a token leaves those before it alone", causal));
+    cases.push(Case::new("ssd: a document leaves others in its pack alone", documents_stay_apart));
     cases.push(Case::new("ssd: unsupported arguments are refused by name", refusals));
     cases
 }
@@ -295,6 +296,43 @@ fn causal(device: Device) -> Result<String> {
                 expect(&format!("{kind:?}: what comes before token {token} of input {i} stays"), kept)?;
                 expect(&format!("{kind:?}: token {token} of input {i} counts"), !same_bits(&after, &before))?;
             }
+        }
+    }
+    Ok("bit for bit".to_owned())
+}
+
+/// Not even by rounding: a document's outputs and gradients have the same bits whatever lies before and after it.
+fn documents_stay_apart(device: Device) -> Result<String> {
+    let (first, len) = (50, 40);
+    for (kind, sizes) in [
+        (Kind::BFloat16, [1, 140, 2, 64, 1, 128]),
+        (Kind::BFloat16, [1, 140, 2, 24, 1, 20]),
+        (Kind::Float, [1, 140, 2, 24, 1, 20]),
+    ] {
+        let tokens = Tensor::arange(sizes[1], (Kind::Int64, device)).unsqueeze(0);
+        let reset_bl = tokens.eq(first).logical_or(&tokens.eq(first + len));
+        let run = |t: &[Tensor]| -> Result<Vec<Tensor>> {
+            let leaves: Vec<Tensor> = t.iter().map(|t| t.detach().set_requires_grad(true)).collect();
+            let y = ssd(&args(&leaves, Some(&reset_bl), With::default()))?.y_blhp;
+            let direction = noise(&y.size(), 30).to_kind(y.kind()).to_device(device);
+            let loss = (&y * direction).sum(Kind::Float);
+            let wanted = [&leaves[0], &leaves[1], &leaves[3], &leaves[4]];
+            let grads = Tensor::f_run_backward(&[loss], &wanted, false, false)?;
+            Ok(std::iter::once(y).chain(grads).map(|t| t.narrow(1, first, len)).collect())
+        };
+        let t = on_device(sizes, kind, device);
+        let mut changed: Vec<Tensor> = t.iter().map(Tensor::copy).collect();
+        for i in [0, 1, 3, 4] {
+            for (start, len) in [(0, first), (first + len, sizes[1] - first - len)] {
+                let mut part = changed[i].narrow(1, start, len);
+                let other = noise(&part.size(), 40 + i as i64).to_kind(kind).to_device(device);
+                part.copy_(&(other * 2.));
+            }
+        }
+        changed[7] = &changed[7] * 3.;
+        for (name, (before, after)) in ["y", "dx", "d_dt", "db", "dc"].iter().zip(run(&t)?.iter().zip(&run(&changed)?))
+        {
+            expect(&format!("{kind:?}, sizes {sizes:?}: {name} has the same bits"), same_bits(before, after))?;
         }
     }
     Ok("bit for bit".to_owned())
