@@ -17,8 +17,8 @@ use crate::{Decay, Init, Path, Weight};
 /// The gradient of the weight is summed in the weight's own type, in the order of the tokens: it comes out the same on
 /// any number of threads. Row `padding_idx` gets none.
 ///
-/// On CUDA nothing waits for the device, so an id outside the vocabulary is no error there: its row is NaN. [`check_ids`] finds
-/// it before ids are copied to the device.
+/// On CUDA nothing waits for the device, so an id outside the vocabulary is no error there: its row is NaN.
+/// [`check_ids`] finds it before ids are copied to the device.
 ///
 /// # Shapes
 /// - `weight_vd`: `[vocab_size, d_model]`, f32 (f64 for `Kind::Double`), contiguous
@@ -235,8 +235,8 @@ impl TokensById {
 /// Ids on the CPU as a slice, each in `0..vocab_size` or equal to `ignored`; `op` and `arg` name them in the message.
 ///
 /// # Errors
-/// [`Error::Invalid`] with the position and value of one that is neither; that of [`cpu::slice`] for a tensor that is not i64,
-/// contiguous and on the CPU.
+/// [`Error::Invalid`] with the position and value of one that is neither; that of [`cpu::slice`] for a tensor that is
+/// not i64, contiguous and on the CPU.
 pub fn check_ids<'a>(
     op: &'static str,
     arg: &'static str,

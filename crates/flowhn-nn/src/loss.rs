@@ -14,19 +14,19 @@ use crate::rows::{for_float_kind, no_kernel};
 /// Returns the mean over tokens of `-ln softmax(x W^T)[target]`, leaving out tokens whose target is `ignore_index`.
 ///
 /// The logits are computed in chunks of rows. Where a gradient is wanted, each chunk's logits become their own gradient
-/// at once and the gradients of `x` and `W` are done when this returns; the backward only scales them (on CUDA in place, so that
-/// a second one through the same loss is an error). The softmax and
-/// the loss are f32 (f64 for f64 inputs), and with bf16 inputs the gradient of `W` is summed in f32. If every target is
-/// ignored, the loss and the gradients are 0.
+/// at once and the gradients of `x` and `W` are done when this returns; the backward only scales them (on CUDA in
+/// place, so that a second one through the same loss is an error). The softmax and the loss are f32 (f64 for f64
+/// inputs), and with bf16 inputs the gradient of `W` is summed in f32. If every target is ignored, the loss and the
+/// gradients are 0.
 ///
-/// On CUDA nothing waits for the device, so a target outside the vocabulary is no error there: it makes the loss and the
-/// gradients NaN. [`check_ids`](crate::check_ids) finds it before targets are copied to the device. The logits of a chunk take
-/// at most half a GiB.
+/// On CUDA nothing waits for the device, so a target outside the vocabulary is no error there: it makes the loss and
+/// the gradients NaN. [`check_ids`](crate::check_ids) finds it before targets are copied to the device. The logits of a
+/// chunk take at most half a GiB.
 ///
 /// # Shapes
 /// - `x_td`: `[n_tokens, d_model]`, f32, bf16 or, on the CPU, f64
-/// - `weight_vd`: `[vocab_size, d_model]`, in the type of `x_td`, or f32 beside bf16: it is then rounded here, and its gradient
-///   stays as exact as it was summed
+/// - `weight_vd`: `[vocab_size, d_model]`, in the type of `x_td`, or f32 beside bf16: it is then rounded here, and its
+///   gradient stays as exact as it was summed
 /// - `targets_t`: `[n_tokens]`, i64, each in `0..vocab_size` or `ignore_index`
 /// - returns a scalar, f32 (f64 for f64 inputs), in nats a token
 ///

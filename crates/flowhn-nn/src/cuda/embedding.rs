@@ -81,7 +81,8 @@ impl Function for EmbeddingCuda {
         let parts = Tensor::f_empty([n_chunks, d], (Kind::Float, dx.device()))?;
         let row_stride = dx.stride()[0];
         let defines = defines(kind_define(Self::NAME, "x", &dx)?, vector_len(4, d, row_stride, &[&dx]));
-        let rows = [Arg::Tensor(&sorted), Arg::Tensor(&order), Arg::Tensor(&dx), Arg::I64(row_stride), Arg::Tensor(&parts)];
+        let rows =
+            [Arg::Tensor(&sorted), Arg::Tensor(&order), Arg::Tensor(&dx), Arg::I64(row_stride), Arg::Tensor(&parts)];
         let args = [&rows[..], &[Arg::I32(d as i32)]].concat();
         kernel("embedding_parts", &defines).launch(blocks(n_chunks, 1)?, 256, 0, &args)?;
         let sizes = [n_tokens, d, self.vocab_size, self.padding_idx.unwrap_or(-1)].map(|size| Arg::I32(size as i32));
@@ -91,7 +92,8 @@ impl Function for EmbeddingCuda {
     }
 }
 
-/// Neighbours of a thread: the most, up to `widest`, that are aligned words in rows of `d` elements, `row_stride` apart.
+/// Neighbours of a thread: the most, up to `widest`, that are aligned words in rows of `d` elements, `row_stride`
+/// apart.
 fn vector_len(widest: i64, d: i64, row_stride: i64, tensors: &[&Tensor]) -> i64 {
     // Words are 16 bytes at most.
     let bytes = |vec: i64, tensor: &Tensor| (vec as usize * tensor.kind().elt_size_in_bytes()).min(16);
@@ -112,7 +114,9 @@ fn blocks(n: i64, per_block: i64) -> Result<[u32; 3]> {
     let n_blocks = (n + per_block - 1) / per_block;
     match i32::try_from(n_blocks) {
         Ok(n_blocks) => Ok([n_blocks as u32, 1, 1]),
-        Err(_) => Err(Error::invalid("embedding", format!("{n_blocks} blocks are more than a launch has; split the batch"))),
+        Err(_) => {
+            Err(Error::invalid("embedding", format!("{n_blocks} blocks are more than a launch has; split the batch")))
+        }
     }
 }
 

@@ -1,4 +1,5 @@
-//! [`linear_cross_entropy`](crate::linear_cross_entropy) on CUDA: matrix products by libtorch, what is between them by one kernel a chunk.
+//! [`linear_cross_entropy`](crate::linear_cross_entropy) on CUDA: matrix products by libtorch, what is between them by
+//! one kernel a chunk.
 // t n_tokens, r rows of a chunk, d d_model, v vocab_size
 
 use std::sync::atomic::{AtomicBool, Ordering};
@@ -10,8 +11,8 @@ use flowhn_torch::{BackwardCtx, Error, ForwardCtx, Function, Result, op};
 
 use crate::kernels::{CROSS_ENTROPY, SCALED_CAST};
 
-/// The most that the logits of a chunk take: enough rows for the matrix products to run at full speed and for few passes over the
-/// gradient of the weight, which each chunk adds to.
+/// The most that the logits of a chunk take: enough rows for the matrix products to run at full speed and for few
+/// passes over the gradient of the weight, which each chunk adds to.
 const CHUNK_BYTES: i64 = 512 << 20;
 
 /// Rows of a chunk are a multiple of this, the height of a tile of the matrix products.
@@ -53,10 +54,11 @@ impl Function for LinearCrossEntropyCuda {
         Ok(vec![loss])
     }
 
-    /// Multiplies by the gradient that comes in, which stays on the device: in place, or while rounding the gradient of a bf16 weight.
+    /// Multiplies by the gradient that comes in, which stays on the device: in place, or while rounding the gradient of
+    /// a bf16 weight.
     fn backward(&self, ctx: &BackwardCtx, grads: &[Tensor]) -> Result<Vec<Option<Tensor>>> {
         if self.is_spent.swap(true, Ordering::Relaxed) {
-            let message = "a second backward through the same loss: the gradients were handed out by the first; run the forward again";
+            let message = "a second backward of one loss: the first handed out its gradients; run the forward again";
             return Err(Error::invalid(Self::NAME, message));
         }
         let [dx, dweight] = ctx.saved() else { unreachable!("two tensors are saved") };
@@ -96,7 +98,8 @@ impl Head {
         kind_define(op, "x_td", x)?;
         let (n_tokens, vocab_size) = (x.size()[0], weight.size()[0]);
         if i32::try_from(n_tokens.max(vocab_size)).is_err() {
-            let message = format!("{n_tokens} tokens and {vocab_size} rows of the weight: the CUDA kernel counts to 2^31 - 1");
+            let message =
+                format!("{n_tokens} tokens and {vocab_size} rows of the weight: the CUDA kernel counts to 2^31 - 1");
             return Err(Error::invalid(op, message));
         }
         let (x, weight) = (x.f_contiguous()?, weight.f_to_kind(x.kind())?.f_contiguous()?);
@@ -223,7 +226,8 @@ impl WeightGrad {
     }
 }
 
-/// `tensor * factor`, the factor a number on the device: the tensor itself, multiplied in place, or one of another type.
+/// `tensor * factor`, the factor a number on the device: the tensor itself, multiplied in place, or one of another
+/// type.
 fn scaled(tensor: &Tensor, factor: &Tensor, kind: Kind) -> Result<Tensor> {
     const OP: &str = LinearCrossEntropyCuda::NAME;
     let n_elements = tensor.numel() as i64;

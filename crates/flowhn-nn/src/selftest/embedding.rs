@@ -23,14 +23,7 @@ pub(super) fn cases() -> Vec<Case> {
     cases
 }
 
-fn check(
-    n_tokens: i64,
-    vocab_size: i64,
-    d_model: i64,
-    frequent: bool,
-    kind: Kind,
-    device: Device,
-) -> Result<String> {
+fn check(n_tokens: i64, vocab_size: i64, d_model: i64, frequent: bool, kind: Kind, device: Device) -> Result<String> {
     let table = noise(&[vocab_size, d_model], 1);
     let ids = ids(n_tokens, vocab_size, frequent);
     let in_kind = |t: &[Tensor]| if t[0].kind() == Kind::Double { Kind::Double } else { kind };
@@ -74,7 +67,8 @@ fn outside(kind: Kind, device: Device) -> Result<String> {
             let is_nan = Vec::<bool>::try_from(x.isnan().all_dim(1, false).to_device(Device::Cpu))?;
             expect(device != Device::Cpu && is_nan == [false, true, true, true, false], "the wrong rows are NaN")?;
             x.sum(Kind::Float).f_backward()?;
-            let sums = Vec::<f64>::try_from(table.grad().sum_dim_intlist(1, false, Kind::Double).to_device(Device::Cpu))?;
+            let sums =
+                Vec::<f64>::try_from(table.grad().sum_dim_intlist(1, false, Kind::Double).to_device(Device::Cpu))?;
             expect(sums == [0., 8., 8., 0., 0., 0.], &format!("the gradients of the rows add up to {sums:?}"))?;
         }
         Err(error) => expect(error.to_string().contains("ids[1] is 6"), &error.to_string())?,

@@ -15,7 +15,8 @@ pub(super) fn cases() -> Vec<Case> {
             for n_tokens in [1, 31, 1000] {
                 // The widest vocabulary with few tokens only: the reference keeps all logits, in double precision.
                 if vocab_size < 50_257 || n_tokens < 1000 {
-                    let name = format!("linear_cross_entropy: {kind:?}, {n_tokens} tokens x 24, vocabulary of {vocab_size}");
+                    let name =
+                        format!("linear_cross_entropy: {kind:?}, {n_tokens} tokens x 24, vocabulary of {vocab_size}");
                     cases.push(Case::new(name, move |device| check(n_tokens, 24, vocab_size, kind, device)));
                 }
             }
@@ -34,9 +35,10 @@ pub(super) fn cases() -> Vec<Case> {
         cases.push(Case::new(format!("linear_cross_entropy: {kind:?}, every target ignored"), move |device| {
             all_ignored(kind, device)
         }));
-        cases.push(Case::new(format!("linear_cross_entropy: {kind:?}, a target outside the vocabulary"), move |device| {
-            outside(kind, device)
-        }));
+        cases.push(Case::new(
+            format!("linear_cross_entropy: {kind:?}, a target outside the vocabulary"),
+            move |device| outside(kind, device),
+        ));
         cases.push(Case::new(format!("token_losses: {kind:?}"), move |device| check_token_losses(kind, device)));
     }
     let name = "linear_cross_entropy: BFloat16, weight in f32";
@@ -57,9 +59,8 @@ fn check_kinds(
     device: Device,
 ) -> Result<String> {
     let inputs = [noise(&[n_tokens, d_model], 1), noise(&[vocab_size, d_model], 2) * 2., targets(n_tokens, vocab_size)];
-    let plain = |t: &[Tensor]| {
-        Ok(vec![reference::linear_cross_entropy(&t[0], &t[1].to_kind(t[0].kind()), &t[2], IGNORED)])
-    };
+    let plain =
+        |t: &[Tensor]| Ok(vec![reference::linear_cross_entropy(&t[0], &t[1].to_kind(t[0].kind()), &t[2], IGNORED)]);
     let kernel = |t: &[Tensor]| Ok(vec![linear_cross_entropy(&t[0], &t[1], &t[2], IGNORED)?]);
     let rule = Rule { kernel: &kernel, plain: &plain, floor: Rule::floor_of(kind) };
     rule.check(&inputs, &[kind, weight_kind, kind], device)
@@ -102,7 +103,8 @@ fn all_ignored(kind: Kind, device: Device) -> Result<String> {
 
 /// On the CPU an error that names it; on CUDA, which reports nothing without waiting, NaN.
 fn outside(kind: Kind, device: Device) -> Result<String> {
-    let (x, weight) = (noise(&[3, 8], 8).to_kind(kind).to_device(device), noise(&[11, 8], 9).to_kind(kind).to_device(device));
+    let (x, weight) =
+        (noise(&[3, 8], 8).to_kind(kind).to_device(device), noise(&[11, 8], 9).to_kind(kind).to_device(device));
     let targets = Tensor::from_slice(&[4i64, 11, 2]).to_device(device);
     match linear_cross_entropy(&x.set_requires_grad(true), &weight, &targets, IGNORED) {
         Ok(loss) => expect(device != Device::Cpu && loss.double_value(&[]).is_nan(), "the loss is not NaN")?,

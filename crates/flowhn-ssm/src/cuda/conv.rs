@@ -1,4 +1,5 @@
-//! The causal convolution on CUDA: one launch forward; backward one, and a small one that adds up the gradients of taps and bias.
+//! The causal convolution on CUDA: one launch forward; backward one, and a small one that adds up the gradients of taps
+//! and bias.
 // b batch, l seq_len, e channels, k d_conv, j d_conv - 1
 
 use flowhn_torch::kernel::rows::with_dense_rows;
@@ -132,11 +133,13 @@ impl Conv {
         let (batch, seq_len, channels) = x.size3()?;
         let shape = Shape { batch, seq_len, channels, d_conv: inputs[1].size()[1] };
         if shape.d_conv > MAX_D_CONV {
-            let message = format!("weight_ek has {} taps, the CUDA kernel at most {MAX_D_CONV}; use the CPU", shape.d_conv);
+            let message =
+                format!("weight_ek has {} taps, the CUDA kernel at most {MAX_D_CONV}; use the CPU", shape.d_conv);
             return Err(Error::invalid(OP, message));
         }
         if i32::try_from(seq_len.max(channels)).is_err() {
-            let message = format!("x_ble has shape {:?}; an axis of a CUDA tensor may have 2^31 - 1 elements", x.size());
+            let message =
+                format!("x_ble has shape {:?}; an axis of a CUDA tensor may have 2^31 - 1 elements", x.size());
             return Err(Error::invalid(OP, message));
         }
         let as_f32 = |idx: usize| -> Result<Tensor> { Ok(inputs[idx].f_to_kind(Kind::Float)?.f_contiguous()?) };

@@ -4,7 +4,9 @@ use flowhn_torch::testing::{Case, Rule, noise, same_bits};
 use flowhn_torch::{Error, Result};
 use tch::{Device, Kind, Tensor};
 
-use crate::{Activation, CausalConv1d, CausalConv1dOutput, CausalConv1dStep, causal_conv1d, causal_conv1d_step, reference};
+use crate::{
+    Activation, CausalConv1d, CausalConv1dOutput, CausalConv1dStep, causal_conv1d, causal_conv1d_step, reference,
+};
 
 const BATCH: i64 = 2;
 
@@ -48,7 +50,8 @@ impl Setting {
     /// The input in its wider rows, taps, then bias and initial state, then the resets.
     fn inputs(&self) -> Vec<Tensor> {
         let Self { seq_len, channels, d_conv, around: [before, after], .. } = *self;
-        let mut inputs = vec![noise(&[BATCH, seq_len, before + channels + after], 1) * 2., noise(&[channels, d_conv], 2)];
+        let mut inputs =
+            vec![noise(&[BATCH, seq_len, before + channels + after], 1) * 2., noise(&[channels, d_conv], 2)];
         if self.optional {
             inputs.extend([noise(&[channels], 3), noise(&[BATCH, d_conv - 1, channels], 4)]);
         }
