@@ -17,14 +17,11 @@
 // the run, are added up over the warps of a block, and written as one part a block, which `causal_conv1d_parts` adds in order.
 //
 // Variants: X_KIND 0 f32, 1 bf16; D_CONV taps (K); VEC channels a thread (V); AHEAD tokens (U); SILU 0 or 1; RESETS 0 without
-// them; N_WARPS of a block, N_BLOCKS of a backward multiprocessor at least.
+// them; N_WARPS of a block; N_BLOCKS that a multiprocessor must hold of the backward at least.
 #include "flowhn.cuh"
 #include "smem.cuh"
 
 typedef DtypeOf<X_KIND>::type T;
-#ifndef ALONG_CHANNELS
-#define ALONG_CHANNELS 0
-#endif
 constexpr int K = D_CONV, V = VEC, U = AHEAD, WARPS = N_WARPS;
 
 // V elements as they lie in memory, so that a load ahead takes few registers.
@@ -94,13 +91,11 @@ struct Place {
 
     __device__ __forceinline__ Place(int seq_len, int channels, int run) {
         lane = threadIdx.x % 32, warp = threadIdx.x / 32;
-        // The warps of a block stand side by side along the channels, or one after the other along the tokens.
-        constexpr int ACROSS = ALONG_CHANNELS ? WARPS : 1, DEEP = WARPS / ACROSS;
-        int n_columns = (channels + 32 * V * ACROSS - 1) / (32 * V * ACROSS), n_blocks = (seq_len + DEEP * run - 1) / (DEEP * run);
+        int n_columns = (channels + 32 * V - 1) / (32 * V), n_blocks = (seq_len + WARPS * run - 1) / (WARPS * run);
         part = blockIdx.x / n_columns;
         batch = part / n_blocks;
-        channel = ((blockIdx.x % n_columns * ACROSS + warp % ACROSS) * 32 + lane) * V;
-        first = (part % n_blocks * DEEP + warp / ACROSS) * run;
+        channel = (blockIdx.x % n_columns * 32 + lane) * V;
+        first = (part % n_blocks * WARPS + warp) * run;
         end = min(first + run, seq_len);
         active = channel < channels && first < seq_len;
     }
@@ -316,13 +311,6 @@ extern "C" __global__ void __launch_bounds__(32 * WARPS, N_BLOCKS) causal_conv1d
     }
 
     if (!parts) return;
-    if constexpr (ALONG_CHANNELS) {
-        if (!place.active) return;
-        #pragma unroll
-        for (int k = 0; k <= K; k++)
-            store_vec<V>(parts + ((i64)place.part * (K + 1) + k) * channels + place.channel, k < K ? dtaps[k < K ? k : 0] : dbias);
-        return;
-    }
     int column = place.channel - place.lane * V;
     #pragma unroll
     for (int k = 0; k <= K; k++) {
