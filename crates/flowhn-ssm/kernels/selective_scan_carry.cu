@@ -41,7 +41,7 @@ selective_scan_carry(float* states, float* decays, const X* x, const Dt* dt, con
 
     int tid = threadIdx.x, lane = tid % 32, group = lane / 8;
     int channel = tid / 32 * 8 + lane % 8, e = blockIdx.x * CHANNELS + channel;
-    int quad = tid % QUADS * 4, quad_e = blockIdx.x * CHANNELS + quad, row = tid / QUADS;
+    int pair = tid % PAIRS * 2, pair_e = blockIdx.x * CHANNELS + pair, row = tid / PAIRS;
     i64 batch = blockIdx.z;
     int n_segments = gridDim.y, segment = blockIdx.y;
     int first = segment * segment_len, end = min(seq_len, first + segment_len);
@@ -50,9 +50,9 @@ selective_scan_carry(float* states, float* decays, const X* x, const Dt* dt, con
     x += batch * x_batch, dt += batch * dt_batch, w += batch * w_batch;
     if (REVERSE && GATED) z += batch * z_batch;
 
-    int width = d_inner - quad_e;
-    Four bias = load_parameters(dt_bias, quad_e, width);
-    Four sum = {{0.f, 0.f, 0.f, 0.f}}, rate = sum;
+    int width = max(0, min(2, d_inner - pair_e));
+    float2 bias = load_parameters(dt_bias, pair_e, width);
+    States sum = {{0.f, 0.f, 0.f, 0.f}}, rate = sum;
     // The state that vanishes last decides when a lane has nothing more to add.
     float slowest = -1e30f;
     #pragma unroll
@@ -69,45 +69,29 @@ selective_scan_carry(float* states, float* decays, const X* x, const Dt* dt, con
         }
     }
 
-    Quad<X> x_next[STEPS];
-    Quad<Dt> dt_next[STEPS];
-    Quad<Z> z_next[STEPS];
-    StateTile<W, TILE> w_next;
-    int n_tiles = (end - first + TILE - 1) / TILE;
-    auto first_of = [&](int visit) { return first + (REVERSE ? visit : n_tiles - 1 - visit) * TILE; };
-    auto fetch = [&](int visit) {
-        int token = first_of(visit), n_tokens = visit < n_tiles ? min(TILE, end - token) : 0;
-        token = visit < n_tiles ? token : first;
-        const X* x_tile = x + token * x_token + quad_e;
-        const Dt* dt_tile = dt + token * dt_token + quad_e;
-        const Z* z_tile = z + token * z_token + quad_e;
-        #pragma unroll
-        for (int k = 0; k < STEPS; k++) {
-            unsigned t = row + k * ROWS;
-            int there = t < n_tokens ? width : 0;
-            x_next[k] = load_quad<ALIGNED_CHANNELS>(x_tile + t * (unsigned)x_token, there);
-            dt_next[k] = load_quad<ALIGNED_CHANNELS>(dt_tile + t * (unsigned)dt_token, there);
-            if (REVERSE && GATED) z_next[k] = load_quad<ALIGNED_CHANNELS>(z_tile + t * (unsigned)z_token, there);
-        }
-        w_next.load(w + token * w_token, w_token, n_tokens, 0, d_state);
-    };
-    fetch(0);
-
     float passed = 0.f;  // the sum of dt over the tiles already visited
     bool cut = false;    // whether a reset hides the rest of the segment
+    int n_tiles = (end - first + TILE - 1) / TILE;
     for (int visit = 0; visit < n_tiles; visit++) {
-        int token = first_of(visit), n_tokens = min(TILE, end - token);
+        int token = first + (REVERSE ? visit : n_tiles - 1 - visit) * TILE, n_tokens = min(TILE, end - token);
+        StateTile<W, TILE> w_next;
+        w_next.load(w + token * w_token, w_token, n_tokens, 0, d_state);
+        const X* x_at = x + (token + row) * x_token + pair_e;
+        const Dt* dt_at = dt + (token + row) * dt_token + pair_e;
+        const Z* z_at = z + (token + row) * z_token + pair_e;
         #pragma unroll
         for (int k = 0; k < STEPS; k++) {
-            int t = row + k * ROWS;
-            Four u = x_next[k].unpack(), step = step_sizes(dt_next[k].unpack(), bias, t < n_tokens);
-            Four w_t = REVERSE && GATED ? z_next[k].unpack() : step;
-            #pragma unroll
-            for (int i = 0; i < 4; i++) {
-                if (!REVERSE) u.v[i] *= step.v[i];
-                else if (GATED) u.v[i] *= gate(w_t.v[i]);
+            int t = row + k * ROWS, w = t < n_tokens ? width : 0;
+            float2 u = load_pair<PAIRED_CHANNELS>(x_at, w).unpack(), v = load_pair<PAIRED_CHANNELS>(dt_at, w).unpack();
+            float lo = w ? step_size(v.x + bias.x) : 0.f, hi = w ? step_size(v.y + bias.y) : 0.f;
+            if (!REVERSE) {
+                u = make_float2(lo * u.x, hi * u.y);
+            } else if (GATED) {
+                float2 g = load_pair<PAIRED_CHANNELS>(z_at, w).unpack();
+                u = make_float2(u.x * gate(g.x), u.y * gate(g.y));
             }
-            store_pairs(reinterpret_cast<float2*>(steps) + t * CHANNELS + quad, step, u);
+            x_at += ROWS * x_token, dt_at += ROWS * dt_token, z_at += ROWS * z_token;
+            reinterpret_cast<float4*>(steps)[(t * CHANNELS + pair) / 2] = make_float4(lo, u.x, hi, u.y);
         }
         // Visited tokens of the tile: all, or those on this side of a reset.
         int from = 0, to = n_tokens;
@@ -128,17 +112,16 @@ selective_scan_carry(float* states, float* decays, const X* x, const Dt* dt, con
             }
             w_next.store(w_tile);
             if (SLICES > 1) {
-                sum = to_four(slices[slice * THREADS + tid]);
-                rate = to_four(slices[(SLICES + slice) * THREADS + tid]);
+                sum = to_states(slices[slice * THREADS + tid]);
+                rate = to_states(slices[(SLICES + slice) * THREADS + tid]);
             }
             __syncthreads();
-            if (slice == SLICES - 1) fetch(visit + 1);
             in_tile = 0.f;
             #pragma unroll 4
             for (int i = 0; i < to - from; i++) {
                 int t = REVERSE ? from + i : to - 1 - i;
                 float2 step = reinterpret_cast<const float2*>(steps)[t * CHANNELS + channel];
-                Four w_t = to_four(reinterpret_cast<const float4*>(w_tile)[t * 4 + group]);
+                States w_t = to_states(reinterpret_cast<const float4*>(w_tile)[t * 4 + group]);
                 if (REVERSE) in_tile += step.x;
                 float between = passed + in_tile;
                 #pragma unroll
@@ -161,10 +144,10 @@ selective_scan_carry(float* states, float* decays, const X* x, const Dt* dt, con
     #pragma unroll
     for (int slice = 0; slice < SLICES; slice++) {
         if (SLICES > 1) {
-            sum = to_four(slices[slice * THREADS + tid]);
-            rate = to_four(slices[(SLICES + slice) * THREADS + tid]);
+            sum = to_states(slices[slice * THREADS + tid]);
+            rate = to_states(slices[(SLICES + slice) * THREADS + tid]);
         }
-        Four decay;
+        States decay;
         #pragma unroll
         for (int i = 0; i < 4; i++) decay.v[i] = cut ? 0.f : ex2(passed * rate.v[i]);
         store_states(states + at, e, slice * SLICE + group * 4, d_inner, d_state, sum);

@@ -8,9 +8,9 @@
 // `[d_inner, d_state]`, d and dt_bias `[d_inner]`, states f32.
 //
 // Grid: blocks of channels, segments of the sequence, batch. A block walks its segment in tiles of 32 tokens. Between two
-// barriers its threads turn a tile's x and dt, fetched while the tile before was scanned, into step sizes in shared memory, four
-// channels a thread; then every lane scans 4 states of one channel (see the header), and the sums over states of 4 tokens at a
-// time cost 3 shuffles; last the outputs are gated and stored, four channels a thread again.
+// barriers its threads turn a tile's x and dt, fetched while the tile before was scanned, into step sizes in shared memory, one
+// pair of channels a thread; then every lane scans 4 states of one channel (see the header), and the sums over states of 4
+// tokens at a time cost 3 shuffles; last the pairs of channels are gated and stored.
 //
 // What makes it fast: an exponential a state and token is all the special-function work beside four of softplus and gate, which
 // is what bounds the kernel; nothing is transposed, since neighbouring lanes are neighbouring channels; and the sequence is only
@@ -38,7 +38,7 @@ selective_scan_forward(X* y, float* final_state, float* chunk_states, const X* x
 
     int tid = threadIdx.x, lane = tid % 32, group = lane / 8;
     int channel = tid / 32 * 8 + lane % 8, e = blockIdx.x * CHANNELS + channel;
-    int quad = tid % QUADS * 4, quad_e = blockIdx.x * CHANNELS + quad, row = tid / QUADS;
+    int pair = tid % PAIRS * 2, pair_e = blockIdx.x * CHANNELS + pair, row = tid / PAIRS;
     i64 batch = blockIdx.z;
     int n_segments = gridDim.y, segment = blockIdx.y;
     int first = segment * segment_len, end = min(seq_len, first + segment_len);
@@ -48,15 +48,15 @@ selective_scan_forward(X* y, float* final_state, float* chunk_states, const X* x
     if (GATED) z += batch * z_batch;
     if (start) start += (batch * n_segments + segment) * d_inner * d_state;
 
-    int width = d_inner - quad_e;
-    Four skip = load_parameters(d, quad_e, width), bias = load_parameters(dt_bias, quad_e, width);
-    const X* x_at = x + (first + row) * x_token + quad_e;
-    const Dt* dt_at = dt + (first + row) * dt_token + quad_e;
-    const Z* z_at = GATED ? z + (first + row) * z_token + quad_e : z;
-    X* y_at = y + (i64)(first + row) * d_inner + quad_e;
+    int width = max(0, min(2, d_inner - pair_e));
+    float2 skip = load_parameters(d, pair_e, width), bias = load_parameters(dt_bias, pair_e, width);
+    const X* x_at = x + (first + row) * x_token + pair_e;
+    const Dt* dt_at = dt + (first + row) * dt_token + pair_e;
+    const Z* z_at = GATED ? z + (first + row) * z_token + pair_e : z;
+    X* y_at = y + (i64)(first + row) * d_inner + pair_e;
 
     // Decay rates are scaled so that a decay is one power of two.
-    Four rate, h;
+    States rate, h;
     #pragma unroll
     for (int slice = 0; slice < SLICES; slice++) {
         h = load_states(start, e, slice * SLICE + group * 4, d_inner, d_state);
@@ -66,18 +66,18 @@ selective_scan_forward(X* y, float* final_state, float* chunk_states, const X* x
     #pragma unroll
     for (int i = 0; i < 4; i++) rate.v[i] *= LOG2_E;
 
-    Quad<X> x_next[STEPS];
-    Quad<Dt> dt_next[STEPS];
-    Quad<Z> z_next[STEPS];
+    Pair<X> x_next[STEPS];
+    Pair<Dt> dt_next[STEPS];
+    Pair<Z> z_next[STEPS];
     StateTile<B, TILE> b_next;
     StateTile<C, TILE> c_next;
     auto fetch_channels = [&](int token) {
         #pragma unroll
         for (int k = 0; k < STEPS; k++) {
             int w = token + row + k * ROWS < end ? width : 0;
-            x_next[k] = load_quad<ALIGNED_CHANNELS>(x_at, w);
-            dt_next[k] = load_quad<ALIGNED_CHANNELS>(dt_at, w);
-            if (GATED) z_next[k] = load_quad<ALIGNED_CHANNELS>(z_at, w);
+            x_next[k] = load_pair<PAIRED_CHANNELS>(x_at, w);
+            dt_next[k] = load_pair<PAIRED_CHANNELS>(dt_at, w);
+            if (GATED) z_next[k] = load_pair<PAIRED_CHANNELS>(z_at, w);
             x_at += ROWS * x_token, dt_at += ROWS * dt_token;
             if (GATED) z_at += ROWS * z_token;
         }
@@ -91,16 +91,16 @@ selective_scan_forward(X* y, float* final_state, float* chunk_states, const X* x
 
     for (int token = first; token < end; token += TILE) {
         int n_tokens = min(TILE, end - token);
-        Quad<X> x_tile[STEPS];
-        Quad<Z> z_tile[STEPS];
+        Pair<X> x_tile[STEPS];
+        Pair<Z> z_tile[STEPS];
         #pragma unroll
         for (int k = 0; k < STEPS; k++) {
             x_tile[k] = x_next[k];
             if (GATED) z_tile[k] = z_next[k];
-            Four u = x_next[k].unpack(), step = step_sizes(dt_next[k].unpack(), bias, row + k * ROWS < n_tokens);
-            #pragma unroll
-            for (int i = 0; i < 4; i++) u.v[i] *= step.v[i];
-            store_pairs(reinterpret_cast<float2*>(steps) + (row + k * ROWS) * CHANNELS + quad, step, u);
+            float2 u = x_next[k].unpack(), v = dt_next[k].unpack();
+            bool valid = row + k * ROWS < n_tokens;
+            float lo = valid ? step_size(v.x + bias.x) : 0.f, hi = valid ? step_size(v.y + bias.y) : 0.f;
+            reinterpret_cast<float4*>(steps)[((row + k * ROWS) * CHANNELS + pair) / 2] = make_float4(lo, lo * u.x, hi, hi * u.y);
         }
         unsigned resets = 0;
         if (RESET) {
@@ -113,7 +113,7 @@ selective_scan_forward(X* y, float* final_state, float* chunk_states, const X* x
             b_next.store(b_tile);
             c_next.store(c_tile);
             if (SLICES > 1) {
-                h = to_four(slices[slice * THREADS + tid]);
+                h = to_states(slices[slice * THREADS + tid]);
                 rate = load_states(a, e, slice * SLICE + group * 4, d_inner, d_state);
                 #pragma unroll
                 for (int i = 0; i < 4; i++) rate.v[i] *= LOG2_E;
@@ -132,9 +132,9 @@ selective_scan_forward(X* y, float* final_state, float* chunk_states, const X* x
                 #pragma unroll
                 for (int k = 0; k < 4; k++) {
                     float2 step = reinterpret_cast<const float2*>(steps)[(t + k) * CHANNELS + channel];
-                    Four b_t = to_four(reinterpret_cast<const float4*>(b_tile)[(t + k) * 4 + group]);
-                    Four c_t = to_four(reinterpret_cast<const float4*>(c_tile)[(t + k) * 4 + group]);
-                    if (RESET && (resets >> (t + k) & 1)) h = Four{{0.f, 0.f, 0.f, 0.f}};
+                    States b_t = to_states(reinterpret_cast<const float4*>(b_tile)[(t + k) * 4 + group]);
+                    States c_t = to_states(reinterpret_cast<const float4*>(c_tile)[(t + k) * 4 + group]);
+                    if (RESET && (resets >> (t + k) & 1)) h = States{{0.f, 0.f, 0.f, 0.f}};
                     #pragma unroll
                     for (int i = 0; i < 4; i++) h.v[i] = fmaf(ex2(step.x * rate.v[i]), h.v[i], step.y * b_t.v[i]);
                     part[k] = c_t.v[0] * h.v[0];
@@ -152,15 +152,13 @@ selective_scan_forward(X* y, float* final_state, float* chunk_states, const X* x
         #pragma unroll
         for (int k = 0; k < STEPS; k++) {
             int t = row + k * ROWS;
-            Four u = x_tile[k].unpack(), out = to_four(*reinterpret_cast<const float4*>(sums + t * SUM_STRIDE + quad));
-            #pragma unroll
-            for (int i = 0; i < 4; i++) out.v[i] = fmaf(skip.v[i], u.v[i], out.v[i]);
+            float2 u = x_tile[k].unpack(), out = *reinterpret_cast<const float2*>(sums + t * SUM_STRIDE + pair);
+            out = make_float2(fmaf(skip.x, u.x, out.x), fmaf(skip.y, u.y, out.y));
             if (GATED) {
-                Four w = z_tile[k].unpack();
-                #pragma unroll
-                for (int i = 0; i < 4; i++) out.v[i] *= gate(w.v[i]);
+                float2 v = z_tile[k].unpack();
+                out = make_float2(out.x * gate(v.x), out.y * gate(v.y));
             }
-            store_quad<ALIGNED_CHANNELS>(y_at, t < n_tokens ? width : 0, out);
+            store_pair<PAIRED_CHANNELS>(y_at, t < n_tokens ? width : 0, out);
             y_at += (i64)ROWS * d_inner;
         }
     }
@@ -168,7 +166,7 @@ selective_scan_forward(X* y, float* final_state, float* chunk_states, const X* x
     if (segment == n_segments - 1) {
         #pragma unroll
         for (int slice = 0; slice < SLICES; slice++) {
-            if (SLICES > 1) h = to_four(slices[slice * THREADS + tid]);
+            if (SLICES > 1) h = to_states(slices[slice * THREADS + tid]);
             store_states(final_state + batch * d_inner * d_state, e, slice * SLICE + group * 4, d_inner, d_state, h);
         }
     }

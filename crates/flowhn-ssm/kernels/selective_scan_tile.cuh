@@ -1,5 +1,5 @@
 // What the kernels of the selective scan share: the shape of a block, loads of neighbouring channels and of states, and the
-// functions of the formula.
+// functions of the formula. Sources are compiled as this text followed by their own.
 //
 // A warp owns 8 channels, and 4 lanes share a channel: each holds 4 of 16 states (a slice; more states take several slices in
 // turn). Lane = channel | group of states << 3, so that the sums over states are two shuffles and the sums over channels fit
@@ -24,12 +24,12 @@
 #ifndef C_KIND
 #define C_KIND X_KIND
 #endif
-// Whether all addresses of four channels, or of four states, are aligned to the four.
-#ifndef ALIGNED_CHANNELS
-#define ALIGNED_CHANNELS 1
+// Whether every address of a pair of channels, or of a pair of states, is aligned to the pair.
+#ifndef PAIRED_CHANNELS
+#define PAIRED_CHANNELS 1
 #endif
-#ifndef ALIGNED_STATES
-#define ALIGNED_STATES 1
+#ifndef PAIRED_STATES
+#define PAIRED_STATES 1
 #endif
 // Whether step sizes go through softplus, whether there is a gate, whether there are resets, and slices of 16 states.
 #ifndef SOFTPLUS
@@ -61,93 +61,72 @@ typedef DtypeOf<C_KIND>::type C;
 constexpr int SLICE = 16;
 constexpr int CHANNELS = 8 * WARPS;
 constexpr int THREADS = 32 * WARPS;
-// Threads take four neighbouring channels where they work element by element: 16 tokens at a time.
-constexpr int QUADS = CHANNELS / 4;
-constexpr int ROWS = THREADS / QUADS;
+// Threads take pairs of channels where they work element by element: 8 tokens at a time.
+constexpr int PAIRS = CHANNELS / 2;
+constexpr int ROWS = THREADS / PAIRS;
 // Rows of sums in shared memory are padded, so that 4 tokens times 8 channels fall into 32 banks.
 constexpr int SUM_STRIDE = CHANNELS + 8;
 
-// ---- neighbours ---------------------------------------------------------------------------------------------------------
+// ---- pairs of neighbours ------------------------------------------------------------------------------------------------
 
-// Four neighbours in f32.
-struct Four {
-    float v[4];
+template <class T> struct Pair;
+template <> struct Pair<float> {
+    float2 v;
+    __device__ __forceinline__ float2 unpack() const { return v; }
+};
+template <> struct Pair<bf16> {
+    unsigned word;
+    __device__ __forceinline__ float2 unpack() const { return make_float2(low_bf16(word), high_bf16(word)); }
 };
 
-// Four neighbours as they stand in memory, so that they take few registers while they are on their way.
-template <class T> struct Quad;
-template <> struct Quad<float> {
-    float4 v;
-    __device__ __forceinline__ Four unpack() const { return Four{{v.x, v.y, v.z, v.w}}; }
-};
-template <> struct Quad<bf16> {
-    uint2 v;
-    __device__ __forceinline__ Four unpack() const {
-        return Four{{low_bf16(v.x), high_bf16(v.x), low_bf16(v.y), high_bf16(v.y)}};
-    }
-};
-
-__device__ __forceinline__ Quad<float> make_quad(const float (&e)[4]) { return {make_float4(e[0], e[1], e[2], e[3])}; }
-__device__ __forceinline__ Quad<bf16> make_quad(const bf16 (&e)[4]) {
-    return {uint2{(unsigned)e[0].bits | (unsigned)e[1].bits << 16, (unsigned)e[2].bits | (unsigned)e[3].bits << 16}};
+__device__ __forceinline__ Pair<float> make_pair(float lo, float hi, float) { return Pair<float>{make_float2(lo, hi)}; }
+__device__ __forceinline__ Pair<bf16> make_pair(bf16 lo, bf16 hi, bf16) {
+    return Pair<bf16>{(unsigned)lo.bits | (unsigned)hi.bits << 16};
 }
 
-// Four neighbours of which the first `width` are there (at most 4; none if below 1), zeros for the others. Aligned ones are all
-// there or all absent.
-template <bool ALIGNED, class T> __device__ __forceinline__ Quad<T> load_quad(const T* p, int width) {
+// Two neighbours of which the first `width` are there (0, 1 or 2), zeros for the others; a pair that is aligned is whole or absent.
+template <bool ALIGNED, class T> __device__ __forceinline__ Pair<T> load_pair(const T* p, int width) {
     if constexpr (ALIGNED) {
-        T zeros[4] = {};
-        return width > 0 ? *reinterpret_cast<const Quad<T>*>(p) : make_quad(zeros);
+        return width > 0 ? *reinterpret_cast<const Pair<T>*>(p) : make_pair(T{}, T{}, T{});
     } else {
-        T e[4];
-        #pragma unroll
-        for (int i = 0; i < 4; i++) e[i] = i < width ? p[i] : T{};
-        return make_quad(e);
+        return make_pair(width > 0 ? p[0] : T{}, width > 1 ? p[1] : T{}, T{});
     }
 }
 
-template <bool ALIGNED, class T> __device__ __forceinline__ void store_quad(T* p, int width, const Four& x) {
+template <bool ALIGNED, class T> __device__ __forceinline__ void store_pair(T* p, int width, float2 v) {
     if constexpr (ALIGNED) {
-        if (width > 0) store_vec<4>(p, x.v);
+        float pair[2] = {v.x, v.y};
+        if (width > 0) store_vec<2>(p, pair);
     } else {
-        #pragma unroll
-        for (int i = 0; i < 4; i++)
-            if (i < width) p[i] = from_f32<T>(x.v[i]);
+        if (width > 0) p[0] = from_f32<T>(v.x);
+        if (width > 1) p[1] = from_f32<T>(v.y);
     }
 }
 
-// Four neighbours of a parameter, zeros for null.
-__device__ __forceinline__ Four load_parameters(const float* p, int at, int width) {
-    return p ? load_quad<false>(p + at, width).unpack() : Four{{0.f, 0.f, 0.f, 0.f}};
+// Two neighbours of a parameter, zeros for null.
+__device__ __forceinline__ float2 load_parameters(const float* p, int at, int width) {
+    return p ? load_pair<false>(p + at, width).unpack() : make_float2(0.f, 0.f);
 }
 
-__device__ __forceinline__ Four to_four(float4 v) { return Four{{v.x, v.y, v.z, v.w}}; }
-__device__ __forceinline__ float4 to_float4(const Four& s) { return make_float4(s.v[0], s.v[1], s.v[2], s.v[3]); }
-__device__ __forceinline__ void store_float2(float* p, float2 v) { *reinterpret_cast<float2*>(p) = v; }
-
-// Four pairs side by side in shared memory: step sizes with what else belongs to a channel and token.
-__device__ __forceinline__ void store_pairs(float2* p, const Four& first, const Four& second) {
-    reinterpret_cast<float4*>(p)[0] = make_float4(first.v[0], second.v[0], first.v[1], second.v[1]);
-    reinterpret_cast<float4*>(p)[1] = make_float4(first.v[2], second.v[2], first.v[3], second.v[3]);
-}
+__device__ __forceinline__ void store_pair_f32(float* p, float2 v) { *reinterpret_cast<float2*>(p) = v; }
 
 // ---- states of a tile of tokens -----------------------------------------------------------------------------------------
 
 // One slice of B or C for a tile of tokens, on its way from memory to shared memory.
 template <class T, int TOKENS> struct StateTile {
-    static constexpr int N_QUADS = TOKENS * SLICE / 4;
-    static constexpr int PER_THREAD = (N_QUADS + THREADS - 1) / THREADS;
-    Quad<T> quads[PER_THREAD];
+    static constexpr int N_PAIRS = TOKENS * SLICE / 2;
+    static constexpr int PER_THREAD = (N_PAIRS + THREADS - 1) / THREADS;
+    Pair<T> pairs[PER_THREAD];
 
     // `row` is state 0 of the first token; tokens from `n_tokens` on are zero.
     __device__ __forceinline__ void load(const T* row, i64 token_stride, int n_tokens, int slice, int d_state) {
-        int t = threadIdx.x / (SLICE / 4), n = slice * SLICE + threadIdx.x % (SLICE / 4) * 4;
+        int t = threadIdx.x / (SLICE / 2), n = slice * SLICE + threadIdx.x % (SLICE / 2) * 2;
         const T* p = row + t * token_stride + n;
         #pragma unroll
         for (int k = 0; k < PER_THREAD; k++) {
-            quads[k] = load_quad<ALIGNED_STATES>(p, t < min(n_tokens, TOKENS) ? d_state - n : 0);
-            t += THREADS / (SLICE / 4);
-            p += THREADS / (SLICE / 4) * token_stride;
+            pairs[k] = load_pair<PAIRED_STATES>(p, t < min(n_tokens, TOKENS) ? d_state - n : 0);
+            t += THREADS / (SLICE / 2);
+            p += THREADS / (SLICE / 2) * token_stride;
         }
     }
 
@@ -155,24 +134,32 @@ template <class T, int TOKENS> struct StateTile {
         #pragma unroll
         for (int k = 0; k < PER_THREAD; k++) {
             int i = threadIdx.x + k * THREADS;
-            if (N_QUADS % THREADS == 0 || i < N_QUADS) reinterpret_cast<float4*>(shared)[i] = to_float4(quads[k].unpack());
+            if (i < N_PAIRS) store_pair_f32(shared + 2 * i, pairs[k].unpack());
         }
     }
 };
 
+// Four states of a channel.
+struct States {
+    float v[4];
+};
+
 // States n .. n + 4 of channel e of `[d_inner, d_state]`, zeros outside and for null.
-__device__ __forceinline__ Four load_states(const float* p, int e, int n, int d_inner, int d_state) {
-    Four s;
+__device__ __forceinline__ States load_states(const float* p, int e, int n, int d_inner, int d_state) {
+    States s;
     #pragma unroll
     for (int i = 0; i < 4; i++) s.v[i] = p && e < d_inner && n + i < d_state ? p[(i64)e * d_state + n + i] : 0.f;
     return s;
 }
 
-__device__ __forceinline__ void store_states(float* p, int e, int n, int d_inner, int d_state, const Four& s) {
+__device__ __forceinline__ void store_states(float* p, int e, int n, int d_inner, int d_state, const States& s) {
     #pragma unroll
     for (int i = 0; i < 4; i++)
         if (e < d_inner && n + i < d_state) p[(i64)e * d_state + n + i] = s.v[i];
 }
+
+__device__ __forceinline__ States to_states(float4 v) { return States{{v.x, v.y, v.z, v.w}}; }
+__device__ __forceinline__ float4 to_float4(const States& s) { return make_float4(s.v[0], s.v[1], s.v[2], s.v[3]); }
 
 // Of four values a lane the sums over the four lanes of a channel; the lane of state group g keeps value g.
 __device__ __forceinline__ float sum_over_states(const float (&v)[4]) {
@@ -201,16 +188,7 @@ __device__ __forceinline__ float step_size(float v) {
     return fmaxf(v, 0.f) + log1p_unit(ex2(-fabsf(v) * LOG2_E));
 }
 
-// The step sizes of four channels; 0 for tokens that are not there, which then leave states alone.
-__device__ __forceinline__ Four step_sizes(const Four& v, const Four& bias, bool there) {
-    constexpr float NOTHING = SOFTPLUS ? -1e30f : 0.f;
-    Four steps;
-    #pragma unroll
-    for (int i = 0; i < 4; i++) steps.v[i] = step_size(there ? v.v[i] + bias.v[i] : NOTHING);
-    return steps;
-}
-
-// The derivative of a step size.
+// Its derivative.
 __device__ __forceinline__ float step_slope(float v) {
     if (!SOFTPLUS) return 1.f;
     float u = ex2(-fabsf(v) * LOG2_E), r = rcp(1.f + u);

@@ -49,8 +49,8 @@ const SELECTIVE_SCAN_VARIANTS: &[Defines<'static>] = &[
     &ScanVariant::mamba(0).defines(),
     &ScanVariant { reset: true, kinds: [1, 1, 1, 0, 0], ..ScanVariant::mamba(1) }.defines(),
     &ScanVariant {
-        aligned_channels: false,
-        aligned_states: false,
+        paired_channels: false,
+        paired_states: false,
         softplus: false,
         gated: false,
         n_slices: 4,

@@ -21,7 +21,7 @@ const CHUNK: i64 = 64;
 /// Tokens of a tile of the forward kernels, `TILE`.
 const TILE: i64 = 32;
 /// Tokens that the backward keeps in registers, `STRIP`.
-const STRIP: i64 = 4;
+const STRIP: i64 = 8;
 /// Blocks that a multiprocessor holds at once.
 const RESIDENT_BLOCKS: i64 = 3;
 /// Shorter segments cost more in carries than they gain.
@@ -35,9 +35,9 @@ pub(crate) type ScanDefines = [(&'static str, i64); 15];
 pub(crate) struct ScanVariant {
     /// Dtypes of x, dt, z, b, c: 0 f32, 1 bf16.
     pub(crate) kinds: [i64; 5],
-    /// Whether four channels, or four states, may be read at once.
-    pub(crate) aligned_channels: bool,
-    pub(crate) aligned_states: bool,
+    /// Whether pairs of channels, or of states, may be read at once.
+    pub(crate) paired_channels: bool,
+    pub(crate) paired_states: bool,
     pub(crate) softplus: bool,
     pub(crate) gated: bool,
     pub(crate) reset: bool,
@@ -51,8 +51,8 @@ impl ScanVariant {
     pub(crate) const fn mamba(kind: i64) -> Self {
         Self {
             kinds: [kind; 5],
-            aligned_channels: true,
-            aligned_states: true,
+            paired_channels: true,
+            paired_states: true,
             softplus: true,
             gated: true,
             reset: false,
@@ -69,8 +69,8 @@ impl ScanVariant {
             ("Z_KIND", z),
             ("B_KIND", b),
             ("C_KIND", c),
-            ("ALIGNED_CHANNELS", self.aligned_channels as i64),
-            ("ALIGNED_STATES", self.aligned_states as i64),
+            ("PAIRED_CHANNELS", self.paired_channels as i64),
+            ("PAIRED_STATES", self.paired_states as i64),
             ("SOFTPLUS", self.softplus as i64),
             ("GATED", self.gated as i64),
             ("RESET", self.reset as i64),
@@ -176,13 +176,13 @@ impl Operands {
                 return Err(Error::invalid(OP, message));
             }
         }
-        let [x, dt, b, c] = activations.map(rows);
+        let [x, dt, b, c] = activations.map(with_dense_rows);
         let contiguous = |t: Option<&Tensor>| t.map(Tensor::f_contiguous).transpose();
         let [a, d, dt_bias] = parameters.map(contiguous);
         Ok(Self {
             shape: Shape { batch, seq_len, d_inner, d_state },
             activations: [x?, dt?, b?, c?],
-            z: z.map(rows).transpose()?,
+            z: z.map(with_dense_rows).transpose()?,
             grad: None,
             parameters: [a?, d?, dt_bias?],
             reset: reset.map(Tensor::shallow_clone),
@@ -192,7 +192,7 @@ impl Operands {
 
     /// The operands of the backward, with the gradient by the output.
     pub(super) fn with_grad(self, grad_ble: &Tensor) -> Result<Self> {
-        Ok(Self { grad: Some(rows(grad_ble)?), ..self })
+        Ok(Self { grad: Some(with_dense_rows(grad_ble)?), ..self })
     }
 
     pub(super) fn shape(&self) -> Shape {
@@ -224,7 +224,7 @@ impl Operands {
     pub(super) fn defines(&self, pass: Pass) -> Result<ScanDefines> {
         let [x, dt, b, c] = &self.activations;
         let z = self.z.as_ref().unwrap_or(x);
-        let aligned = |parts: &[Option<&Tensor>]| parts.iter().flatten().all(|t| fours_are_aligned(t));
+        let even = |parts: &[Option<&Tensor>]| parts.iter().flatten().all(|t| pairs_are_aligned(t));
         let variant = ScanVariant {
             kinds: [
                 kind_define(OP, "x_ble", x)?,
@@ -233,8 +233,8 @@ impl Operands {
                 kind_define(OP, "b_bln", b)?,
                 kind_define(OP, "c_bln", c)?,
             ],
-            aligned_channels: aligned(&[Some(x), Some(dt), Some(z), self.grad.as_ref()]),
-            aligned_states: aligned(&[Some(b), Some(c)]),
+            paired_channels: even(&[Some(x), Some(dt), Some(z), self.grad.as_ref()]),
+            paired_states: even(&[Some(b), Some(c)]),
             softplus: self.softplus,
             gated: self.z.is_some(),
             reset: self.reset.is_some(),
@@ -246,23 +246,21 @@ impl Operands {
 
     /// Dynamic shared memory of a block, as the kernels lay it out.
     pub(super) fn shared_bytes(&self, pass: Pass) -> usize {
-        let slices = self.shape.n_slices();
-        // Bytes of four floats a thread, for each of `n` of them.
-        let fours = |n: i64| 16 * 32 * WARPS * n;
-        let if_many = |bytes: i64| if slices == 1 { 0 } else { bytes };
+        let (slices, gated) = (self.shape.n_slices(), i64::from(self.z.is_some()));
+        let (threads, sum_stride) = (32 * WARPS, CHANNELS + 8);
+        // Bytes of four states a thread, for each of `n` of them.
+        let states = |n: i64| 16 * threads * n;
+        let per_slice = |n: i64| if slices == 1 { 0 } else { states(n * slices) };
         let bytes = match pass {
-            Pass::Forward => {
-                4 * (TILE * (2 * CHANNELS + CHANNELS + 8) + 2 * TILE * SLICE) + if_many(fours(slices))
-            }
+            Pass::Forward => 4 * (TILE * (2 * CHANNELS + sum_stride) + 2 * TILE * SLICE) + per_slice(1),
             Pass::Backward => {
-                let (step_stride, warp_sums) = (CHANNELS + 4, 2 * WARPS * 2 * STRIP * SLICE);
-                4 * (CHUNK * (2 * step_stride + CHANNELS + 2 * SLICE) + warp_sums)
-                    + fours(CHUNK / STRIP + 2)
-                    + if_many(fours(2 * slices) + 4 * CHUNK * (2 * step_stride + CHANNELS))
+                let sums = 2 + gated + if slices == 1 { 0 } else { 2 };
+                let warp_sums = 2 * WARPS * 2 * STRIP * SLICE;
+                4 * (CHUNK * (CHANNELS + sum_stride * sums + 2 * SLICE) + warp_sums)
+                    + states(CHUNK / STRIP + 1)
+                    + per_slice(2)
             }
-            Pass::CarryForward | Pass::CarryBackward => {
-                4 * (TILE * 2 * CHANNELS + TILE * SLICE + 32) + if_many(fours(2 * slices))
-            }
+            Pass::CarryForward | Pass::CarryBackward => 4 * (TILE * 2 * CHANNELS + TILE * SLICE + 32) + per_slice(2),
         };
         bytes as usize
     }
@@ -298,11 +296,6 @@ impl Operands {
     }
 }
 
-/// The tensor as the kernels read it, a copy where rows are not dense or so far apart that 32 bits cannot count a chunk's elements.
-fn rows(t: &Tensor) -> Result<Tensor> {
-    if t.stride()[1] > (1 << 24) { Ok(t.f_contiguous()?) } else { with_dense_rows(t) }
-}
-
 /// Addresses of tensors `[batch, seq_len, ..]`, then their strides of batch and token; null and zeros for one that is not there.
 fn push_rows<'a>(args: &mut Vec<Arg<'a>>, tensors: impl Iterator<Item = Option<&'a Tensor>> + Clone) {
     args.extend(tensors.clone().map(Arg::opt));
@@ -312,12 +305,12 @@ fn push_rows<'a>(args: &mut Vec<Arg<'a>>, tensors: impl Iterator<Item = Option<&
     }
 }
 
-/// Whether elements 4 i .. 4 i + 4 of every row may be read at once.
-fn fours_are_aligned(t: &Tensor) -> bool {
+/// Whether elements 2 i and 2 i + 1 of every row may be read at once.
+fn pairs_are_aligned(t: &Tensor) -> bool {
     let (size, stride) = (t.size(), t.stride());
     let element: usize = if t.kind() == Kind::Float { 4 } else { 2 };
-    let fits = |axis: usize| size[axis] == 1 || stride[axis] % 4 == 0;
-    size[2] % 4 == 0 && t.data_ptr() as usize % (4 * element) == 0 && fits(0) && fits(1)
+    let even = |axis: usize| size[axis] == 1 || stride[axis] % 2 == 0;
+    size[2] % 2 == 0 && t.data_ptr() as usize % (2 * element) == 0 && even(0) && even(1)
 }
 
 fn ceil_div(a: i64, b: i64) -> i64 {
