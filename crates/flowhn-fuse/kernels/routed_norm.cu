@@ -8,7 +8,7 @@
 //
 // which is gather + norm (no change, y of the branch), residual + split + norm (change of the sequence, y of the branches)
 // and merge + residual + norm (change of the branches, y of the sequence). Backward, with g = dy weight_k and ds the gradient
-// that reaches s on other ways (or none):
+// that reaches s on other ways:
 //
 //   dx[b, p] = ds + r g - s r^3 mean(g s),   dweight = sum over tokens of dy s r
 //
@@ -20,7 +20,8 @@
 // Teams of threads hold rows in registers as in rms_norm.cu. The first n_blocks0 blocks take the tokens of route 0, the
 // others those of route 1, so that a block has one weight and one part of its gradient.
 //
-// X_KIND: dtype of all but weights and rstd; VECS: vectors a thread; MAX_THREADS: bound of the block.
+// X_KIND: dtype of all but weights and rstd; VECS: vectors a thread; MAX_THREADS, MIN_BLOCKS:
+// bounds of the block and of the blocks of a multiprocessor.
 #include "rows.cuh"
 #include "smem.cuh"
 
@@ -50,7 +51,7 @@ struct Token {
     }
 };
 
-extern "C" __global__ void __launch_bounds__(MAX_THREADS)
+extern "C" __global__ void __launch_bounds__(MAX_THREADS, MIN_BLOCKS)
 routed_norm_forward(const X* x, i64 x_batch, i64 x_token, const i64* positions0, const i64* positions1, int n0, int n1, int batch,
                     int seq_len, const X* change0, const X* change1, i64 change0_batch, i64 change0_token, i64 change1_batch,
                     i64 change1_token, int change_of_branch, const float* weight0, const float* weight1, X* sum, X* y0, X* y1,
@@ -58,59 +59,63 @@ routed_norm_forward(const X* x, i64 x_batch, i64 x_token, const i64* positions0,
     __shared__ float slots[64];
     Team team(team_size);
     TeamSum team_sum(slots);
-    Width width{d, aligned != 0};
-    Share share(team, positions0, positions1, n0, n1, batch, n_blocks0);
-    const X* change = share.route ? change1 : change0;
-    RowStrides change_strides = share.route ? RowStrides{change1_batch, change1_token} : RowStrides{change0_batch, change0_token};
-    X* y = share.route ? y1 : y0;
-    float w[VECS][VEC];
-    load_weight(w, share.route ? weight1 : weight0, team, width);
-    for (i64 row = share.team_idx; row < share.n_rows; row += share.n_teams) {
-        Token token(share, (int)row);
-        i64 place = (i64)token.b * seq_len + token.p;
-        Pack<X> s[VECS];
-        load_row(s, x + RowStrides{x_batch, x_token}.start(token.b, token.p), team, width);
-        if (change) {
-            Pack<X> moved[VECS];
-            load_row(moved, change + change_strides.start(token.b, change_of_branch ? token.j : token.p), team, width);
+    auto run = [&](auto aligned_rows) {
+        Width<decltype(aligned_rows)::value> width{d};
+        Share share(team, positions0, positions1, n0, n1, batch, n_blocks0);
+        const X* change = share.route ? change1 : change0;
+        RowStrides change_strides = share.route ? RowStrides{change1_batch, change1_token} : RowStrides{change0_batch, change0_token};
+        X* y = share.route ? y1 : y0;
+        float w[VECS][VEC];
+        load_weight(w, share.route ? weight1 : weight0, team, width);
+        for (i64 row = share.team_idx; row < share.n_rows; row += share.n_teams) {
+            Token token(share, (int)row);
+            i64 place = (i64)token.b * seq_len + token.p;
+            Pack<X> s[VECS];
+            load_row(s, x + RowStrides{x_batch, x_token}.start(token.b, token.p), team, width);
+            if (change) {
+                Pack<X> moved[VECS];
+                load_row(moved, change + change_strides.start(token.b, change_of_branch ? token.j : token.p), team, width);
+                #pragma unroll
+                for (int v = 0; v < VECS; v++) {
+                    float a[VEC], b[VEC];
+                    s[v].get(a), moved[v].get(b);
+                    #pragma unroll
+                    for (int i = 0; i < VEC; i++) a[i] += b[i];
+                    s[v].set(a);
+                    store_vector(s[v], sum + place * d, v, team, width);
+                }
+            }
+            float squares = 0.f;
             #pragma unroll
             for (int v = 0; v < VECS; v++) {
-                float a[VEC], b[VEC];
-                s[v].get(a), moved[v].get(b);
+                float a[VEC];
+                s[v].get(a);
                 #pragma unroll
-                for (int i = 0; i < VEC; i++) a[i] += b[i];
-                s[v].set(a);
-                store_vector(s[v], sum + place * d, v, team, width);
+                for (int i = 0; i < VEC; i++) squares += a[i] * a[i];
+            }
+            float r = 1.f / sqrtf(team_sum(squares, team) / d + eps);
+            if (rstd && team.t == 0) rstd[place] = r;
+            #pragma unroll
+            for (int v = 0; v < VECS; v++) {
+                float a[VEC];
+                Pack<X> out;
+                s[v].get(a);
+                #pragma unroll
+                for (int i = 0; i < VEC; i++) a[i] *= r;
+                // The normalised value has the dtype of x before the weight multiplies it.
+                out.set(a), out.get(a);
+                #pragma unroll
+                for (int i = 0; i < VEC; i++) a[i] *= w[v][i];
+                out.set(a);
+                store_vector(out, y + (y_of_branch ? row : place) * d, v, team, width);
             }
         }
-        float squares = 0.f;
-        #pragma unroll
-        for (int v = 0; v < VECS; v++) {
-            float a[VEC];
-            s[v].get(a);
-            #pragma unroll
-            for (int i = 0; i < VEC; i++) squares += a[i] * a[i];
-        }
-        float r = 1.f / sqrtf(team_sum(squares, team) / d + eps);
-        if (rstd && team.t == 0) rstd[place] = r;
-        #pragma unroll
-        for (int v = 0; v < VECS; v++) {
-            float a[VEC];
-            Pack<X> out;
-            s[v].get(a);
-            #pragma unroll
-            for (int i = 0; i < VEC; i++) a[i] *= r;
-            // The normalised value has the dtype of x before the weight multiplies it.
-            out.set(a), out.get(a);
-            #pragma unroll
-            for (int i = 0; i < VEC; i++) a[i] *= w[v][i];
-            out.set(a);
-            store_vector(out, y + (y_of_branch ? row : place) * d, v, team, width);
-        }
-    }
+    };
+    if (aligned) run(Flag<true>());
+    else run(Flag<false>());
 }
 
-extern "C" __global__ void __launch_bounds__(MAX_THREADS)
+extern "C" __global__ void __launch_bounds__(MAX_THREADS, MIN_BLOCKS)
 routed_norm_backward(const X* s, i64 s_batch, i64 s_token, const i64* positions0, const i64* positions1, int n0, int n1, int batch,
                      int seq_len, const X* dy0, const X* dy1, i64 dy0_batch, i64 dy0_token, i64 dy1_batch, i64 dy1_token,
                      int dy_of_branch, const X* ds, i64 ds_batch, i64 ds_token, const float* weight0, const float* weight1,
@@ -119,64 +124,66 @@ routed_norm_backward(const X* s, i64 s_batch, i64 s_token, const i64* positions0
     __shared__ float slots[64];
     Team team(team_size);
     TeamSum team_sum(slots);
-    Width width{d, aligned != 0};
-    Share share(team, positions0, positions1, n0, n1, batch, n_blocks0);
-    const X* dy = share.route ? dy1 : dy0;
-    RowStrides dy_strides = share.route ? RowStrides{dy1_batch, dy1_token} : RowStrides{dy0_batch, dy0_token};
-    X* dchange = share.route ? dchange1 : dchange0;
-    float w[VECS][VEC], dw[VECS][VEC] = {};
-    load_weight(w, share.route ? weight1 : weight0, team, width);
+    auto run = [&](auto aligned_rows) {
+        Width<decltype(aligned_rows)::value> width{d};
+        Share share(team, positions0, positions1, n0, n1, batch, n_blocks0);
+        const X* dy = share.route ? dy1 : dy0;
+        RowStrides dy_strides = share.route ? RowStrides{dy1_batch, dy1_token} : RowStrides{dy0_batch, dy0_token};
+        X* dchange = share.route ? dchange1 : dchange0;
+        float w[VECS][VEC], dw[VECS][VEC] = {};
+        load_weight(w, share.route ? weight1 : weight0, team, width);
 
-    // The next token is on its way while this one is summed.
-    struct Row {
-        Pack<X> s[VECS], dy[VECS], ds[VECS];
-        float r;
-        i64 place;
-    } row, ahead;
-    auto fetch = [&](int row_idx) {
-        Token token(share, row_idx);
-        ahead.place = (i64)token.b * seq_len + token.p;
-        load_row(ahead.s, s + RowStrides{s_batch, s_token}.start(token.b, token.p), team, width);
-        load_row(ahead.dy, dy + dy_strides.start(token.b, dy_of_branch ? token.j : token.p), team, width);
-        if (ds) load_row(ahead.ds, ds + RowStrides{ds_batch, ds_token}.start(token.b, token.p), team, width);
-        ahead.r = rstd[ahead.place];
-    };
-    i64 current = share.team_idx;
-    if (current < share.n_rows) fetch((int)current);
-    for (; current < share.n_rows; current += share.n_teams) {
-        row = ahead;
-        if (current + share.n_teams < share.n_rows) fetch((int)(current + share.n_teams));
-        float inner_product = 0.f;
-        #pragma unroll
-        for (int v = 0; v < VECS; v++) {
-            float a[VEC], b[VEC];
-            row.s[v].get(a), row.dy[v].get(b);
+        // The next token is on its way while this one is summed.
+        struct Row {
+            Pack<X> s[VECS], dy[VECS], ds[VECS];
+            float r;
+            i64 place;
+        } row, ahead;
+        auto fetch = [&](int row_idx) {
+            Token token(share, row_idx);
+            ahead.place = (i64)token.b * seq_len + token.p;
+            load_row(ahead.s, s + RowStrides{s_batch, s_token}.start(token.b, token.p), team, width);
+            load_row(ahead.dy, dy + dy_strides.start(token.b, dy_of_branch ? token.j : token.p), team, width);
+            load_row(ahead.ds, ds + RowStrides{ds_batch, ds_token}.start(token.b, token.p), team, width);
+            ahead.r = rstd[ahead.place];
+        };
+        i64 current = share.team_idx;
+        if (current < share.n_rows) fetch((int)current);
+        for (; current < share.n_rows; current += share.n_teams) {
+            row = ahead;
+            if (current + share.n_teams < share.n_rows) fetch((int)(current + share.n_teams));
+            float inner_product = 0.f;
             #pragma unroll
-            for (int i = 0; i < VEC; i++) inner_product += b[i] * w[v][i] * a[i];
-        }
-        float r = row.r, slope = team_sum(inner_product, team) * r * r * r / d;
-        #pragma unroll
-        for (int v = 0; v < VECS; v++) {
-            float a[VEC], b[VEC];
-            row.s[v].get(a), row.dy[v].get(b);
-            #pragma unroll
-            for (int i = 0; i < VEC; i++) {
-                dw[v][i] += b[i] * (a[i] * r);
-                a[i] = r * (b[i] * w[v][i]) - a[i] * slope;
+            for (int v = 0; v < VECS; v++) {
+                float a[VEC], b[VEC];
+                row.s[v].get(a), row.dy[v].get(b);
+                #pragma unroll
+                for (int i = 0; i < VEC; i++) inner_product += b[i] * w[v][i] * a[i];
             }
-            if (ds) {
+            float r = row.r, slope = team_sum(inner_product, team) * r * r * r / d;
+            #pragma unroll
+            for (int v = 0; v < VECS; v++) {
+                float a[VEC], b[VEC];
+                row.s[v].get(a), row.dy[v].get(b);
+                #pragma unroll
+                for (int i = 0; i < VEC; i++) {
+                    dw[v][i] += b[i] * (a[i] * r);
+                    a[i] = r * (b[i] * w[v][i]) - a[i] * slope;
+                }
                 row.ds[v].get(b);
                 #pragma unroll
                 for (int i = 0; i < VEC; i++) a[i] += b[i];
+                Pack<X> out;
+                out.set(a);
+                store_vector(out, dx + row.place * d, v, team, width);
+                if (dchange) store_vector(out, dchange + current * d, v, team, width);
             }
-            Pack<X> out;
-            out.set(a);
-            store_vector(out, dx + row.place * d, v, team, width);
-            if (dchange) store_vector(out, dchange + current * d, v, team, width);
         }
-    }
-    if (partials)
-        write_block_columns(dw, partials + (i64)blockIdx.x * d, reinterpret_cast<float*>(shared_memory()), team, d);
+        if (partials)
+            write_block_columns(dw, partials + (i64)blockIdx.x * d, reinterpret_cast<float*>(shared_memory()), team, d);
+    };
+    if (aligned) run(Flag<true>());
+    else run(Flag<false>());
 }
 
 // dweight from the sums of the blocks first .. first + n_partials.

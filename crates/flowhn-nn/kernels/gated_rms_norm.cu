@@ -12,7 +12,8 @@
 // As in rms_norm.cu a team of threads holds one row of one group in registers and a block keeps its part of dweight there;
 // blockIdx.y is the group. The gate is computed again backward: that is cheaper than to keep it.
 //
-// X_KIND: dtype of all but weight and rstd; VECS: vectors a thread; MAX_THREADS: bound of the block.
+// X_KIND: dtype of all but weight and rstd; VECS: vectors a thread; MAX_THREADS, MIN_BLOCKS:
+// bounds of the block and of the blocks of a multiprocessor.
 #include "rows.cuh"
 #include "smem.cuh"
 
@@ -24,109 +25,117 @@ __device__ __forceinline__ float gate_sigmoid(float z) {
     else return sigmoid(z);
 }
 
-extern "C" __global__ void __launch_bounds__(MAX_THREADS)
+extern "C" __global__ void __launch_bounds__(MAX_THREADS, MIN_BLOCKS)
 gated_rms_norm_forward(const X* x, const X* z, const float* weight, X* y, float* rstd, i64 x_outer, i64 x_inner, i64 z_outer,
                        i64 z_inner, int n_rows, int inner, int d, int team_size, int aligned, float eps) {
     __shared__ float slots[64];
     Team team(team_size);
     TeamSum team_sum(slots);
-    Width width{d, aligned != 0};
-    int group = blockIdx.y, n_groups = gridDim.y;
-    float w[VECS][VEC];
-    load_weight(w, weight + group * d, team, width);
-    for (i64 next = blockIdx.x * team.n + team.idx; next < n_rows; next += gridDim.x * team.n) {
-        int row = (int)next, outer_idx = (unsigned)row / (unsigned)inner, inner_idx = row - outer_idx * inner;
-        Pack<X> xs[VECS], zs[VECS];
-        load_row(xs, x + RowStrides{x_outer, x_inner}.start(outer_idx, inner_idx) + group * d, team, width);
-        load_row(zs, z + RowStrides{z_outer, z_inner}.start(outer_idx, inner_idx) + group * d, team, width);
-        float u[VECS][VEC], squares = 0.f;
-        #pragma unroll
-        for (int v = 0; v < VECS; v++) {
-            float a[VEC];
-            zs[v].get(a), xs[v].get(u[v]);
+    auto run = [&](auto aligned_rows) {
+        Width<decltype(aligned_rows)::value> width{d};
+        int group = blockIdx.y, n_groups = gridDim.y;
+        float w[VECS][VEC];
+        load_weight(w, weight + group * d, team, width);
+        for (i64 next = blockIdx.x * team.n + team.idx; next < n_rows; next += gridDim.x * team.n) {
+            int row = (int)next, outer_idx = (unsigned)row / (unsigned)inner, inner_idx = row - outer_idx * inner;
+            Pack<X> xs[VECS], zs[VECS];
+            load_row(xs, x + RowStrides{x_outer, x_inner}.start(outer_idx, inner_idx) + group * d, team, width);
+            load_row(zs, z + RowStrides{z_outer, z_inner}.start(outer_idx, inner_idx) + group * d, team, width);
+            float u[VECS][VEC], squares = 0.f;
             #pragma unroll
-            for (int i = 0; i < VEC; i++) {
-                u[v][i] *= a[i] * gate_sigmoid(a[i]);
-                squares += u[v][i] * u[v][i];
+            for (int v = 0; v < VECS; v++) {
+                float a[VEC];
+                zs[v].get(a), xs[v].get(u[v]);
+                #pragma unroll
+                for (int i = 0; i < VEC; i++) {
+                    u[v][i] *= a[i] * gate_sigmoid(a[i]);
+                    squares += u[v][i] * u[v][i];
+                }
+            }
+            float r = 1.f / sqrtf(team_sum(squares, team) / d + eps);
+            if (rstd && team.t == 0) rstd[(i64)row * n_groups + group] = r;
+            #pragma unroll
+            for (int v = 0; v < VECS; v++) {
+                #pragma unroll
+                for (int i = 0; i < VEC; i++) u[v][i] = u[v][i] * r * w[v][i];
+                Pack<X> out;
+                out.set(u[v]);
+                store_vector(out, y + ((i64)row * n_groups + group) * d, v, team, width);
             }
         }
-        float r = 1.f / sqrtf(team_sum(squares, team) / d + eps);
-        if (rstd && team.t == 0) rstd[(i64)row * n_groups + group] = r;
-        #pragma unroll
-        for (int v = 0; v < VECS; v++) {
-            #pragma unroll
-            for (int i = 0; i < VEC; i++) u[v][i] = u[v][i] * r * w[v][i];
-            Pack<X> out;
-            out.set(u[v]);
-            store_vector(out, y + ((i64)row * n_groups + group) * d, v, team, width);
-        }
-    }
+    };
+    if (aligned) run(Flag<true>());
+    else run(Flag<false>());
 }
 
-extern "C" __global__ void __launch_bounds__(MAX_THREADS)
+extern "C" __global__ void __launch_bounds__(MAX_THREADS, MIN_BLOCKS)
 gated_rms_norm_backward(const X* x, const X* z, const X* dy, const float* weight, const float* rstd, X* dx, X* dz,
                         float* partials, i64 x_outer, i64 x_inner, i64 z_outer, i64 z_inner, i64 dy_outer, i64 dy_inner,
                         int n_rows, int inner, int d, int team_size, int aligned) {
     __shared__ float slots[64];
     Team team(team_size);
     TeamSum team_sum(slots);
-    Width width{d, aligned != 0};
-    int group = blockIdx.y, n_groups = gridDim.y;
-    float w[VECS][VEC], dw[VECS][VEC] = {};
-    load_weight(w, weight + group * d, team, width);
+    auto run = [&](auto aligned_rows) {
+        Width<decltype(aligned_rows)::value> width{d};
+        int group = blockIdx.y, n_groups = gridDim.y;
+        float w[VECS][VEC], dw[VECS][VEC] = {};
+        load_weight(w, weight + group * d, team, width);
 
-    // The next row is on its way while this one is summed.
-    struct Row {
-        Pack<X> x[VECS], z[VECS], dy[VECS];
-        float r;
-    } row, ahead;
-    i64 step = (i64)gridDim.x * team.n, current = blockIdx.x * team.n + team.idx;
-    auto fetch = [&](int row_idx) {
-        int outer_idx = (unsigned)row_idx / (unsigned)inner, inner_idx = row_idx - outer_idx * inner;
-        load_row(ahead.x, x + RowStrides{x_outer, x_inner}.start(outer_idx, inner_idx) + group * d, team, width);
-        load_row(ahead.z, z + RowStrides{z_outer, z_inner}.start(outer_idx, inner_idx) + group * d, team, width);
-        load_row(ahead.dy, dy + RowStrides{dy_outer, dy_inner}.start(outer_idx, inner_idx) + group * d, team, width);
-        ahead.r = rstd[(i64)row_idx * n_groups + group];
+        // The next row is on its way while this one is summed.
+        struct Row {
+            Pack<X> x[VECS], z[VECS], dy[VECS];
+            float r;
+        } row, ahead;
+        i64 step = (i64)gridDim.x * team.n, current = blockIdx.x * team.n + team.idx;
+        auto fetch = [&](int row_idx) {
+            int outer_idx = (unsigned)row_idx / (unsigned)inner, inner_idx = row_idx - outer_idx * inner;
+            load_row(ahead.x, x + RowStrides{x_outer, x_inner}.start(outer_idx, inner_idx) + group * d, team, width);
+            load_row(ahead.z, z + RowStrides{z_outer, z_inner}.start(outer_idx, inner_idx) + group * d, team, width);
+            load_row(ahead.dy, dy + RowStrides{dy_outer, dy_inner}.start(outer_idx, inner_idx) + group * d, team, width);
+            ahead.r = rstd[(i64)row_idx * n_groups + group];
+        };
+        if (current < n_rows) fetch((int)current);
+        for (; current < n_rows; current += step) {
+            row = ahead;
+            if (current + step < n_rows) fetch((int)(current + step));
+            float s[VECS][VEC], inner_product = 0.f;
+            #pragma unroll
+            for (int v = 0; v < VECS; v++) {
+                float a[VEC], b[VEC], c[VEC];
+                row.x[v].get(a), row.z[v].get(b), row.dy[v].get(c);
+                #pragma unroll
+                for (int i = 0; i < VEC; i++) {
+                    s[v][i] = gate_sigmoid(b[i]);
+                    inner_product += c[i] * w[v][i] * (a[i] * (b[i] * s[v][i]));
+                }
+            }
+            float r = row.r, slope = team_sum(inner_product, team) * r * r * r / d;
+            #pragma unroll
+            for (int v = 0; v < VECS; v++) {
+                float a[VEC], b[VEC], c[VEC];
+                row.x[v].get(a), row.z[v].get(b), row.dy[v].get(c);
+                #pragma unroll
+                for (int i = 0; i < VEC; i++) {
+                    float gate = b[i] * s[v][i], u = a[i] * gate;
+                    dw[v][i] += c[i] * (u * r);
+                    float du = r * (c[i] * w[v][i]) - u * slope;
+                    b[i] = du * a[i] * (s[v][i] * (1.f + b[i] * (1.f - s[v][i])));
+                    a[i] = du * gate;
+                }
+                Pack<X> out;
+                i64 start = (current * n_groups + group) * d;
+                out.set(a);
+                store_vector(out, dx + start, v, team, width);
+                out.set(b);
+                store_vector(out, dz + start, v, team, width);
+            }
+        }
+        if (partials)
+            write_block_columns(dw, partials + ((i64)blockIdx.x * n_groups + group) * d,
+                                reinterpret_cast<float*>(shared_memory()), team, d);
     };
-    if (current < n_rows) fetch((int)current);
-    for (; current < n_rows; current += step) {
-        row = ahead;
-        if (current + step < n_rows) fetch((int)(current + step));
-        float s[VECS][VEC], inner_product = 0.f;
-        #pragma unroll
-        for (int v = 0; v < VECS; v++) {
-            float a[VEC], b[VEC], c[VEC];
-            row.x[v].get(a), row.z[v].get(b), row.dy[v].get(c);
-            #pragma unroll
-            for (int i = 0; i < VEC; i++) {
-                s[v][i] = gate_sigmoid(b[i]);
-                inner_product += c[i] * w[v][i] * (a[i] * (b[i] * s[v][i]));
-            }
-        }
-        float r = row.r, slope = team_sum(inner_product, team) * r * r * r / d;
-        #pragma unroll
-        for (int v = 0; v < VECS; v++) {
-            float a[VEC], b[VEC], c[VEC];
-            row.x[v].get(a), row.z[v].get(b), row.dy[v].get(c);
-            #pragma unroll
-            for (int i = 0; i < VEC; i++) {
-                float gate = b[i] * s[v][i], u = a[i] * gate;
-                dw[v][i] += c[i] * (u * r);
-                float du = r * (c[i] * w[v][i]) - u * slope;
-                b[i] = du * a[i] * (s[v][i] * (1.f + b[i] * (1.f - s[v][i])));
-                a[i] = du * gate;
-            }
-            Pack<X> out;
-            i64 start = (current * n_groups + group) * d;
-            out.set(a);
-            store_vector(out, dx + start, v, team, width);
-            out.set(b);
-            store_vector(out, dz + start, v, team, width);
-        }
-    }
-    if (partials)
-        write_block_columns(dw, partials + ((i64)blockIdx.x * n_groups + group) * d,
-                            reinterpret_cast<float*>(shared_memory()), team, d);
+    if (aligned) run(Flag<true>());
+    else run(Flag<false>());
 }
 
 // dweight from the sums of the blocks.

@@ -16,75 +16,90 @@
 // their part of dweight in registers over all their rows; a block writes its sum once, and `sum_partials` adds the blocks in
 // order: no atomics, the same bits every time.
 //
-// X_KIND: dtype of all but weight and rstd; VECS: vectors a thread; MAX_THREADS: bound of the block.
+// X_KIND: dtype of all but weight and rstd; VECS: vectors a thread; MAX_THREADS, MIN_BLOCKS:
+// bounds of the block and of the blocks of a multiprocessor.
 #include "rows.cuh"
 #include "smem.cuh"
 
 typedef DtypeOf<X_KIND>::type X;
 
-extern "C" __global__ void __launch_bounds__(MAX_THREADS)
+extern "C" __global__ void __launch_bounds__(MAX_THREADS, MIN_BLOCKS)
 rms_norm_forward(const X* x, const X* delta, const float* weight, X* sum, X* y, float* rstd, i64 x_outer, i64 x_inner,
                  i64 delta_outer, i64 delta_inner, int n_rows, int inner, int d, int team_size, int aligned, float eps) {
     __shared__ float slots[64];
     Team team(team_size);
     TeamSum team_sum(slots);
-    Width width{d, aligned != 0};
-    float w[VECS][VEC];
-    load_weight(w, weight, team, width);
-    for (i64 next = blockIdx.x * team.n + team.idx; next < n_rows; next += gridDim.x * team.n) {
-        int row = (int)next, outer_idx = (unsigned)row / (unsigned)inner, inner_idx = row - outer_idx * inner;
-        Pack<X> s[VECS];
-        load_row(s, x + RowStrides{x_outer, x_inner}.start(outer_idx, inner_idx), team, width);
-        if (delta) {
-            Pack<X> change[VECS];
-            load_row(change, delta + RowStrides{delta_outer, delta_inner}.start(outer_idx, inner_idx), team, width);
+    auto run = [&](auto aligned_rows) {
+        Width<decltype(aligned_rows)::value> width{d};
+        float w[VECS][VEC];
+        load_weight(w, weight, team, width);
+        for (i64 next = blockIdx.x * team.n + team.idx; next < n_rows; next += gridDim.x * team.n) {
+            int row = (int)next, outer_idx = (unsigned)row / (unsigned)inner, inner_idx = row - outer_idx * inner;
+            Pack<X> s[VECS];
+            load_row(s, x + RowStrides{x_outer, x_inner}.start(outer_idx, inner_idx), team, width);
+            if (delta) {
+                Pack<X> change[VECS];
+                load_row(change, delta + RowStrides{delta_outer, delta_inner}.start(outer_idx, inner_idx), team, width);
+                #pragma unroll
+                for (int v = 0; v < VECS; v++) {
+                    float a[VEC], b[VEC];
+                    s[v].get(a), change[v].get(b);
+                    #pragma unroll
+                    for (int i = 0; i < VEC; i++) a[i] += b[i];
+                    s[v].set(a);
+                    store_vector(s[v], sum + (i64)row * d, v, team, width);
+                }
+            }
+            float squares = 0.f;
             #pragma unroll
             for (int v = 0; v < VECS; v++) {
-                float a[VEC], b[VEC];
-                s[v].get(a), change[v].get(b);
+                float a[VEC];
+                s[v].get(a);
                 #pragma unroll
-                for (int i = 0; i < VEC; i++) a[i] += b[i];
-                s[v].set(a);
-                store_vector(s[v], sum + (i64)row * d, v, team, width);
+                for (int i = 0; i < VEC; i++) squares += a[i] * a[i];
+            }
+            float r = 1.f / sqrtf(team_sum(squares, team) / d + eps);
+            if (rstd && team.t == 0) rstd[row] = r;
+            #pragma unroll
+            for (int v = 0; v < VECS; v++) {
+                float a[VEC];
+                Pack<X> out;
+                s[v].get(a);
+                #pragma unroll
+                for (int i = 0; i < VEC; i++) a[i] *= r;
+                // The normalised value has the dtype of x before the weight multiplies it.
+                out.set(a), out.get(a);
+                #pragma unroll
+                for (int i = 0; i < VEC; i++) a[i] *= w[v][i];
+                out.set(a);
+                store_vector(out, y + (i64)row * d, v, team, width);
             }
         }
-        float squares = 0.f;
-        #pragma unroll
-        for (int v = 0; v < VECS; v++) {
-            float a[VEC];
-            s[v].get(a);
-            #pragma unroll
-            for (int i = 0; i < VEC; i++) squares += a[i] * a[i];
-        }
-        float r = 1.f / sqrtf(team_sum(squares, team) / d + eps);
-        if (rstd && team.t == 0) rstd[row] = r;
-        #pragma unroll
-        for (int v = 0; v < VECS; v++) {
-            float a[VEC];
-            Pack<X> out;
-            s[v].get(a);
-            #pragma unroll
-            for (int i = 0; i < VEC; i++) a[i] *= r;
-            // The normalised value has the dtype of x before the weight multiplies it.
-            out.set(a), out.get(a);
-            #pragma unroll
-            for (int i = 0; i < VEC; i++) a[i] *= w[v][i];
-            out.set(a);
-            store_vector(out, y + (i64)row * d, v, team, width);
-        }
-    }
+    };
+    if (aligned) run(Flag<true>());
+    else run(Flag<false>());
 }
 
-extern "C" __global__ void __launch_bounds__(MAX_THREADS)
-rms_norm_backward(const X* s, const X* dy, const X* ds, const float* weight, const float* rstd, X* dx, float* partials,
-                  i64 s_outer, i64 s_inner, i64 dy_outer, i64 dy_inner, i64 ds_outer, i64 ds_inner, int n_rows, int inner,
-                  int d, int team_size, int aligned) {
+struct Backward {
+    const X *s, *dy, *ds;
+    const float *weight, *rstd;
+    X* dx;
+    float* partials;
+    RowStrides s_strides, dy_strides, ds_strides;
+    int n_rows, inner, d, team_size;
+};
+
+// ALIGNED: whether rows are read by vectors. RESIDUAL: whether ds is there. Both are part of the type, so that loads stay free of
+// branches.
+template <bool ALIGNED, bool RESIDUAL>
+__device__ __forceinline__ void backward(const Backward& args) {
+    int n_rows = args.n_rows, inner = args.inner, d = args.d;
     __shared__ float slots[64];
-    Team team(team_size);
+    Team team(args.team_size);
     TeamSum team_sum(slots);
-    Width width{d, aligned != 0};
+    Width<ALIGNED> width{d};
     float w[VECS][VEC], dw[VECS][VEC] = {};
-    load_weight(w, weight, team, width);
+    load_weight(w, args.weight, team, width);
 
     // The next row is on its way while this one is summed.
     struct Row {
@@ -94,10 +109,10 @@ rms_norm_backward(const X* s, const X* dy, const X* ds, const float* weight, con
     i64 step = (i64)gridDim.x * team.n, current = blockIdx.x * team.n + team.idx;
     auto fetch = [&](int row_idx) {
         int outer_idx = (unsigned)row_idx / (unsigned)inner, inner_idx = row_idx - outer_idx * inner;
-        load_row(ahead.s, s + RowStrides{s_outer, s_inner}.start(outer_idx, inner_idx), team, width);
-        load_row(ahead.dy, dy + RowStrides{dy_outer, dy_inner}.start(outer_idx, inner_idx), team, width);
-        if (ds) load_row(ahead.ds, ds + RowStrides{ds_outer, ds_inner}.start(outer_idx, inner_idx), team, width);
-        ahead.r = rstd[row_idx];
+        load_row(ahead.s, args.s + args.s_strides.start(outer_idx, inner_idx), team, width);
+        load_row(ahead.dy, args.dy + args.dy_strides.start(outer_idx, inner_idx), team, width);
+        if constexpr (RESIDUAL) load_row(ahead.ds, args.ds + args.ds_strides.start(outer_idx, inner_idx), team, width);
+        ahead.r = args.rstd[row_idx];
     };
     if (current < n_rows) fetch((int)current);
     for (; current < n_rows; current += step) {
@@ -121,18 +136,43 @@ rms_norm_backward(const X* s, const X* dy, const X* ds, const float* weight, con
                 dw[v][i] += b[i] * (a[i] * r);
                 a[i] = r * (b[i] * w[v][i]) - a[i] * slope;
             }
-            if (ds) {
+            if constexpr (RESIDUAL) {
                 row.ds[v].get(b);
                 #pragma unroll
                 for (int i = 0; i < VEC; i++) a[i] += b[i];
             }
             Pack<X> out;
             out.set(a);
-            store_vector(out, dx + current * d, v, team, width);
+            store_vector(out, args.dx + current * d, v, team, width);
         }
     }
-    if (partials)
-        write_block_columns(dw, partials + (i64)blockIdx.x * d, reinterpret_cast<float*>(shared_memory()), team, d);
+    if (args.partials)
+        write_block_columns(dw, args.partials + (i64)blockIdx.x * d, reinterpret_cast<float*>(shared_memory()), team, d);
+}
+
+// A function of its own, so that it takes no registers from the other path.
+template <bool RESIDUAL> __device__ __noinline__ void backward_by_element(Backward args) { backward<false, RESIDUAL>(args); }
+
+template <bool RESIDUAL> __device__ __forceinline__ void backward(const Backward& args, int aligned) {
+    if (aligned) backward<true, RESIDUAL>(args);
+    else backward_by_element<RESIDUAL>(args);
+}
+
+extern "C" __global__ void __launch_bounds__(MAX_THREADS, MIN_BLOCKS)
+rms_norm_backward(const X* s, const X* dy, const float* weight, const float* rstd, X* dx, float* partials, i64 s_outer,
+                  i64 s_inner, i64 dy_outer, i64 dy_inner, int n_rows, int inner, int d, int team_size, int aligned) {
+    backward<false>(Backward{s, dy, nullptr, weight, rstd, dx, partials, {s_outer, s_inner}, {dy_outer, dy_inner}, {0, 0}, n_rows,
+                             inner, d, team_size},
+                    aligned);
+}
+
+extern "C" __global__ void __launch_bounds__(MAX_THREADS, MIN_BLOCKS)
+residual_norm_backward(const X* s, const X* dy, const X* ds, const float* weight, const float* rstd, X* dx, float* partials,
+                       i64 s_outer, i64 s_inner, i64 dy_outer, i64 dy_inner, i64 ds_outer, i64 ds_inner, int n_rows, int inner,
+                       int d, int team_size, int aligned) {
+    backward<true>(Backward{s, dy, ds, weight, rstd, dx, partials, {s_outer, s_inner}, {dy_outer, dy_inner}, {ds_outer, ds_inner},
+                            n_rows, inner, d, team_size},
+                   aligned);
 }
 
 // dweight from the sums of the blocks.

@@ -70,15 +70,20 @@ struct Team {
     __device__ __forceinline__ int column(int v) const { return (v * size + t) * VEC; }
 };
 
-// What all rows have in common.
-struct Width {
+// What all rows have in common: their length, and whether they may be read 16 bytes at a time. The latter is part of the
+// type, so that loads stay free of branches and the compiler can keep many of them under way.
+template <bool ALIGNED> struct Width {
     int d;
-    bool aligned;
 };
 
-template <int N, class T>
-__device__ __forceinline__ void load_row(Pack<T> (&row)[N], const T* p, const Team& team, const Width& width) {
-    if (width.aligned) {
+// A flag as a type.
+template <bool VALUE> struct Flag {
+    static constexpr bool value = VALUE;
+};
+
+template <int N, class T, bool ALIGNED>
+__device__ __forceinline__ void load_row(Pack<T> (&row)[N], const T* p, const Team& team, const Width<ALIGNED>& width) {
+    if constexpr (ALIGNED) {
         #pragma unroll
         for (int v = 0; v < N; v++) {
             int column = team.column(v);
@@ -91,16 +96,16 @@ __device__ __forceinline__ void load_row(Pack<T> (&row)[N], const T* p, const Te
     }
 }
 
-template <class T>
-__device__ __forceinline__ void store_vector(const Pack<T>& pack, T* p, int v, const Team& team, const Width& width) {
+template <class T, bool ALIGNED>
+__device__ __forceinline__ void store_vector(const Pack<T>& pack, T* p, int v, const Team& team, const Width<ALIGNED>& width) {
     int column = team.column(v);
-    if (!width.aligned) store_some(pack, p + column, width.d - column);
+    if constexpr (!ALIGNED) store_some(pack, p + column, width.d - column);
     else if (column < width.d) pack.store(p + column);
 }
 
 // Reads a vector of parameters, which all rows share, as f32; zeros past the end.
-template <int N, class T>
-__device__ __forceinline__ void load_weight(float (&w)[N][VEC], const T* weight, const Team& team, const Width& width) {
+template <int N, class T, bool ALIGNED>
+__device__ __forceinline__ void load_weight(float (&w)[N][VEC], const T* weight, const Team& team, const Width<ALIGNED>& width) {
     Pack<T> row[N];
     load_row(row, weight, team, width);
     #pragma unroll

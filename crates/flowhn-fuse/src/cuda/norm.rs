@@ -13,9 +13,9 @@ use crate::Route;
 use crate::kernels::ROUTED_NORM;
 
 /// Forms of `routed_norm.cu` forward.
-const FORWARD: &[RowForm] = &[RowForm::new(1, 512), RowForm::new(2, 512), RowForm::new(3, 256)];
-/// Backward a thread keeps three rows more, and fewer vectors of each pay.
-const BACKWARD: &[RowForm] = &[RowForm::new(1, 512), RowForm::new(2, 512)];
+const FORWARD: &[RowForm] = &[RowForm::new(1, 512, 1), RowForm::new(2, 512, 1), RowForm::new(3, 256, 1)];
+/// Backward a thread keeps more rows, and fewer vectors of each pay.
+const BACKWARD: &[RowForm] = &[RowForm::new(1, 288, 2), RowForm::new(2, 512, 1)];
 
 /// Inputs x and weight; output `norm(gather(x))`.
 pub(crate) struct GatherNorm {
@@ -41,9 +41,12 @@ impl Function for GatherNorm {
         let [x_bld, weight, rstd_bl] = ctx.saved() else { unreachable!("three tensors are saved") };
         let call = Call::new(Self::NAME, x_bld, Routes { first: &self.route, second: None }, &[weight])?;
         // Tokens of no route have no gradient.
-        let dx_bld = x_bld.f_zeros_like()?.f_contiguous()?;
+        let dx_bld = call.sequence()?.f_zero_()?;
+        // Nothing else reaches x: one row of zeros serves for all.
+        let (batch, seq_len, d) = x_bld.size3()?;
+        let none = Tensor::f_zeros([1, 1, d], (x_bld.kind(), x_bld.device()))?.f_expand([batch, seq_len, d], false)?;
         let dy = [Some(&grads[0]), None];
-        let dweights = call.backward(rstd_bl, dy, Order::Branch, None, &dx_bld, [None, None], &[ctx.needs_grad(1)])?;
+        let dweights = call.backward(rstd_bl, dy, Order::Branch, &none, &dx_bld, [None, None], &[ctx.needs_grad(1)])?;
         Ok([Some(dx_bld)].into_iter().chain(dweights).collect())
     }
 }
@@ -86,7 +89,7 @@ impl Function for SplitNorm {
         let call = Call::new(Self::NAME, sum, self.routes(), &[attn_weight, ssm_weight])?;
         let dsum = call.sequence()?;
         let (dy, wanted) = ([Some(&grads[1]), Some(&grads[2])], [ctx.needs_grad(1), ctx.needs_grad(2)]);
-        let dweights = call.backward(rstd_bl, dy, Order::Branch, Some(&grads[0]), &dsum, [None, None], &wanted)?;
+        let dweights = call.backward(rstd_bl, dy, Order::Branch, &grads[0], &dsum, [None, None], &wanted)?;
         let ddelta = (self.n_inputs == 4).then(|| Some(dsum.shallow_clone()));
         Ok([Some(dsum)].into_iter().chain(dweights).chain(ddelta).collect())
     }
@@ -131,7 +134,7 @@ impl Function for MergeResidualNorm {
         let ds_bmd = ctx.needs_grad(2).then(|| call.branch(&self.ssm)).transpose()?;
         let (dy, branches) = ([Some(&grads[1]), Some(&grads[1])], [da_bnd.as_ref(), ds_bmd.as_ref()]);
         let wanted = [ctx.needs_grad(3)];
-        let dweights = call.backward(rstd_bl, dy, Order::Sequence, Some(&grads[0]), &dsum, branches, &wanted)?;
+        let dweights = call.backward(rstd_bl, dy, Order::Sequence, &grads[0], &dsum, branches, &wanted)?;
         Ok([Some(dsum), da_bnd, ds_bmd].into_iter().chain(dweights).collect())
     }
 }
@@ -242,13 +245,13 @@ impl<'a> Call<'a> {
         rstd_bl: &Tensor,
         dy: [Option<&Tensor>; 2],
         dy_order: Order,
-        ds_bld: Option<&Tensor>,
+        ds_bld: &Tensor,
         dx_bld: &Tensor,
         branches: [Option<&Tensor>; 2],
         wants_dweights: &[bool],
     ) -> Result<Vec<Option<Tensor>>> {
         let dense = |x: Option<&Tensor>| x.map(with_dense_rows).transpose();
-        let (dy, ds) = ([dense(dy[0])?, dense(dy[1])?], dense(ds_bld)?);
+        let (dy, ds) = ([dense(dy[0])?, dense(dy[1])?], with_dense_rows(ds_bld)?);
         let dy = [dy[0].as_ref(), dy[1].as_ref()];
         let tiling = RowTiling::new("routed_norm", self.d, BACKWARD)?;
         let [n_blocks0, n_blocks1] = self.share(|n_rows| tiling.n_resident_blocks(n_rows, self.x_bld.device()))?;
@@ -258,7 +261,7 @@ impl<'a> Call<'a> {
             false => None,
         };
         let mut touched = vec![&self.x_bld, dx_bld, self.weight(0), self.weight(1)];
-        touched.extend(dy.into_iter().chain([ds.as_ref()]).chain(branches).flatten());
+        touched.extend(dy.into_iter().chain(branches).flatten().chain([&ds]));
 
         let mut args = vec![Arg::Tensor(&self.x_bld)];
         args.extend(strides(Some(&self.x_bld), 1, 1));
@@ -266,8 +269,8 @@ impl<'a> Call<'a> {
         args.extend([Arg::I32(self.batch as i32), Arg::I32(self.seq_len as i32)]);
         args.extend(dy.map(Arg::opt));
         args.extend(dy.into_iter().flat_map(|x| strides(x, 1, 1)));
-        args.extend([Arg::I32(i32::from(dy_order == Order::Branch)), Arg::opt(ds.as_ref())]);
-        args.extend(strides(ds.as_ref(), 1, 1));
+        args.extend([Arg::I32(i32::from(dy_order == Order::Branch)), Arg::Tensor(&ds)]);
+        args.extend(strides(Some(&ds), 1, 1));
         args.extend([Arg::Tensor(self.weight(0)), Arg::Tensor(self.weight(1)), Arg::Tensor(rstd_bl)]);
         args.push(Arg::Tensor(dx_bld));
         args.extend(branches.map(Arg::opt));

@@ -64,11 +64,11 @@ impl Function for ResidualNormCuda {
 }
 
 /// Forms of `rms_norm.cu` forward.
-const FORWARD: &[RowForm] = &[RowForm::new(1, 512), RowForm::new(2, 512), RowForm::new(3, 256)];
-/// Backward a thread keeps three rows more, and fewer vectors of each pay.
-const BACKWARD: &[RowForm] = &[RowForm::new(1, 512), RowForm::new(2, 512)];
+const FORWARD: &[RowForm] = &[RowForm::new(1, 512, 1), RowForm::new(2, 512, 1), RowForm::new(3, 256, 1)];
+/// Backward a thread keeps more rows, and fewer vectors of each pay.
+const BACKWARD: &[RowForm] = &[RowForm::new(1, 288, 2), RowForm::new(2, 512, 1)];
 /// Forms of `gated_rms_norm.cu`.
-const GATED: &[RowForm] = &[RowForm::new(1, 512), RowForm::new(2, 256), RowForm::new(3, 256)];
+const GATED: &[RowForm] = &[RowForm::new(1, 512, 1), RowForm::new(2, 256, 1), RowForm::new(3, 256, 1)];
 
 struct Forward {
     /// Where something is added.
@@ -148,34 +148,16 @@ fn backward(
         .into_iter()
         .flatten()
         .collect();
-    let ([s_outer, s_inner], [dy_outer, dy_inner], [ds_outer, ds_inner]) =
-        (rows.strides(0), rows.strides(1), rows.strides(2));
-    kernel(&RMS_NORM, "rms_norm_backward", &tiling.defines(x_kind)).launch(
-        [n_blocks as u32, 1, 1],
-        tiling.block(),
-        tiling.column_bytes(d),
-        &[
-            Arg::Tensor(rows.tensor(0)),
-            Arg::Tensor(rows.tensor(1)),
-            Arg::opt(ds),
-            Arg::Tensor(&weight),
-            Arg::Tensor(rstd),
-            Arg::Tensor(&dx),
-            partials.arg(),
-            s_outer,
-            s_inner,
-            dy_outer,
-            dy_inner,
-            ds_outer,
-            ds_inner,
-            Arg::I32(rows.n_rows()),
-            rows.inner(),
-            Arg::I32(d as i32),
-            Arg::I32(tiling.team as i32),
-            aligned(d, &touched),
-        ],
-    )?;
-    let dweight = partials.total(&RMS_NORM, &tiling.defines(x_kind), weight_kind)?;
+    let entry = if ds.is_some() { "residual_norm_backward" } else { "rms_norm_backward" };
+    let mut args = vec![Arg::Tensor(rows.tensor(0)), Arg::Tensor(rows.tensor(1))];
+    args.extend(ds.map(Arg::Tensor));
+    args.extend([Arg::Tensor(&weight), Arg::Tensor(rstd), Arg::Tensor(&dx), partials.arg()]);
+    args.extend((0..2 + usize::from(ds.is_some())).flat_map(|idx| rows.strides(idx)));
+    args.extend([Arg::I32(rows.n_rows()), rows.inner(), Arg::I32(d as i32), Arg::I32(tiling.team as i32)]);
+    args.push(aligned(d, &touched));
+    let defines = tiling.defines(x_kind);
+    kernel(&RMS_NORM, entry, &defines).launch([n_blocks as u32, 1, 1], tiling.block(), tiling.column_bytes(d), &args)?;
+    let dweight = partials.total(&RMS_NORM, &defines, weight_kind)?;
     Ok((dx, dweight))
 }
 

@@ -11,28 +11,35 @@ pub const MAX_WIDTH: i64 = 32_768;
 /// Elements of a vector, `VEC` of `rows.cuh`.
 const VEC: i64 = 8;
 
-/// A compiled form of a kernel whose teams hold rows in registers: how many vectors a thread holds, and the bound of the block
-/// that leaves it registers enough.
+/// A compiled form of a kernel whose teams hold rows in registers: how many vectors a thread holds, and the bounds that leave it
+/// registers enough.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct RowForm {
     /// Vectors that a thread holds: `VECS`.
     pub n_vectors: u32,
     /// Most threads of a block: `MAX_THREADS`.
     pub max_threads: u32,
+    /// Blocks that a multiprocessor has registers for: `MIN_BLOCKS`.
+    pub min_blocks: u32,
 }
 
 impl RowForm {
     /// For rows that no other form holds; it may spill registers.
-    const WIDEST: Self = Self::new(4, 1024);
+    const WIDEST: Self = Self::new(4, 1024, 1);
 
-    /// The form with these two macros.
-    pub const fn new(n_vectors: u32, max_threads: u32) -> Self {
-        Self { n_vectors, max_threads }
+    /// The form with these macros.
+    pub const fn new(n_vectors: u32, max_threads: u32, min_blocks: u32) -> Self {
+        Self { n_vectors, max_threads, min_blocks }
     }
 
     /// The macros, with the dtype of the rows as a number.
-    pub const fn defines(self, x_kind: i64) -> [(&'static str, i64); 3] {
-        [("X_KIND", x_kind), ("VECS", self.n_vectors as i64), ("MAX_THREADS", self.max_threads as i64)]
+    pub const fn defines(self, x_kind: i64) -> [(&'static str, i64); 4] {
+        [
+            ("X_KIND", x_kind),
+            ("VECS", self.n_vectors as i64),
+            ("MAX_THREADS", self.max_threads as i64),
+            ("MIN_BLOCKS", self.min_blocks as i64),
+        ]
     }
 
     /// Threads that a row of `d` elements takes.
@@ -67,10 +74,8 @@ impl RowTiling {
         let held = |form: &&RowForm| form.n_vectors * form.team(d);
         let form = *forms.iter().rev().filter(fits).min_by_key(held).unwrap_or(&RowForm::WIDEST);
         let team = form.team(d);
-        // One vector a thread leaves registers for two blocks of a multiprocessor, if they are not too large.
-        let block = if form.n_vectors == 1 { 288 } else { form.max_threads };
         // A team of several warps has a barrier of its own, and a block has 15.
-        let n_teams = (block / team).clamp(1, if team > 32 { 15 } else { 32 });
+        let n_teams = (form.max_threads / team).clamp(1, if team > 32 { 15 } else { 32 });
         Ok(Self { form, team, n_teams })
     }
 
@@ -80,7 +85,7 @@ impl RowTiling {
     }
 
     /// The macros of the form.
-    pub fn defines(&self, x_kind: i64) -> [(&'static str, i64); 3] {
+    pub fn defines(&self, x_kind: i64) -> [(&'static str, i64); 4] {
         self.form.defines(x_kind)
     }
 
@@ -89,7 +94,7 @@ impl RowTiling {
     /// # Errors
     /// As [`RowTiling::n_resident_blocks`].
     pub fn n_blocks(&self, n_rows: i64, device: Device) -> Result<i64> {
-        self.capped(n_rows, device, 16)
+        self.capped(n_rows, device, 64)
     }
 
     /// Blocks for `n_rows` rows whose sums stay in registers: as many as run at once, at least one.
@@ -97,7 +102,7 @@ impl RowTiling {
     /// # Errors
     /// [`Error::Torch`] where the device does not answer.
     pub fn n_resident_blocks(&self, n_rows: i64, device: Device) -> Result<i64> {
-        self.capped(n_rows, device, if self.form.n_vectors == 1 { 2 } else { 1 })
+        self.capped(n_rows, device, self.form.min_blocks.into())
     }
 
     fn capped(&self, n_rows: i64, device: Device, per_multiprocessor: i64) -> Result<i64> {
@@ -219,7 +224,7 @@ mod tests {
 
     #[test]
     fn every_tiling_covers_the_row() {
-        let forms = [RowForm::new(1, 512), RowForm::new(2, 512), RowForm::new(3, 256)];
+        let forms = [RowForm::new(1, 512, 1), RowForm::new(2, 512, 1), RowForm::new(3, 256, 1)];
         for d in [1, 7, 8, 67, 128, 256, 257, 768, 1024, 1536, 2048, 4096, 4097, 6145, 8192, 8193, 16_384, MAX_WIDTH] {
             let tiling = RowTiling::new("test", d, &forms).unwrap();
             assert!(i64::from(tiling.form.n_vectors * tiling.team) * VEC >= d, "{d}: {tiling:?}");
