@@ -10,7 +10,7 @@ use crate::{Model, Result};
 /// Most that a gradient in f32 may differ between devices, relative to the model's largest.
 const MAX_REL: f64 = 1e-4;
 /// Length of the step along the gradient; the change of the loss over it is the gradient's length, to second order.
-const STEP: f64 = 1e-3;
+const STEP: f64 = 3e-4;
 /// Most that the two may differ.
 const MAX_REL_CHANGE: f64 = 1e-2;
 

@@ -93,10 +93,14 @@ pub fn run(args: &Args) -> Result<ExitCode> {
         }
         return Ok(ExitCode::SUCCESS);
     }
-    let device = args.device.device()?;
-    if !device.is_cuda() && !args.tiny {
-        bail!("these shapes are for a GPU: --device cuda (or --tiny, to try the command)");
-    }
+    let device = match args.device.device()? {
+        // Nobody wants these shapes on a CPU.
+        Device::Cpu if !args.tiny && tch::Cuda::is_available() => Device::Cuda(0),
+        Device::Cpu if !args.tiny => {
+            bail!("libtorch finds no CUDA device on this machine, and these shapes are for one")
+        }
+        device => device,
+    };
     Bench::new(args, device)?.run(&operations)
 }
 

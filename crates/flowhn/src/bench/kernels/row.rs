@@ -163,7 +163,8 @@ fn verdict(reached: bool, target: f64) -> String {
 }
 
 /// The head of the text form.
-pub const HEADER: &str = "operation                                pass      median us             min-max   wall us  floor us  floor %\n";
+pub const HEADER: &str =
+    "operation                                pass      median us             min-max   wall us  floor us  floor %\n";
 
 /// The head of the CSV form.
 pub const CSV_HEADER: &str = "op,shape,pass,program,median_us,min_us,max_us,wall_us,n,floor_us\n";
