@@ -18,9 +18,9 @@ const PANEL_BYTES: usize = 64 * 64 * 2;
 /// A segment has at least this many chunks: the pass that finds the state before it costs about half of what the segment costs.
 const MIN_SEGMENT_CHUNKS: i64 = 8;
 /// Most heads that one block of the backward takes: what it keeps of their steps has to fit into shared memory.
-const MAX_PART_HEADS: i64 = 16;
-/// Blocks of the backward per multiprocessor below which a block takes fewer heads.
-const MIN_BACKWARD_WAVES: i64 = 4;
+const MAX_PART_HEADS: i64 = 24;
+/// Blocks of the backward, for every two multiprocessors, below which a block takes fewer heads.
+const MIN_BACKWARD_BLOCKS: i64 = 3;
 
 pub(super) fn forward(operands: &Operands, recorded: bool) -> Result<Forward> {
     let Operands { sizes, x, b, c, .. } = operands;
@@ -240,7 +240,7 @@ impl Tiles {
         let blocks =
             |part_heads| self.sizes.batch * self.n_chunks * self.sizes.n_groups * div_ceil(group_heads, part_heads);
         let mut most = group_heads.min(MAX_PART_HEADS);
-        while most > 4 && blocks(most) < MIN_BACKWARD_WAVES * self.n_multiprocessors {
+        while most > 4 && 2 * blocks(most) < MIN_BACKWARD_BLOCKS * self.n_multiprocessors {
             most = div_ceil(most, 2);
         }
         // As even as the number of blocks allows.
