@@ -2,9 +2,11 @@
 
 use std::fmt::Display;
 
-use tch::Tensor;
+use tch::{Kind, Tensor};
 
-use flowhn_torch::Result;
+use flowhn_torch::{Result, apply};
+
+use crate::cuda::linear::LinearCuda;
 
 use crate::{Decay, Init, Path, Weight};
 
@@ -45,6 +47,10 @@ impl Linear {
     /// [`flowhn_torch::Error::Torch`] if the last axis is not `d_in`.
     pub fn forward(&self, x: &Tensor) -> Result<Tensor> {
         let bias = self.bias.as_ref().map(|bias| bias.to(x.kind()));
+        if x.device().is_cuda() && x.kind() == Kind::BFloat16 && self.weight.master().kind() == Kind::Float {
+            let y = apply(LinearCuda, &[x, self.weight.master()])?.swap_remove(0);
+            return bias.map_or(Ok(y.shallow_clone()), |bias| Ok(y.f_add(&bias)?));
+        }
         Ok(x.f_linear(&self.weight.to(x.kind()), bias.as_ref())?)
     }
 

@@ -181,3 +181,6 @@ extern "C" int flowhn_function_attach(const char* name, at::Tensor** inputs, siz
     for (size_t i = 0; i < n_outputs; ++i) result[i] = handles[i].release();
   });
 }
+
+// Forgets the gradient of a leaf.
+extern "C" int flowhn_grad_clear(at::Tensor* tensor) { FLOWHN_TRY(tensor->mutable_grad().reset()); }

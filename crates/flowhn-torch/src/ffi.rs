@@ -57,6 +57,7 @@ unsafe extern "C" {
     fn flowhn_last_error() -> *const c_char;
     pub(crate) fn flowhn_grad_mode_get() -> c_int;
     pub(crate) fn flowhn_grad_mode_set(enabled: c_int);
+    pub(crate) fn flowhn_grad_clear(tensor: *mut C_tensor) -> c_int;
     pub(crate) fn flowhn_function_is_recorded(inputs: *const *const C_tensor, n_inputs: usize) -> c_int;
     pub(crate) fn flowhn_function_attach(
         name: *const c_char,

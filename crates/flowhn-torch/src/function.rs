@@ -183,6 +183,24 @@ pub fn apply<F: Function>(mut function: F, inputs: &[&Tensor]) -> Result<Vec<Ten
     }
 }
 
+/// Forgets the gradient of a leaf: the next backward pass hands it the tensor that it computed, where it would otherwise add to the old.
+///
+/// ```
+/// use tch::{Kind, Tensor};
+/// let x = Tensor::from_slice(&[3f32]).set_requires_grad(true);
+/// (&x * 2.).sum(Kind::Float).backward();
+/// flowhn_torch::clear_grad(&x)?;
+/// assert!(!x.grad().defined());
+/// # Ok::<(), flowhn_torch::Error>(())
+/// ```
+///
+/// # Errors
+/// [`Error::Torch`] if the tensor cannot have a gradient.
+pub fn clear_grad(leaf: &Tensor) -> Result<()> {
+    // SAFETY: the handle lives to the end of the call; the shim drops its reference to the gradient and nothing else.
+    ffi::status(unsafe { ffi::flowhn_grad_clear(leaf.as_ptr().cast_mut()) })
+}
+
 /// How often each input that requires a gradient was written in place; the others do not matter here.
 fn versions(ctx: &ForwardCtx, inputs: &[&Tensor]) -> Vec<i64> {
     let version = |(idx, input): (usize, &&Tensor)| match ctx.needs_grad(idx) {

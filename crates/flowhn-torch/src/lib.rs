@@ -21,7 +21,7 @@ pub mod testing;
 
 pub use error::{Error, Result, catch};
 pub use flag::Flag;
-pub use function::{BackwardCtx, ForwardCtx, Function, apply};
+pub use function::{BackwardCtx, ForwardCtx, Function, apply, clear_grad};
 pub use graph::{CaptureMode, Graph, GraphPool};
 pub use mapped::MappedFile;
 pub use memory::{DeviceProperties, MemoryStats, keep_freed_host_memory};

@@ -2,7 +2,7 @@
 
 use flowhn_nn::{Decay, Params};
 use flowhn_torch::op::{Arg, call};
-use flowhn_torch::{Error as TensorError, catch};
+use flowhn_torch::{Error as TensorError, catch, clear_grad};
 use tch::{Device, Kind, Tensor};
 
 use crate::Result;
@@ -35,9 +35,8 @@ pub struct Leaf {
 
 /// AdamW (Loshchilov and Hutter, "Decoupled weight decay regularization", algorithm 2) through libtorch's fused operator.
 ///
-/// Each parameter has its gradient from the start, as zeros, and keeps that tensor: a backward pass adds to it, so gradients
-/// accumulate over micro-batches, and [`AdamW::zero_grad`] zeroes it in place. All of them count in every step, also those
-/// that a backward pass did not reach.
+/// A backward pass hands each parameter its gradient, or adds to the one that is there, so gradients accumulate over micro-batches until
+/// [`AdamW::zero_grad`] forgets them. All parameters count in every step: for one that no backward pass reached, the gradient is 0.
 ///
 /// The step counter, the clip factor and the norm stay on the device; nothing here waits for it.
 ///
@@ -78,7 +77,6 @@ enum Rate {
 struct Group {
     names: Vec<String>,
     params: Vec<Tensor>,
-    grads: Vec<Tensor>,
     exp_avg: Vec<Tensor>,
     exp_avg_sq: Vec<Tensor>,
 }
@@ -116,7 +114,6 @@ impl AdamW {
             let zeros = || catch(|| Ok(tensor.detach().zeros_like()));
             group.exp_avg.push(zeros()?);
             group.exp_avg_sq.push(zeros()?);
-            group.grads.push(zero_gradient(&tensor)?);
             group.names.push(name);
             group.params.push(tensor);
         }
@@ -159,29 +156,28 @@ impl AdamW {
     /// As there.
     pub fn clip_and_update(&mut self) -> Result<Tensor> {
         tch::no_grad(|| {
-            let norm = self.grad_norm()?;
+            let [decaying, others] = &self.groups;
+            let grads = [decaying.grads()?, others.grads()?];
+            let norm = norm_of(&grads)?;
             if self.options.clip_norm > 0. {
-                self.scale_grads(&catch(|| Ok((self.options.clip_norm / (&norm + 1e-6)).clamp_max(1.)))?)?;
+                scale(&grads, &catch(|| Ok((self.options.clip_norm / (&norm + 1e-6)).clamp_max(1.)))?)?;
             }
             self.step = catch(|| Ok(self.step.g_add_scalar_(1.)))?;
-            let [decaying, others] = &self.groups;
-            self.update(decaying, self.options.weight_decay)?;
-            self.update(others, 0.)?;
+            self.update(decaying, &grads[0], self.options.weight_decay)?;
+            self.update(others, &grads[1], 0.)?;
             Ok(norm)
         })
     }
 
-    /// Sets all gradients to zero, in place.
+    /// Forgets all gradients.
     ///
     /// # Errors
     /// [`crate::Error::Tensor`] if libtorch refuses.
     pub fn zero_grad(&mut self) -> Result<()> {
-        tch::no_grad(|| {
-            for group in self.groups.iter().filter(|group| !group.grads.is_empty()) {
-                call("aten::_foreach_zero_", "", &[Arg::Tensors(&refs(&group.grads))])?;
-            }
-            Ok(())
-        })
+        for param in self.groups.iter().flat_map(|group| &group.params) {
+            clear_grad(param)?;
+        }
+        Ok(())
     }
 
     /// The state by name: `exp_avg.NAME` and `exp_avg_sq.NAME` of each parameter, and `step`. The tensors share storage with
@@ -234,31 +230,12 @@ impl AdamW {
     /// # Errors
     /// [`crate::Error::Tensor`] if libtorch refuses.
     pub fn params_norm(&self) -> Result<f64> {
-        let norm = tch::no_grad(|| self.norm_of(|group| &group.params))?;
+        let [decaying, others] = &self.groups;
+        let norm = tch::no_grad(|| norm_of(&[decaying.handles(), others.handles()]))?;
         Ok(catch(|| Ok(norm.double_value(&[])))?)
     }
 
-    fn grad_norm(&self) -> Result<Tensor> {
-        self.norm_of(|group| &group.grads)
-    }
-
-    fn norm_of(&self, tensors: impl Fn(&Group) -> &[Tensor]) -> Result<Tensor> {
-        let mut norms = Vec::new();
-        for list in self.groups.iter().map(tensors).filter(|list| !list.is_empty()) {
-            let parts = call("aten::_foreach_norm", "Scalar", &[Arg::Tensors(&refs(list)), Arg::Double(2.)])?;
-            norms.extend(parts.into_iter().flatten());
-        }
-        Ok(catch(|| Ok(Tensor::stack(&norms, 0).norm().to_kind(Kind::Float)))?)
-    }
-
-    fn scale_grads(&self, factor: &Tensor) -> Result<()> {
-        for group in self.groups.iter().filter(|group| !group.grads.is_empty()) {
-            call("aten::_foreach_mul_", "Tensor", &[Arg::Tensors(&refs(&group.grads)), Arg::Tensor(factor)])?;
-        }
-        Ok(())
-    }
-
-    fn update(&self, group: &Group, weight_decay: f64) -> Result<()> {
+    fn update(&self, group: &Group, grads: &[Tensor], weight_decay: f64) -> Result<()> {
         if group.params.is_empty() {
             return Ok(());
         }
@@ -270,7 +247,7 @@ impl AdamW {
         let steps = vec![&self.step; group.params.len()];
         let args = [
             Arg::Tensors(&refs(&group.params)),
-            Arg::Tensors(&refs(&group.grads)),
+            Arg::Tensors(&refs(grads)),
             Arg::Tensors(&refs(&group.exp_avg)),
             Arg::Tensors(&refs(&group.exp_avg_sq)),
             // The running maxima of AMSGrad, which this is not.
@@ -289,21 +266,38 @@ impl AdamW {
     }
 }
 
-/// Gives the leaf a gradient of zeros and returns that tensor, to which every backward pass will add in place.
-fn zero_gradient(leaf: &Tensor) -> Result<Tensor> {
-    let grad = catch(|| {
-        let mut grad = leaf.grad();
-        if grad.defined() {
-            let _ = grad.zero_();
-        } else {
-            tch::with_grad(|| (leaf * 0.).sum(leaf.kind()).f_backward())?;
-            grad = leaf.grad();
-            // A weight that is not finite would make its zero a NaN.
-            let _ = grad.zero_();
-        }
-        Ok(grad)
-    })?;
-    Ok(grad)
+impl Group {
+    /// The gradients as they are now.
+    fn grads(&self) -> Result<Vec<Tensor>> {
+        let grad = |param: &Tensor| -> Result<Tensor> {
+            let grad = param.grad();
+            Ok(if grad.defined() { grad } else { catch(|| Ok(param.detach().zeros_like()))? })
+        };
+        self.params.iter().map(grad).collect()
+    }
+
+    /// Handles of the parameters.
+    fn handles(&self) -> Vec<Tensor> {
+        self.params.iter().map(Tensor::shallow_clone).collect()
+    }
+}
+
+/// The L2 norm of all tensors together, an f32 scalar on their device.
+fn norm_of(lists: &[Vec<Tensor>; 2]) -> Result<Tensor> {
+    let mut norms = Vec::new();
+    for list in lists.iter().filter(|list| !list.is_empty()) {
+        let parts = call("aten::_foreach_norm", "Scalar", &[Arg::Tensors(&refs(list)), Arg::Double(2.)])?;
+        norms.extend(parts.into_iter().flatten());
+    }
+    Ok(catch(|| Ok(Tensor::stack(&norms, 0).norm().to_kind(Kind::Float)))?)
+}
+
+/// Multiplies all tensors by a scalar on their device, in place.
+fn scale(lists: &[Vec<Tensor>; 2], factor: &Tensor) -> Result<()> {
+    for list in lists.iter().filter(|list| !list.is_empty()) {
+        call("aten::_foreach_mul_", "Tensor", &[Arg::Tensors(&refs(list)), Arg::Tensor(factor)])?;
+    }
+    Ok(())
 }
 
 fn refs(tensors: &[Tensor]) -> Vec<&Tensor> {

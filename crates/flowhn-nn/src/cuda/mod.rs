@@ -2,5 +2,6 @@
 
 pub(crate) mod embedding;
 pub(crate) mod head;
+pub(crate) mod linear;
 pub(crate) mod norm;
 pub(crate) mod swiglu;
