@@ -131,10 +131,7 @@ impl Heads {
     /// aligned in memory.
     fn bias(&self, mask: &Tensor) -> Result<Tensor> {
         let [batch, n, m] = [self.q.size()[0], self.q.size()[2], self.k.size()[2]];
-        let rows = mask.size()[0];
-        let room = Tensor::f_zeros([rows, 1, n, m + missing(m)], (self.q.kind(), self.q.device()))?;
-        let mut bias = room.f_narrow(3, 0, m)?;
-        let _ = bias.f_masked_fill_(&mask.f_logical_not()?, f64::NEG_INFINITY)?;
+        let bias = hide(mask, m + missing(m), self.q.kind())?;
         Ok(bias.f_expand([batch, 1, n, m], false)?)
     }
 
@@ -183,9 +180,9 @@ impl Heads {
 
 /// libtorch's own formula in plain operators, which holds all scores in memory.
 fn plain(q_bhnp: &Tensor, k_bkmp: &Tensor, v_bkmp: &Tensor, pattern: &Pattern) -> Result<Tensor> {
-    let mask = match pattern {
-        Pattern::Dense(mask) => Arg::Tensor(mask),
-        Pattern::All | Pattern::Causal => Arg::None,
+    let bias = match pattern {
+        Pattern::Dense(mask) => Some(hide(mask, mask.size()[3], q_bhnp.kind())?),
+        Pattern::All | Pattern::Causal => None,
         Pattern::Window(_) => return Err(Error::invalid("attention", "a window must be spelled out in f32")),
     };
     first(call(
@@ -195,7 +192,7 @@ fn plain(q_bhnp: &Tensor, k_bkmp: &Tensor, v_bkmp: &Tensor, pattern: &Pattern) -
             Arg::Tensor(q_bhnp),
             Arg::Tensor(k_bkmp),
             Arg::Tensor(v_bkmp),
-            mask,
+            bias.as_ref().map_or(Arg::None, Arg::Tensor),
             Arg::Double(0.),
             Arg::Bool(matches!(pattern, Pattern::Causal)),
             Arg::None,
@@ -203,6 +200,14 @@ fn plain(q_bhnp: &Tensor, k_bkmp: &Tensor, v_bkmp: &Tensor, pattern: &Pattern) -
             Arg::Bool(q_bhnp.size()[1] != k_bkmp.size()[1]),
         ],
     )?)
+}
+
+/// What is added to the scores, in rows of memory that are `row_len` long: 0 where `mask` is true, minus infinity where it is not.
+fn hide(mask: &Tensor, row_len: i64, kind: Kind) -> Result<Tensor> {
+    let (size, device) = (mask.size(), mask.device());
+    let room = Tensor::f_zeros([size[0], size[1], size[2], row_len], (kind, device))?;
+    let mut bias = room.f_narrow(3, 0, size[3])?;
+    Ok(bias.f_masked_fill_(&mask.f_logical_not()?, f64::NEG_INFINITY)?)
 }
 
 fn first(outputs: Vec<Option<Tensor>>) -> Result<Tensor> {

@@ -22,9 +22,30 @@ extern "C" void flowhn_graph_free(CUDAGraph* graph) {
 }
 // Pool (0, 0) asks for a private memory pool. Modes: 0 global, 1 thread-local, 2 relaxed.
 extern "C" int flowhn_graph_begin(CUDAGraph* graph, uint64_t pool_a, uint64_t pool_b, int mode) {
-  FLOWHN_TRY(graph->capture_begin({pool_a, pool_b}, static_cast<cudaStreamCaptureMode>(mode)));
+  FLOWHN_TRY({
+    // libtorch looks at this only after it has put its random generators into capture mode, where they would stay.
+    TORCH_CHECK(at::cuda::getCurrentCUDAStream() != at::cuda::getDefaultCUDAStream(),
+                "the default stream cannot be captured: enter another one first");
+    graph->capture_begin({pool_a, pool_b}, static_cast<cudaStreamCaptureMode>(mode));
+  });
 }
-extern "C" int flowhn_graph_end(CUDAGraph* graph) { FLOWHN_TRY(graph->capture_end()); }
+// A capture that fails leaves libtorch's random generators in capture mode, where the next operator that draws a number fails. One
+// that succeeds, if only of nothing, ends that.
+extern "C" int flowhn_graph_end(CUDAGraph* graph) {
+  FLOWHN_TRY({
+    try {
+      graph->capture_end();
+    } catch (...) {
+      try {
+        CUDAGraph nothing;
+        nothing.capture_begin({0, 0}, cudaStreamCaptureModeRelaxed);
+        nothing.capture_end();
+      } catch (...) {
+      }
+      throw;
+    }
+  });
+}
 extern "C" int flowhn_graph_replay(CUDAGraph* graph) { FLOWHN_TRY(graph->replay()); }
 extern "C" int flowhn_graph_pool(CUDAGraph* graph, uint64_t* a, uint64_t* b) {
   FLOWHN_TRY({

@@ -99,8 +99,13 @@ impl Error {
         let message = without_backtrace(message);
         match message.find("CUDA out of memory") {
             // The rest is advice about allocator settings.
-            Some(start) => Self::OutOfMemory(message[start..].split(" If reserved").next().unwrap_or(message).to_owned()),
-            None => Self::Torch(message.to_owned()),
+            Some(start) => {
+                Self::OutOfMemory(message[start..].split(" If reserved").next().unwrap_or(message).to_owned())
+            }
+            // What follows is the dispatcher's table of every backend.
+            None => Self::Torch(
+                message.split("' is only available for these backends").next().unwrap_or(message).to_owned(),
+            ),
         }
     }
 }

@@ -1,8 +1,8 @@
 //! Batches on the device.
 
-use flowhn_torch::catch;
 use flowhn_torch::op::{Arg, call};
-use tch::{Device, Tensor};
+use flowhn_torch::{Error, catch};
+use tch::{Device, Kind, Tensor};
 
 use crate::Result;
 use crate::data::Batch;
@@ -21,20 +21,21 @@ pub(crate) struct DeviceBatch {
 impl DeviceBatch {
     /// Copies a batch to the device.
     pub(crate) fn new(batch: &Batch, device: Device, reset_documents: bool) -> Result<Self> {
-        let copy = |values: &[i64]| on_host(batch, values, device).to_device_(device, tch::Kind::Int64, true, false);
-        Ok(catch(|| {
-            Ok(Self {
-                ids_bl: copy(&batch.inputs),
-                targets_bl: copy(&batch.targets),
-                segments_bl: reset_documents.then(|| copy(&batch.segments)),
-            })
-        })?)
+        let copy = |values: &[i64]| -> Result<Tensor> {
+            let values = on_host(batch, values, device)?;
+            Ok(catch(|| Ok(values.to_device_(device, Kind::Int64, true, false)))?)
+        };
+        Ok(Self {
+            ids_bl: copy(&batch.inputs)?,
+            targets_bl: copy(&batch.targets)?,
+            segments_bl: reset_documents.then(|| copy(&batch.segments)).transpose()?,
+        })
     }
 
     /// Copies another batch of the same size into the same tensors.
     pub(crate) fn overwrite(&mut self, batch: &Batch) -> Result<()> {
         let copy = |place: &Tensor, values: &[i64]| -> Result<()> {
-            let values = catch(|| Ok(on_host(batch, values, place.device())))?;
+            let values = on_host(batch, values, place.device())?;
             call("aten::copy_", "", &[Arg::Tensor(place), Arg::Tensor(&values), Arg::Bool(true)])?;
             Ok(())
         };
@@ -46,7 +47,13 @@ impl DeviceBatch {
 
 /// The values on the host; pinned where they go to a GPU, so that the copy there runs beside the host, which goes on to launch the
 /// step's work. libtorch keeps pinned memory until the copies out of it are done.
-fn on_host(batch: &Batch, values: &[i64], device: Device) -> Tensor {
-    let tensor = Tensor::from_slice(values).view([batch.batch_size as i64, batch.seq_len as i64]);
-    if device.is_cuda() { tensor.pin_memory(device) } else { tensor }
+fn on_host(batch: &Batch, values: &[i64], device: Device) -> Result<Tensor> {
+    let shape = [batch.batch_size as i64, batch.seq_len as i64];
+    let tensor = catch(|| Ok(Tensor::from_slice(values).f_view(shape)?))?;
+    if !device.is_cuda() {
+        return Ok(tensor);
+    }
+    // By name: the method of `tch` passes a device, which libtorch deprecates with a warning a call.
+    let pinned = call("aten::pin_memory", "", &[Arg::Tensor(&tensor)])?.into_iter().next().flatten();
+    Ok(pinned.ok_or_else(|| Error::invalid("pin_memory", "the operator returned no tensor"))?)
 }

@@ -12,9 +12,7 @@ use serde::Serialize;
 use tch::Device;
 
 use crate::config::RunConfig;
-use crate::data::{
-    Dataset, Encoded, Fingerprint, LoaderOptions, Shard, ShardMeta, ShardWriter, TrainLoader,
-};
+use crate::data::{Dataset, Encoded, Fingerprint, LoaderOptions, Shard, ShardMeta, ShardWriter, TrainLoader};
 use crate::optim::AdamW;
 use crate::peak::{MatmulRate, device_name, max_memory_bytes};
 use crate::step::{CapturedStep, Stepper};
@@ -70,6 +68,10 @@ pub fn time_steps(config: &RunConfig, device: Device, steps: u64) -> Result<Step
     }
     prepare_device(device, config.train.deterministic)?;
     let matmul = MatmulRate::measure(device, config.train.dtype.kind())?;
+    if let Device::Cuda(device_idx) = device {
+        MemoryStats::empty_cache()?;
+        MemoryStats::reset_peak(device_idx)?;
+    }
     let folder = tempfile::tempdir().map_err(Error::io(&std::env::temp_dir(), "create a folder in"))?;
     let mut stepper = stepper(config, device, folder.path(), steps)?;
     let stream = SideStream::enter(device)?;
@@ -77,9 +79,6 @@ pub fn time_steps(config: &RunConfig, device: Device, steps: u64) -> Result<Step
         stepper.train_step()?;
     }
     stepper.read()?;
-    if let Device::Cuda(device_idx) = device {
-        MemoryStats::reset_peak(device_idx)?;
-    }
     let (step_ms, host_ms) = match device {
         Device::Cuda(device_idx) => on_device(&mut stepper, steps, device_idx)?,
         _ => on_host(&mut stepper, steps)?,
