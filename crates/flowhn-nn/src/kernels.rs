@@ -73,12 +73,10 @@ pub const KERNELS: &[KernelSpec] = &[
             &RowForm::new(1, 512, 1).defines(0),
             &RowForm::new(2, 512, 1).defines(0),
             &RowForm::new(3, 256, 1).defines(0),
-            &RowForm::new(1, 288, 2).defines(0),
             &RowForm::new(4, 1024, 1).defines(0),
             &RowForm::new(1, 512, 1).defines(1),
             &RowForm::new(2, 512, 1).defines(1),
             &RowForm::new(3, 256, 1).defines(1),
-            &RowForm::new(1, 288, 2).defines(1),
             &RowForm::new(4, 1024, 1).defines(1),
         ],
     },
@@ -97,9 +95,6 @@ pub const KERNELS: &[KernelSpec] = &[
     },
     KernelSpec {
         source: &SWIGLU,
-        variants: &[
-            &[("X_KIND", 0), ("ROWS", SWIGLU_ROWS as i64)],
-            &[("X_KIND", 1), ("ROWS", SWIGLU_ROWS as i64)],
-        ],
+        variants: &[&[("X_KIND", 0), ("ROWS", SWIGLU_ROWS as i64)], &[("X_KIND", 1), ("ROWS", SWIGLU_ROWS as i64)]],
     },
 ];

@@ -14,8 +14,8 @@ use crate::kernels::ROUTED_NORM;
 
 /// Forms of `routed_norm.cu` forward.
 const FORWARD: &[RowForm] = &[RowForm::new(1, 512, 1), RowForm::new(2, 512, 1), RowForm::new(3, 256, 1)];
-/// Backward a thread keeps more rows, and fewer vectors of each pay.
-const BACKWARD: &[RowForm] = &[RowForm::new(1, 288, 2), RowForm::new(2, 512, 1)];
+/// Backward rows in flight count most, and two vectors a thread keep the most of them, also where some lanes idle.
+const BACKWARD: &[RowForm] = &[RowForm::new(2, 512, 1)];
 
 /// Inputs x and weight; output `norm(gather(x))`.
 pub(crate) struct GatherNorm {

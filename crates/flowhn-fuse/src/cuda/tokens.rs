@@ -58,7 +58,12 @@ pub(crate) fn merge_residual(
     let mut args = vec![Arg::Tensor(&x), Arg::Tensor(&a), Arg::Tensor(&s), Arg::Tensor(&out)];
     args.extend([&x, &a, &s].into_iter().flat_map(|x| strides(Some(x), 1, 1)));
     args.extend(routes.args());
-    args.extend([Arg::I32(batch as i32), Arg::I32(seq_len as i32), Arg::I32(d as i32), aligned(d, &[&x, &a, &s, &out])]);
+    args.extend([
+        Arg::I32(batch as i32),
+        Arg::I32(seq_len as i32),
+        Arg::I32(d as i32),
+        aligned(d, &[&x, &a, &s, &out]),
+    ]);
     let defines = [("X_KIND", kind_define(OP, "x_bld", &x)?), ("WORD", 16)];
     let kernel = Kernel { source: &TOKENS, entry: "merge_residual", defines: &defines };
     kernel.launch(grid(routes.n_tokens(OP, batch)?), 32 * TOKENS_PER_BLOCK, 0, &args)?;
@@ -72,13 +77,7 @@ enum Towards {
 }
 
 /// Copies tokens of any dtype; the receiving tensors are new.
-fn copy(
-    sequence: &Tensor,
-    branch0: &Tensor,
-    branch1: Option<&Tensor>,
-    routes: Routes,
-    towards: Towards,
-) -> Result<()> {
+fn copy(sequence: &Tensor, branch0: &Tensor, branch1: Option<&Tensor>, routes: Routes, towards: Towards) -> Result<()> {
     const OP: &str = "copy_tokens";
     let (batch, _, d) = sequence.size3()?;
     if d == 0 {
@@ -90,7 +89,9 @@ fn copy(
     let n_bytes = element_bytes(&sequence)?;
     let word = word_bytes(n_bytes * d, n_bytes, &tensors);
     let mut args = vec![Arg::Tensor(&sequence), Arg::Tensor(&branch0), Arg::opt(branch1.as_ref())];
-    args.extend([Some(&sequence), Some(&branch0), branch1.as_ref()].into_iter().flat_map(|x| strides(x, n_bytes, word)));
+    args.extend(
+        [Some(&sequence), Some(&branch0), branch1.as_ref()].into_iter().flat_map(|x| strides(x, n_bytes, word)),
+    );
     args.extend(routes.args());
     let n_words = (n_bytes * d / word) as i32;
     args.extend([Arg::I32(batch as i32), Arg::I32(n_words), Arg::I32(i32::from(towards == Towards::Sequence))]);

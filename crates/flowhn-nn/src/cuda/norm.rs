@@ -53,8 +53,7 @@ impl Function for ResidualNormCuda {
 
     fn backward(&self, ctx: &BackwardCtx, grads: &[Tensor]) -> Result<Vec<Option<Tensor>>> {
         let [sum, weight, rstd] = ctx.saved() else { unreachable!("three tensors are saved") };
-        let (dsum, dweight) =
-            backward(Self::NAME, sum, weight, rstd, &grads[1], Some(&grads[0]), ctx.needs_grad(1))?;
+        let (dsum, dweight) = backward(Self::NAME, sum, weight, rstd, &grads[1], Some(&grads[0]), ctx.needs_grad(1))?;
         let mut gradients = vec![Some(dsum.shallow_clone()), dweight];
         if self.n_inputs == 3 {
             gradients.push(Some(dsum));
@@ -65,8 +64,8 @@ impl Function for ResidualNormCuda {
 
 /// Forms of `rms_norm.cu` forward.
 const FORWARD: &[RowForm] = &[RowForm::new(1, 512, 1), RowForm::new(2, 512, 1), RowForm::new(3, 256, 1)];
-/// Backward a thread keeps more rows, and fewer vectors of each pay.
-const BACKWARD: &[RowForm] = &[RowForm::new(1, 288, 2), RowForm::new(2, 512, 1)];
+/// Backward rows in flight count most, and two vectors a thread keep the most of them, also where some lanes idle.
+const BACKWARD: &[RowForm] = &[RowForm::new(2, 512, 1)];
 /// Forms of `gated_rms_norm.cu`.
 const GATED: &[RowForm] = &[RowForm::new(1, 512, 1), RowForm::new(2, 256, 1), RowForm::new(3, 256, 1)];
 
@@ -144,10 +143,8 @@ fn backward(
     let dx = Tensor::f_empty(sum.size(), (sum.kind(), sum.device()))?;
     let n_blocks = tiling.n_resident_blocks(i64::from(rows.n_rows()), sum.device())?;
     let partials = ColumnSums::new(wants_dweight, n_blocks, d, &weight)?;
-    let touched: Vec<&Tensor> = [Some(rows.tensor(0)), Some(rows.tensor(1)), ds, Some(&weight), Some(&dx)]
-        .into_iter()
-        .flatten()
-        .collect();
+    let touched: Vec<&Tensor> =
+        [Some(rows.tensor(0)), Some(rows.tensor(1)), ds, Some(&weight), Some(&dx)].into_iter().flatten().collect();
     let entry = if ds.is_some() { "residual_norm_backward" } else { "rms_norm_backward" };
     let mut args = vec![Arg::Tensor(rows.tensor(0)), Arg::Tensor(rows.tensor(1))];
     args.extend(ds.map(Arg::Tensor));
@@ -156,7 +153,12 @@ fn backward(
     args.extend([Arg::I32(rows.n_rows()), rows.inner(), Arg::I32(d as i32), Arg::I32(tiling.team as i32)]);
     args.push(aligned(d, &touched));
     let defines = tiling.defines(x_kind);
-    kernel(&RMS_NORM, entry, &defines).launch([n_blocks as u32, 1, 1], tiling.block(), tiling.column_bytes(d), &args)?;
+    kernel(&RMS_NORM, entry, &defines).launch(
+        [n_blocks as u32, 1, 1],
+        tiling.block(),
+        tiling.column_bytes(d),
+        &args,
+    )?;
     let dweight = partials.total(&RMS_NORM, &defines, weight_kind)?;
     Ok((dx, dweight))
 }
@@ -271,7 +273,12 @@ impl ColumnSums {
     }
 
     /// The sum over the blocks, in their order.
-    fn total(&self, source: &'static KernelSource, defines: &[(&'static str, i64)], kind: Kind) -> Result<Option<Tensor>> {
+    fn total(
+        &self,
+        source: &'static KernelSource,
+        defines: &[(&'static str, i64)],
+        kind: Kind,
+    ) -> Result<Option<Tensor>> {
         let Some(partials) = &self.0 else { return Ok(None) };
         let (n_blocks, d) = partials.size2()?;
         let total = Tensor::f_empty([d], (Kind::Float, partials.device()))?;

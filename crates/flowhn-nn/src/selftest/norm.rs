@@ -65,8 +65,7 @@ fn check(
     kind: Kind,
     device: Device,
 ) -> Result<String> {
-    let kinds: Vec<Kind> =
-        inputs.iter().map(|input| if input.dim() == 1 { Kind::Float } else { kind }).collect();
+    let kinds: Vec<Kind> = inputs.iter().map(|input| if input.dim() == 1 { Kind::Float } else { kind }).collect();
     Rule { kernel, plain: formula, floor: Rule::floor_of(kind) }.check(inputs, &kinds, device)
 }
 

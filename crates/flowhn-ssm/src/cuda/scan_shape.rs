@@ -168,11 +168,15 @@ impl Operands {
         kind_define(OP, "x_ble", activations[0])?;
         let (batch, seq_len, d_inner) = activations[0].size3()?;
         let d_state = activations[2].size()[2];
-        let limits =
-            [("d_state", d_state, MAX_STATE), ("batch", batch, 65_535), ("seq_len", seq_len, i64::from(i32::MAX) - CHUNK)];
+        let limits = [
+            ("d_state", d_state, MAX_STATE),
+            ("batch", batch, 65_535),
+            ("seq_len", seq_len, i64::from(i32::MAX) - CHUNK),
+        ];
         for (name, size, limit) in limits {
             if size > limit {
-                let message = format!("{name} is {size}, the CUDA kernel takes at most {limit}: split it, or use the CPU");
+                let message =
+                    format!("{name} is {size}, the CUDA kernel takes at most {limit}: split it, or use the CPU");
                 return Err(Error::invalid(OP, message));
             }
         }

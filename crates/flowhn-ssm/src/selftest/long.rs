@@ -153,7 +153,8 @@ fn huge(subject: &Subject, device: Device) -> Result<String> {
         let error = max_rel(&grad, &x_last.grad());
         let fits = error <= 2e-2;
         if !fits {
-            let message = format!("the gradient of {:?} differs by {error:.3e} from that of its last sequence", input.shape);
+            let message =
+                format!("the gradient of {:?} differs by {error:.3e} from that of its last sequence", input.shape);
             return Err(Error::invalid("huge", message));
         }
         worst = worst.max(error);

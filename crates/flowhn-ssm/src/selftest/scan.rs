@@ -212,7 +212,9 @@ fn pieces_equal_the_whole(device: Device) -> Result<String> {
 
 fn extremes_stay_finite(device: Device) -> Result<String> {
     let (sizes, with) = ([1, 700, 8, 16], With::default());
-    for (dt, a, x) in [(60., 1., 1.), (-60., 1., 1.), (1e4, 1e4, 1.), (-200., 1e-6, 1.), (3., 1e-30, 1e15), (0., 1., 1e18)] {
+    for (dt, a, x) in
+        [(60., 1., 1.), (-60., 1., 1.), (1e4, 1e4, 1.), (-200., 1e-6, 1.), (3., 1e-30, 1e15), (0., 1., 1e18)]
+    {
         let mut t = on_device(sizes, Kind::Float, device);
         t[1] = &t[1] + dt;
         t[2] = &t[2] * a;
@@ -255,16 +257,19 @@ fn refusals(device: Device) -> Result<String> {
     let with = With::default();
     let mut t = on_device([1, 4, 6, 3], Kind::Float, device);
     t[3] = t[3].narrow(2, 0, 2);
-    let message = selective_scan(&args(&t, None, with)).map(|_| String::new()).unwrap_or_else(|error| error.to_string());
+    let message =
+        selective_scan(&args(&t, None, with)).map(|_| String::new()).unwrap_or_else(|error| error.to_string());
     expect(&format!("that b_bln is named in {message:?}"), message.contains("b_bln"))?;
     if device == Device::Cpu {
         return Ok(message);
     }
     let t: Vec<Tensor> = inputs([1, 4, 6, 3], with).iter().map(|t| t.to_device(device)).collect();
-    let message = selective_scan(&args(&t, None, with)).map(|_| String::new()).unwrap_or_else(|error| error.to_string());
+    let message =
+        selective_scan(&args(&t, None, with)).map(|_| String::new()).unwrap_or_else(|error| error.to_string());
     expect(&format!("that f64 is refused in {message:?}"), message.contains("x_ble") && message.contains("CPU"))?;
     let t = on_device([1, 4, 6, 257], Kind::Float, device);
-    let message = selective_scan(&args(&t, None, with)).map(|_| String::new()).unwrap_or_else(|error| error.to_string());
+    let message =
+        selective_scan(&args(&t, None, with)).map(|_| String::new()).unwrap_or_else(|error| error.to_string());
     expect(&format!("that 257 states are refused in {message:?}"), message.contains("d_state is 257"))?;
     Ok(message)
 }
