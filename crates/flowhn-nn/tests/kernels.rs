@@ -4,10 +4,10 @@ use flowhn_torch::testing::check_kernels;
 
 /// The variants of the shapes that `flowhn bench kernels` times.
 const TUNED: &[&str] = &[
-    "rms_norm_forward X_KIND=1 VECS=1",
-    "rms_norm_backward X_KIND=1 VECS=1",
-    "gated_rms_norm_forward X_KIND=1 VECS=1",
-    "gated_rms_norm_backward X_KIND=1 VECS=1",
+    "rms_norm_forward X_KIND=1 VECS=1 MAX_THREADS=512 MIN_BLOCKS=2",
+    "rms_norm_forward X_KIND=1 VECS=2 MAX_THREADS=512 MIN_BLOCKS=2",
+    "gated_rms_norm_forward X_KIND=1 VECS=2 MAX_THREADS=256 MIN_BLOCKS=4",
+    "gated_rms_norm_backward X_KIND=1 VECS=1 MAX_THREADS=512 MIN_BLOCKS=1",
     "swiglu_forward X_KIND=1",
     "swiglu_backward X_KIND=1",
     "cross_entropy_rows X_KIND=1",

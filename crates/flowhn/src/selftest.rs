@@ -59,8 +59,11 @@ struct Row {
     seconds: f64,
 }
 
+/// What gives the cases of a crate.
+type Cases = fn() -> Vec<Case>;
+
 /// The crates with their cases, lowest first: what fails first is nearest to the cause.
-const CRATES: [(&str, fn() -> Vec<Case>); 7] = [
+const CRATES: [(&str, Cases); 7] = [
     ("torch", flowhn_torch::selftest::cases),
     ("nn", flowhn_nn::selftest::cases),
     ("ssm", flowhn_ssm::selftest::cases),
@@ -138,7 +141,13 @@ fn check(name: &str, case: &Case, device: Device) -> (Row, Result<(), String>) {
     let outcome = case.run(device).map_err(|error| error.to_string());
     // What a kernel did wrong is told when the device is waited for, or never.
     let alive = match device {
-        Device::Cuda(idx) => catch(|| Ok(tch::Cuda::synchronize(idx as i64))).map_err(|error| error.to_string()),
+        Device::Cuda(idx) => {
+            let waited = catch(|| {
+                tch::Cuda::synchronize(idx as i64);
+                Ok(())
+            });
+            waited.map_err(|error| error.to_string())
+        }
         _ => Ok(()),
     };
     let outcome = match (&alive, outcome) {

@@ -98,7 +98,7 @@ fn vector_len(widest: i64, d: i64, row_stride: i64, tensors: &[&Tensor]) -> i64 
     // Words are 16 bytes at most.
     let bytes = |vec: i64, tensor: &Tensor| (vec as usize * tensor.kind().elt_size_in_bytes()).min(16);
     let fits = |vec: i64| {
-        let is_aligned = |tensor: &&Tensor| tensor.data_ptr() as usize % bytes(vec, tensor) == 0;
+        let is_aligned = |tensor: &&Tensor| (tensor.data_ptr() as usize).is_multiple_of(bytes(vec, tensor));
         d % vec == 0 && row_stride % vec == 0 && tensors.iter().all(is_aligned)
     };
     [8, 4].into_iter().find(|&vec| vec <= widest && fits(vec)).unwrap_or(1)

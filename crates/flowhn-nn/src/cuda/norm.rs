@@ -62,12 +62,14 @@ impl Function for ResidualNormCuda {
     }
 }
 
-/// Forms of `rms_norm.cu` forward.
-const FORWARD: &[RowForm] = &[RowForm::new(1, 512, 1), RowForm::new(2, 512, 1), RowForm::new(3, 256, 1)];
+/// Forms of `rms_norm.cu` forward: bounds that leave registers for two blocks and more, since threads hide what a load takes.
+const FORWARD: &[RowForm] = &[RowForm::new(1, 512, 2), RowForm::new(2, 512, 2), RowForm::new(3, 256, 3)];
 /// Backward rows in flight count most, and two vectors a thread keep the most of them, also where some lanes idle.
 const BACKWARD: &[RowForm] = &[RowForm::new(2, 512, 1)];
-/// Forms of `gated_rms_norm.cu`.
-const GATED: &[RowForm] = &[RowForm::new(1, 512, 1), RowForm::new(2, 256, 1), RowForm::new(3, 256, 1)];
+/// Forms of `gated_rms_norm.cu` forward, bounded for the same reason.
+const GATED_FORWARD: &[RowForm] = &[RowForm::new(1, 512, 2), RowForm::new(3, 256, 2), RowForm::new(2, 256, 4)];
+/// Forms of `gated_rms_norm.cu` backward.
+const GATED_BACKWARD: &[RowForm] = &[RowForm::new(1, 512, 1), RowForm::new(2, 256, 1), RowForm::new(3, 256, 1)];
 
 struct Forward {
     /// Where something is added.
@@ -175,7 +177,7 @@ impl Function for GatedRmsNormCuda {
         let (x, weight) = (inputs[0], as_f32(inputs[2])?);
         let x_kind = kind_define(Self::NAME, "x", x)?;
         let d = weight.size()[0] / self.n_groups;
-        let tiling = RowTiling::new(Self::NAME, d, GATED)?;
+        let tiling = RowTiling::new(Self::NAME, d, GATED_FORWARD)?;
         let rows = Rows::new(Self::NAME, &inputs[..2])?;
         let n_rows = i64::from(rows.n_rows());
         let y = Tensor::f_empty(x.size(), (x.kind(), x.device()))?;
@@ -218,7 +220,7 @@ impl Function for GatedRmsNormCuda {
         let x_kind = kind_define(Self::NAME, "x", x)?;
         let (width, weight_kind, weight) = (weight.size()[0], weight.kind(), as_f32(weight)?);
         let d = width / self.n_groups;
-        let tiling = RowTiling::new(Self::NAME, d, GATED)?;
+        let tiling = RowTiling::new(Self::NAME, d, GATED_BACKWARD)?;
         let rows = Rows::new(Self::NAME, &[x, z, &grads[0]])?;
         let (dx, dz) =
             (Tensor::f_empty(x.size(), (x.kind(), x.device()))?, Tensor::f_empty(x.size(), (x.kind(), x.device()))?);

@@ -200,7 +200,7 @@ impl Operands {
         // Many taps take the registers of many channels.
         let widest = match d_conv {
             ..=4 => 4,
-            ..=8 => 2,
+            5..=8 => 2,
             _ => 1,
         };
         let vec = vector_len(activations, widest);
@@ -275,7 +275,8 @@ fn vector_len(tensors: &[&Tensor], widest: i64) -> i64 {
     let fits = |vec: i64, tensor: &Tensor| {
         let (size, stride) = (tensor.size(), tensor.stride());
         let steps_fit = (0..2).all(|axis| size[axis] < 2 || stride[axis] % vec == 0);
-        let address_fits = tensor.data_ptr() as usize % (vec as usize * tensor.kind().elt_size_in_bytes()) == 0;
+        let address_fits =
+            (tensor.data_ptr() as usize).is_multiple_of(vec as usize * tensor.kind().elt_size_in_bytes());
         size[2] % vec == 0 && steps_fit && address_fits
     };
     let mut vec = widest;

@@ -314,7 +314,7 @@ fn pairs_are_aligned(t: &Tensor) -> bool {
     let (size, stride) = (t.size(), t.stride());
     let element: usize = if t.kind() == Kind::Float { 4 } else { 2 };
     let even = |axis: usize| size[axis] == 1 || stride[axis] % 2 == 0;
-    size[2] % 2 == 0 && t.data_ptr() as usize % (2 * element) == 0 && even(0) && even(1)
+    size[2] % 2 == 0 && (t.data_ptr() as usize).is_multiple_of(2 * element) && even(0) && even(1)
 }
 
 fn ceil_div(a: i64, b: i64) -> i64 {

@@ -344,7 +344,7 @@ fn aligned(tensor: &Tensor) -> bool {
     let (size, stride) = (tensor.size(), tensor.stride());
     let n_outer = size.len() - 1;
     let rows = (0..n_outer).all(|axis| size[axis] == 1 || stride[axis] % 8 == 0);
-    rows && size[n_outer] % 8 == 0 && tensor.data_ptr() as usize % 16 == 0
+    rows && size[n_outer] % 8 == 0 && (tensor.data_ptr() as usize).is_multiple_of(16)
 }
 
 /// The gradients that many blocks add to, as parts in memory: each part's sum is made by one block, and the sum of the parts, in

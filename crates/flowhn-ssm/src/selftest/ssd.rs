@@ -146,7 +146,7 @@ fn bf16_products(args: &Ssd) -> Result<SsdOutput> {
     let (x, b, c) = (heads_first(args.x_blhp), for_heads(args.b_blgn), for_heads(args.c_blgn));
     let mut dt_blh = f32_of(args.dt_blh);
     if let Some(bias) = args.dt_bias_h {
-        dt_blh = dt_blh + bias;
+        dt_blh = &dt_blh + bias;
     }
     if args.dt_activation == DtActivation::Softplus {
         dt_blh = dt_blh.softplus();
@@ -182,7 +182,7 @@ fn bf16_products(args: &Ssd) -> Result<SsdOutput> {
     }
     let mut y_blhp = Tensor::cat(&y, 2).transpose(1, 2);
     if let Some(d_h) = args.d_h {
-        y_blhp = y_blhp + d_h.unsqueeze(-1) * f32_of(args.x_blhp);
+        y_blhp = &y_blhp + d_h.unsqueeze(-1) * f32_of(args.x_blhp);
     }
     Ok(SsdOutput { y_blhp: y_blhp.to_kind(args.x_blhp.kind()), final_state_bhpn: state })
 }

@@ -212,7 +212,7 @@ pub fn aligned(d: i64, tensors: &[&Tensor]) -> Arg<'static> {
     let fits = |x: &&Tensor| {
         let (size, stride) = (x.size(), x.stride());
         let mut leading = size.iter().zip(&stride).rev().skip(1).filter(|&(&size, _)| size > 1);
-        x.data_ptr() as usize % 16 == 0 && leading.all(|(_, stride)| stride % VEC == 0)
+        (x.data_ptr() as usize).is_multiple_of(16) && leading.all(|(_, stride)| stride % VEC == 0)
     };
     Arg::I32(i32::from(d % VEC == 0 && tensors.iter().all(fits)))
 }
@@ -228,7 +228,7 @@ mod tests {
         for d in [1, 7, 8, 67, 128, 256, 257, 768, 1024, 1536, 2048, 4096, 4097, 6145, 8192, 8193, 16_384, MAX_WIDTH] {
             let tiling = RowTiling::new("test", d, &forms).unwrap();
             assert!(i64::from(tiling.form.n_vectors * tiling.team) * VEC >= d, "{d}: {tiling:?}");
-            assert!(tiling.team % 32 == 0 && tiling.block() <= tiling.form.max_threads, "{d}: {tiling:?}");
+            assert!(tiling.team.is_multiple_of(32) && tiling.block() <= tiling.form.max_threads, "{d}: {tiling:?}");
             assert_eq!(tiling.form == RowForm::WIDEST, d > 8192, "{d}: {tiling:?}");
         }
         let vectors = |d| RowTiling::new("test", d, &forms).unwrap().form.n_vectors;
@@ -247,8 +247,8 @@ mod tests {
                 let (outer, inner) = (row / i64::from(rows.inner), row % i64::from(rows.inner));
                 for (i, starts) in starts.iter_mut().enumerate() {
                     let offset = outer * rows.strides[i][0] + inner * rows.strides[i][1];
-                    let first = rows.tensor(i).as_strided([1], [1], rows.tensor(i).storage_offset() + offset);
-                    starts.push(first.double_value(&[0]));
+                    let elements = crate::cpu::strided::<f32>(rows.tensor(i)).unwrap();
+                    starts.push(f64::from(elements.data[offset as usize]));
                 }
             }
             for (view, starts) in views.iter().zip(starts) {

@@ -42,15 +42,21 @@ impl fmt::Display for CompiledEntry {
     }
 }
 
-/// Compiles every variant of every kernel for every architecture, on all cores.
+/// Compiles every variant of every kernel for the architecture that they are tuned for, and the first and the last variant of each for
+/// the others, on all cores.
 ///
 /// # Errors
 /// [`crate::Error::Kernel`] with the compiler's messages.
 pub fn compile_all(kernels: &[KernelSpec]) -> Result<Vec<CompiledEntry>> {
     type Job = (&'static KernelSource, Defines<'static>, &'static str);
-    let variants = kernels.iter().flat_map(|spec| spec.variants.iter().map(|variant| (spec.source, *variant)));
-    let jobs: Vec<Job> =
-        variants.flat_map(|(source, variant)| ARCHITECTURES.map(|arch| (source, variant, arch))).collect();
+    let mut jobs: Vec<Job> = Vec::new();
+    for spec in kernels {
+        for (idx, variant) in spec.variants.iter().enumerate() {
+            let is_end = idx == 0 || idx + 1 == spec.variants.len();
+            let archs = ARCHITECTURES.into_iter().filter(|arch| is_end || *arch == TUNED_ARCH);
+            jobs.extend(archs.map(|arch| (spec.source, *variant, arch)));
+        }
+    }
     let next = AtomicUsize::new(0);
     let done = Mutex::new(Vec::new());
     let work = || {

@@ -99,7 +99,7 @@ pub fn run(args: &Args) -> Result<ExitCode> {
     let mut report = Report { definition: DEFINITION, device: String::new(), peak: None, rows: Vec::new() };
     for (model, policy, file) in files(args) {
         let config = config_args::load(&file, &args.sets.sets)?;
-        console.line(&format!("{model} {policy}: {} steps", args.steps));
+        console.line(format!("{model} {policy}: {} steps", args.steps));
         let speed = time_steps(&config, device, args.steps)?;
         let peak = peak(&speed, config.train.dtype, device);
         report.device.clone_from(&speed.device);

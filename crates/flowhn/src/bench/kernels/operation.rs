@@ -79,12 +79,15 @@ pub struct Recorded {
     pub target: Option<f64>,
 }
 
+/// An operation on its tensors.
+type Run = Box<dyn Fn(&[Tensor]) -> Result<Tensor>>;
+
 /// Tensors and what is done with them.
 pub struct Call {
     /// The tensors whose gradients are wanted.
     pub leaves: Vec<Tensor>,
     /// Runs the operation and returns the output that a gradient flows into.
-    pub run: Box<dyn Fn(&[Tensor]) -> Result<Tensor>>,
+    pub run: Run,
 }
 
 impl Operation {

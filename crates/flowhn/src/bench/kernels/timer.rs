@@ -127,7 +127,11 @@ mod tests {
     fn calls_are_counted_and_their_errors_come_back() {
         let timer = Timer::new(Device::Cpu, 5).unwrap();
         let n_calls = std::cell::Cell::new(0);
-        let samples = timer.time(&|| Ok(n_calls.set(n_calls.get() + 1))).unwrap();
+        let count = || {
+            n_calls.set(n_calls.get() + 1);
+            Ok(())
+        };
+        let samples = timer.time(&count).unwrap();
         assert_eq!((samples.device_us.len(), n_calls.get()), (5, WARM_UP + 10));
         let failing = || Err(flowhn_torch::Error::invalid("bench", "no".to_owned()));
         assert!(timer.time(&failing).is_err());
