@@ -30,7 +30,7 @@ pub struct KernelSource {
 /// Macros that choose a variant: `("X_KIND", 1)` compiles with `-DX_KIND=1`.
 pub type Defines<'a> = &'a [(&'static str, i64)];
 
-/// The variants of one source that a crate uses: tests compile each of them for every supported architecture.
+/// The variants of one source that a crate uses: tests compile each of them for Hopper, the first and the last for the others.
 #[derive(Debug)]
 pub struct KernelSpec {
     /// The source.
