@@ -15,6 +15,9 @@ use crate::setup;
 const LAUNCHER: &str = include_str!("../dist/flowhn.sh");
 const README: &str = include_str!("../dist/README.md");
 
+/// The programs, and where they go: the one that needs libtorch behind the launcher, the other beside it.
+const PROGRAMS: [(&str, &str); 2] = [("flowhn", "bin/flowhn"), ("flowhn-replay", "flowhn-replay")];
+
 /// What is copied as it is: from the repository, to the bundle.
 const COPIED: [(&str, &str); 7] = [
     ("configs", "configs"),
@@ -34,12 +37,13 @@ pub fn command(repo: &Repo, args: Vec<OsString>) -> Result<ExitCode> {
     let out = out_dir(repo, &args)?;
     setup::run(repo)?;
     let mut build = cargo(repo);
-    run(build.args(["build", "--release", "--package", "flowhn"]).stdout(stderr_as_stdout()?))?;
+    build.args(["build", "--release"]).args(PROGRAMS.iter().flat_map(|(name, _)| ["--package", name]));
+    run(build.stdout(stderr_as_stdout()?))?;
 
     let name = format!("flowhn-{}-linux-x86_64", env!("CARGO_PKG_VERSION"));
     let bundle = out.join(&name);
     let cuda = repo.libtorch_link().join("lib/libtorch_cuda.so").exists();
-    fill(repo, &repo.target().join("release/flowhn"), &bundle, cuda)?;
+    fill(repo, &bundle, cuda)?;
     let archive = out.join(format!("{name}.tar.gz"));
     run(Command::new("tar").arg("-czf").arg(&archive).arg("-C").arg(&out).arg(&name))?;
 
@@ -72,7 +76,7 @@ fn out_dir(repo: &Repo, args: &[OsString]) -> Result<PathBuf> {
 }
 
 /// Fills the folder anew.
-fn fill(repo: &Repo, program: &Path, bundle: &Path, cuda: bool) -> Result<()> {
+fn fill(repo: &Repo, bundle: &Path, cuda: bool) -> Result<()> {
     if bundle.exists() {
         // Runs that were made in it are the user's; everything else is ours.
         for entry in list(bundle)? {
@@ -84,8 +88,10 @@ fn fill(repo: &Repo, program: &Path, bundle: &Path, cuda: bool) -> Result<()> {
     }
     let bin = bundle.join("bin");
     fs::create_dir_all(&bin).map_err(|error| cannot("make", &bin, &error))?;
-    let stripped = bin.join("flowhn");
-    run(Command::new("strip").arg("--strip-all").arg("-o").arg(&stripped).arg(program))?;
+    for (name, to) in PROGRAMS {
+        let program = repo.target().join("release").join(name);
+        run(Command::new("strip").arg("--strip-all").arg("-o").arg(bundle.join(to)).arg(program))?;
+    }
     for (from, to) in COPIED {
         copy(&repo.path(from), &bundle.join(to))?;
     }

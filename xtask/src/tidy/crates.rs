@@ -7,7 +7,9 @@ use super::{Finding, Tree};
 /// Our crates and those of ours that each may depend on.
 const EDGES: &[(&str, &[&str])] = &[
     ("flowhn-split", &[]),
-    ("flowhn-torch", &[]),
+    ("flowhn-trace", &[]),
+    ("flowhn-replay", &["flowhn-trace"]),
+    ("flowhn-torch", &["flowhn-trace"]),
     ("flowhn-nn", &["flowhn-torch"]),
     ("flowhn-ssm", &["flowhn-nn", "flowhn-torch"]),
     ("flowhn-attn", &["flowhn-nn", "flowhn-torch"]),
@@ -32,11 +34,16 @@ const EDGES: &[(&str, &[&str])] = &[
     ),
 ];
 
-/// The crate that may hold unsafe code, and so cannot forbid it.
-const UNSAFE_HOME: &str = "flowhn-torch";
+/// The crates that call libtorch and the CUDA driver, may hold unsafe code for it, and so cannot forbid it.
+const UNSAFE_HOMES: [&str; 2] = ["flowhn-torch", "flowhn-replay"];
 
 /// Lines of text that an introduction has at the very least.
 const README_LINES: usize = 3;
+
+/// Whether a crate may hold unsafe code.
+pub fn is_unsafe_home(name: &str) -> bool {
+    UNSAFE_HOMES.contains(&name)
+}
 
 /// Each crate introduces itself, and denies what all deny.
 pub fn manners(tree: &Tree) -> Vec<Finding> {
@@ -52,7 +59,7 @@ pub fn manners(tree: &Tree) -> Vec<Finding> {
                 continue;
             };
             let mut wanted = vec!["#![deny(missing_docs)]"];
-            if name != UNSAFE_HOME {
+            if !is_unsafe_home(name) {
                 wanted.push("#![forbid(unsafe_code)]");
             }
             // A program has no public items to document.

@@ -6,9 +6,10 @@ use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex, OnceLock, RwLock};
 
 use cudarc::driver::{result, sys};
+use flowhn_trace::Extent;
 use xxhash_rust::xxh3::xxh3_128;
 
-use super::{Arg, Kernel, nvrtc};
+use super::{Arg, Kernel, nvrtc, trace};
 use crate::stream::Stream;
 use crate::{DeviceProperties, Error, Result};
 
@@ -45,7 +46,12 @@ pub(super) fn launch(
     let _context = Context::enter(loaded.context).map_err(|error| refused(kernel, &error))?;
     reserve_shared(kernel, &loaded, shared_bytes)?;
     let stream = Stream::current(device_idx)?.native_handle()?;
-    let mut values: Vec<u64> = args.iter().map(|arg| bits(*arg)).collect();
+    if let Some(recorder) = trace::recorder(kernel)? {
+        let live = Live { kernel, device_idx, stream: stream.cast() };
+        let (variant, is_captured) = (key(kernel, None, device_idx), live.is_captured()?);
+        recorder.record(&trace::Call { kernel, variant, grid, block, shared_bytes, args, is_captured }, &live)?;
+    }
+    let mut values: Vec<u64> = args.iter().map(|arg| arg.bits()).collect();
     let mut pointers: Vec<*mut c_void> = values.iter_mut().map(|value| (value as *mut u64).cast()).collect();
     // SAFETY: the function is loaded in the current context; every pointer leads to a value with at least as many bytes as the
     // kernel declares for it (compared above), and the driver copies them before it returns. The tensors' memory is given back to
@@ -72,14 +78,39 @@ pub(super) fn launch(
     })
 }
 
-/// The bits that the driver reads of an argument, low bytes first.
-fn bits(arg: Arg) -> u64 {
-    match arg {
-        Arg::Tensor(tensor) => tensor.data_ptr() as u64,
-        Arg::Null => 0,
-        Arg::I32(value) => u64::from(value as u32),
-        Arg::I64(value) => value as u64,
-        Arg::F32(value) => u64::from(value.to_bits()),
+/// The launch's device and stream, for the recorder.
+struct Live<'a> {
+    kernel: &'a Kernel<'a>,
+    device_idx: usize,
+    stream: sys::CUstream,
+}
+
+impl Live<'_> {
+    fn is_captured(&self) -> Result<bool> {
+        // SAFETY: it is libtorch's current stream.
+        match unsafe { result::stream::is_capturing(self.stream) } {
+            Ok(status) => Ok(status != sys::CUstreamCaptureStatus::CU_STREAM_CAPTURE_STATUS_NONE),
+            // The default stream while another stream is captured that would wait for it.
+            Err(result::DriverError(sys::CUresult::CUDA_ERROR_STREAM_CAPTURE_IMPLICIT)) => Ok(true),
+            Err(error) => Err(refused(self.kernel, &error)),
+        }
+    }
+}
+
+impl trace::Source for Live<'_> {
+    fn cubin(&self) -> Result<Vec<u8>> {
+        let arch = architecture(self.kernel, &DeviceProperties::of(self.device_idx)?)?;
+        nvrtc::cubin(self.kernel.source, self.kernel.defines, &arch)
+    }
+
+    fn bytes(&self, extent: Extent) -> Result<Vec<u8>> {
+        let mut bytes = vec![0_u8; extent.n_bytes as usize];
+        // SAFETY: the stream is libtorch's current one; the extent is that of tensors of the device, which the caller holds.
+        let outcome = unsafe {
+            result::stream::synchronize(self.stream).and_then(|()| result::memcpy_dtoh_sync(&mut bytes, extent.address))
+        };
+        outcome.map_err(|error| refused(self.kernel, &error))?;
+        Ok(bytes)
     }
 }
 

@@ -2,12 +2,14 @@
 //!
 //! A kernel is one `.cu` file, embedded by `include_str!`, that may include the common headers in the folder `kernels/` of this crate
 //! and those that its [`KernelSource`] brings, and nothing else, so that no CUDA toolkit is needed to run it. Its variants (dtypes,
-//! tile sizes) are chosen by integer macros. Machine code is kept on disk, see [`cache_dir`].
+//! tile sizes) are chosen by integer macros. Machine code is kept on disk, see [`cache_dir`]. With `FLOWHN_KERNEL_TRACE=DIR` in the
+//! environment launches are recorded for `flowhn-replay`, which launches them again without libtorch.
 
 mod cache;
 mod driver;
 mod nvrtc;
 pub mod rows;
+mod trace;
 
 use tch::{Device, Tensor};
 
@@ -78,6 +80,17 @@ impl<'a> Arg<'a> {
         match self {
             Self::Tensor(_) | Self::Null | Self::I64(_) => 8,
             Self::I32(_) | Self::F32(_) => 4,
+        }
+    }
+
+    /// What the driver reads, low bytes first.
+    fn bits(self) -> u64 {
+        match self {
+            Self::Tensor(tensor) => tensor.data_ptr() as u64,
+            Self::Null => 0,
+            Self::I32(value) => u64::from(value as u32),
+            Self::I64(value) => value as u64,
+            Self::F32(value) => u64::from(value.to_bits()),
         }
     }
 }

@@ -1,0 +1,73 @@
+//! The lines of a trace.
+
+use serde::{Deserialize, Serialize};
+
+/// One line of `launches.jsonl`.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum Record {
+    /// A launch with all it needs.
+    Launch(Launch),
+    /// A launch that took place and was not recorded.
+    Skipped(Skipped),
+}
+
+/// One launch.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Launch {
+    /// Source and entry, `ssd_forward.cu/ssd_forward`.
+    pub kernel: String,
+    /// The macros that made the variant, `X_KIND=1 WARPS=4`.
+    pub variant: String,
+    /// The file of its machine code.
+    pub cubin: String,
+    /// The name of the function in it.
+    pub entry: String,
+    /// Blocks in x, y and z.
+    pub grid: [u32; 3],
+    /// Threads of a block, all in x.
+    pub block: u32,
+    /// Dynamic shared memory of a block. Past 48 KiB the function has to be given leave first.
+    pub shared_bytes: usize,
+    /// The memory that its tensors reach.
+    pub regions: Vec<Region>,
+    /// Its arguments in order.
+    pub args: Vec<Value>,
+}
+
+/// A piece of memory that one or several tensors of a launch reach, with no byte more.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Region {
+    /// Its address modulo [`ALIGNMENT`](crate::ALIGNMENT).
+    pub misalignment: u64,
+    /// How many bytes it has.
+    pub n_bytes: u64,
+    /// Where they begin in `data.bin`.
+    pub at: u64,
+    /// Whether all it held was what marks memory that nobody has written, so that a kernel may write to it and not read.
+    pub unwritten: bool,
+}
+
+/// An argument.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum Value {
+    /// The address of a tensor's first element.
+    Address {
+        /// The number of its region.
+        region: usize,
+        /// Bytes from the region's start.
+        offset: u64,
+    },
+    /// Anything passed by value, a null pointer too: what the driver reads, low bytes first.
+    Bits(u64),
+}
+
+/// A launch that took place and was not recorded.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Skipped {
+    /// Source and entry.
+    pub kernel: String,
+    /// Why.
+    pub reason: String,
+}
