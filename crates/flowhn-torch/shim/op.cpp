@@ -143,7 +143,6 @@ extern "C" int flowhn_flag_set(const char* name, int value) {
     else if (flag == "tf32_cudnn") context.setAllowTF32CuDNN(on);
     else if (flag == "bf16_reduced_precision_reduction") context.setAllowBF16ReductionCuBLAS(on, on);
     else if (flag == "deterministic") context.setDeterministicAlgorithms(on, /*warn_only=*/false);
-    else if (flag == "deterministic_warn_only") context.setDeterministicAlgorithms(on, /*warn_only=*/true);
     else if (flag == "deterministic_cudnn") context.setDeterministicCuDNN(on);
     else if (flag == "deterministic_fill") context.setDeterministicFillUninitializedMemory(on);
     else if (flag == "sdp_flash") context.setSDPUseFlash(on);
@@ -163,8 +162,6 @@ extern "C" int flowhn_flag_get(const char* name, int* out) {
     else if (flag == "bf16_reduced_precision_reduction")
       *out = context.allowBF16ReductionCuBLAS() == at::CuBLASReductionOption::AllowReducedPrecisionWithSplitK;
     else if (flag == "deterministic") *out = context.deterministicAlgorithms();
-    else if (flag == "deterministic_warn_only")
-      *out = context.deterministicAlgorithms() && context.deterministicAlgorithmsWarnOnly();
     else if (flag == "deterministic_cudnn") *out = context.deterministicCuDNN();
     else if (flag == "deterministic_fill") *out = context.deterministicFillUninitializedMemory();
     else if (flag == "sdp_flash") *out = context.userEnabledFlashSDP();

@@ -15,8 +15,6 @@ pub enum Flag {
     Bf16ReducedPrecisionReduction,
     /// Only deterministic algorithms; operators that have none fail.
     Deterministic,
-    /// Deterministic algorithms where there are any; operators that have none run with a warning.
-    DeterministicWarnOnly,
     /// Only deterministic algorithms in cuDNN.
     DeterministicCudnn,
     /// Whether deterministic mode also fills uninitialised memory.
@@ -58,7 +56,6 @@ impl Flag {
             Self::Tf32Cudnn => c"tf32_cudnn",
             Self::Bf16ReducedPrecisionReduction => c"bf16_reduced_precision_reduction",
             Self::Deterministic => c"deterministic",
-            Self::DeterministicWarnOnly => c"deterministic_warn_only",
             Self::DeterministicCudnn => c"deterministic_cudnn",
             Self::DeterministicFill => c"deterministic_fill",
             Self::SdpFlash => c"sdp_flash",

@@ -5,7 +5,7 @@ use std::process::ExitCode;
 use std::time::Instant;
 
 use anyhow::{Result, bail};
-use flowhn_torch::testing::Case;
+use flowhn_torch::testing::{Case, Outcome};
 use flowhn_torch::{Flag, catch};
 use serde::Serialize;
 use tch::Device;
@@ -18,7 +18,8 @@ const AFTER_HELP: &str = "\
 On a CUDA device libtorch fills new memory with NaN first, so that what a kernel leaves unwritten shows. An error of the device
 ends the test: nothing runs there any more.
 
---json prints one object: `device`; `cases`, a list of {name, pass, detail or error, seconds}; `passed`; `failed`; `not_run`.";
+--json prints one object: `device`; `cases`, a list of {name, outcome: passed, failed or not_run, detail or error, seconds};
+`passed`; `failed`; `not_run`, cases that say why they cannot run here and those that a lost device left.";
 
 /// Arguments of `flowhn selftest`.
 #[derive(Debug, clap::Args)]
@@ -51,12 +52,20 @@ struct Report {
 #[derive(Debug, Serialize)]
 struct Row {
     name: String,
-    pass: bool,
+    outcome: Verdict,
     #[serde(skip_serializing_if = "Option::is_none")]
     detail: Option<String>,
     #[serde(skip_serializing_if = "Option::is_none")]
     error: Option<String>,
     seconds: f64,
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize)]
+#[serde(rename_all = "snake_case")]
+enum Verdict {
+    Passed,
+    Failed,
+    NotRun,
 }
 
 /// What gives the cases of a crate.
@@ -104,9 +113,7 @@ pub fn run(args: &Args) -> Result<ExitCode> {
     let mut lost = None;
     for (name, case) in &cases {
         let (row, alive) = check(name, case, device);
-        report.not_run -= 1;
-        report.passed += usize::from(row.pass);
-        report.failed += usize::from(!row.pass);
+        report.count(row.outcome);
         if !args.json {
             console::print(&line(&row))?;
         }
@@ -117,6 +124,19 @@ pub fn run(args: &Args) -> Result<ExitCode> {
         }
     }
     finish(args, &report, lost)
+}
+
+impl Report {
+    /// Counts a case that was not run so far.
+    fn count(&mut self, outcome: Verdict) {
+        let counter = match outcome {
+            Verdict::Passed => &mut self.passed,
+            Verdict::Failed => &mut self.failed,
+            Verdict::NotRun => return,
+        };
+        *counter += 1;
+        self.not_run -= 1;
+    }
 }
 
 /// The cases with their full names that any of `filters` chooses.
@@ -154,25 +174,30 @@ fn check(name: &str, case: &Case, device: Device) -> (Row, Result<(), String>) {
         (Err(error), Ok(_)) => Err(format!("the device failed afterwards: {error}")),
         (_, outcome) => outcome,
     };
-    let row = Row {
-        name: name.to_owned(),
-        pass: outcome.is_ok(),
-        detail: outcome.as_ref().ok().cloned(),
-        error: outcome.err(),
-        seconds: began.elapsed().as_secs_f64(),
+    let seconds = began.elapsed().as_secs_f64();
+    (row(name, outcome, seconds), alive)
+}
+
+fn row(name: &str, outcome: Result<Outcome, String>, seconds: f64) -> Row {
+    let (outcome, detail, error) = match outcome {
+        Ok(Outcome::Passed(found)) => (Verdict::Passed, Some(found), None),
+        Ok(Outcome::NotRun(reason)) => (Verdict::NotRun, Some(reason), None),
+        Err(error) => (Verdict::Failed, None, Some(error)),
     };
-    (row, alive)
+    Row { name: name.to_owned(), outcome, detail, error, seconds }
 }
 
 fn line(row: &Row) -> String {
     let Row { name, seconds, .. } = row;
-    match (&row.error, row.detail.as_deref().unwrap_or_default()) {
-        (Some(error), _) => {
+    match (row.outcome, row.detail.as_deref().unwrap_or_default()) {
+        (Verdict::Failed, _) => {
+            let error = row.error.as_deref().unwrap_or_default();
             let error: Vec<&str> = error.lines().map(str::trim).filter(|line| !line.is_empty()).collect();
             format!("FAIL {name}: {}  {seconds:.2} s\n", error.join("; "))
         }
-        (None, "") => format!("ok   {name}  {seconds:.2} s\n"),
-        (None, detail) => format!("ok   {name}  {detail}  {seconds:.2} s\n"),
+        (Verdict::NotRun, reason) => format!("--   {name}  not run: {reason}  {seconds:.2} s\n"),
+        (Verdict::Passed, "") => format!("ok   {name}  {seconds:.2} s\n"),
+        (Verdict::Passed, detail) => format!("ok   {name}  {detail}  {seconds:.2} s\n"),
     }
 }
 
@@ -186,11 +211,41 @@ fn finish(args: &Args, report: &Report, lost: Option<String>) -> Result<ExitCode
         }
     }
     if let Some(error) = lost {
-        bail!("the device is lost after a failed case, {not_run} cases were not run: {error}");
+        let n_left = not_run - report.cases.iter().filter(|row| row.outcome == Verdict::NotRun).count();
+        bail!("the device is lost after a failed case, {n_left} cases were left: {error}");
     }
     match failed {
         0 => Ok(ExitCode::SUCCESS),
         1 => bail!("one case failed"),
         n => bail!("{n} cases failed"),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_case_that_stands_aside_is_neither_passed_nor_failed() {
+        let outcomes = [
+            Ok(Outcome::Passed(String::new())),
+            Ok(Outcome::NotRun("it takes 60 GiB".to_owned())),
+            Err("off\n\n by one\n".to_owned()),
+            Ok(Outcome::Passed("9 % of the allowance".to_owned())),
+        ];
+        let mut report = Report { device: String::new(), cases: Vec::new(), passed: 0, failed: 0, not_run: 5 };
+        for outcome in outcomes {
+            let row = row("a", outcome, 1.);
+            report.count(row.outcome);
+            report.cases.push(row);
+        }
+        assert_eq!((report.passed, report.failed, report.not_run), (2, 1, 2), "one is still to come");
+        let lines: Vec<String> = report.cases.iter().map(line).collect();
+        assert_eq!(lines[0], "ok   a  1.00 s\n");
+        assert_eq!(lines[1], "--   a  not run: it takes 60 GiB  1.00 s\n");
+        assert_eq!(lines[2], "FAIL a: off; by one  1.00 s\n");
+        assert_eq!(lines[3], "ok   a  9 % of the allowance  1.00 s\n");
+        let json = serde_json::to_value(&report.cases[1]).unwrap();
+        assert_eq!((json["outcome"].as_str(), json["detail"].as_str()), (Some("not_run"), Some("it takes 60 GiB")));
     }
 }

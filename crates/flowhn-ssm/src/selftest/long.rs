@@ -1,6 +1,6 @@
 //! Long sequences and tensors of more than 2^31 elements.
 
-use flowhn_torch::testing::{Case, Rule, max_rel, noise};
+use flowhn_torch::testing::{Case, Outcome, Rule, max_rel, noise};
 use flowhn_torch::{Error, MemoryStats, Result};
 use tch::{Device, Kind, Tensor};
 
@@ -111,13 +111,14 @@ fn long(subject: &Subject, seq_len: i64, kind: Kind, device: Device) -> Result<S
 }
 
 /// Offsets past 2^31: the last sequence of a large batch against the same sequence alone.
-fn huge(subject: &Subject, device: Device) -> Result<String> {
+fn huge(subject: &Subject, device: Device) -> Result<Outcome> {
     const NEEDED_BYTES: u64 = 60 << 30;
     let Device::Cuda(device_idx) = device else { return Err(Error::invalid("huge", "not a CUDA device")) };
     MemoryStats::empty_cache()?;
     let free = MemoryStats::of(device_idx)?.free_bytes;
     if free < NEEDED_BYTES {
-        return Ok(format!("not run: it takes {} GiB of device memory, {} are free", NEEDED_BYTES >> 30, free >> 30));
+        let reason = format!("it takes {} GiB of device memory, {} are free", NEEDED_BYTES >> 30, free >> 30);
+        return Ok(Outcome::NotRun(reason));
     }
     let (batch, seq_len, width) = (17, 65536, 2048);
     let make = |input: &Input| {
@@ -161,7 +162,7 @@ fn huge(subject: &Subject, device: Device) -> Result<String> {
     }
     let fits = worst <= 2e-2;
     match fits {
-        true => Ok(format!("{} elements, the last sequence within {worst:.1e}", y.numel())),
+        true => Ok(format!("{} elements, the last sequence within {worst:.1e}", y.numel()).into()),
         false => Err(Error::invalid("huge", format!("the last sequence differs by {worst:.3e}"))),
     }
 }

@@ -6,8 +6,23 @@ use tch::Device;
 
 use crate::Result;
 
+/// What a check that found nothing wrong says.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Outcome {
+    /// It held; a few words on what was found, or none.
+    Passed(String),
+    /// It cannot be run here, and why.
+    NotRun(String),
+}
+
+impl From<String> for Outcome {
+    fn from(found: String) -> Self {
+        Self::Passed(found)
+    }
+}
+
 /// What a [`Case`] runs.
-type Check = Box<dyn Fn(Device) -> Result<String> + Send + Sync>;
+type Check = Box<dyn Fn(Device) -> Result<Outcome> + Send + Sync>;
 
 /// One check of an operation, on whatever device it is given.
 pub struct Case {
@@ -18,13 +33,21 @@ pub struct Case {
 }
 
 impl Case {
-    /// A check that returns a few words on what it found, or the error that names what is wrong.
-    pub fn new(name: impl Into<String>, check: impl Fn(Device) -> Result<String> + Send + Sync + 'static) -> Self {
+    /// A check that returns a few words on what it found, an [`Outcome`] where it may have to stand aside, or the error that names
+    /// what is wrong.
+    pub fn new<T: Into<Outcome>>(
+        name: impl Into<String>,
+        check: impl Fn(Device) -> Result<T> + Send + Sync + 'static,
+    ) -> Self {
+        let check = move |device| check(device).map(Into::into);
         Self { name: name.into(), only_cuda: false, check: Box::new(check) }
     }
 
     /// A check of something that only a CUDA device has.
-    pub fn on_cuda(name: impl Into<String>, check: impl Fn(Device) -> Result<String> + Send + Sync + 'static) -> Self {
+    pub fn on_cuda<T: Into<Outcome>>(
+        name: impl Into<String>,
+        check: impl Fn(Device) -> Result<T> + Send + Sync + 'static,
+    ) -> Self {
         Self { only_cuda: true, ..Self::new(name, check) }
     }
 
@@ -37,7 +60,7 @@ impl Case {
     ///
     /// # Errors
     /// What the check found wrong.
-    pub fn run(&self, device: Device) -> Result<String> {
+    pub fn run(&self, device: Device) -> Result<Outcome> {
         crate::catch(|| (self.check)(device))
     }
 }

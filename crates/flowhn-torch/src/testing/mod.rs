@@ -4,7 +4,7 @@ mod case;
 mod kernels;
 mod rule;
 
-pub use case::{Case, run_on_cpu};
+pub use case::{Case, Outcome, run_on_cpu};
 pub use kernels::{CompiledEntry, check_kernels, compile_all};
 pub use rule::{Rule, noise, same_bits};
 
