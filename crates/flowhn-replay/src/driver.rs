@@ -20,10 +20,10 @@ impl Device {
     /// # Errors
     /// If there is no driver or no such device.
     pub fn open(idx: usize) -> Result<Self> {
-        // SAFETY: only looks whether the dynamic linker finds libcuda.
-        if !unsafe { sys::is_culib_present() } {
-            bail!("there is no libcuda.so.1: the launches need an NVIDIA GPU with its driver");
-        }
+        // SAFETY: this is NVIDIA's library, whose initialisers only set up the library itself.
+        let library = unsafe { libloading::Library::new("libcuda.so.1") };
+        // Kept for the life of the process: cudarc, which panics where there is none, finds what is loaded.
+        std::mem::forget(library.context("the launches need an NVIDIA GPU with its driver")?);
         result::init().context("the CUDA driver does not start")?;
         let device = result::device::get(idx as c_int).with_context(|| format!("there is no CUDA device {idx}"))?;
         // SAFETY: the device exists; its context is retained for the life of the process.
