@@ -7,7 +7,7 @@ use std::ops::Range;
 use std::rc::Rc;
 
 use flowhn_nn::{
-    Bias, Embedding, Init, Linear, Params, RmsNorm, Weight, check_ids, linear_cross_entropy, token_losses,
+    Bias, Embedding, Init, Linear, Params, RmsNorm, Weight, check_ids, linear, linear_cross_entropy, token_losses,
 };
 use flowhn_split::{ModelShape, Routing, SplitPlan};
 use flowhn_torch::catch;
@@ -117,7 +117,10 @@ impl Model {
         }
         let norm = RmsNorm::new(&mut root, "norm", d_model, config.rms_norm_eps)?;
         let head = match config.tie_embeddings {
-            true => Head::Tied(embed.weight().clone()),
+            true => {
+                embed.weight().want_bf16_copy();
+                Head::Tied(embed.weight().clone())
+            }
             false => Head::Own(Linear::new(&mut root, "lm_head", d_model, vocab_size, std, Bias::None)?),
         };
         init::scale_residual_outputs(config, &params)?;
@@ -170,6 +173,18 @@ impl Model {
     /// Chooses the type of activations, f32 or bf16; parameters stay f32.
     pub fn set_compute_kind(&mut self, kind: Kind) {
         self.compute_kind = kind;
+    }
+
+    /// Brings the bf16 copies of the weights up to date where the model computes with such: on CUDA in bf16. A forward pass does so
+    /// by itself; the replay of one that a CUDA graph captured does not.
+    ///
+    /// # Errors
+    /// [`Error::Tensor`] if the device refuses.
+    pub fn refresh_bf16_copies(&self) -> Result<()> {
+        match self.device().is_cuda() && self.compute_kind == Kind::BFloat16 {
+            true => Ok(self.params.refresh_bf16_copies()?),
+            false => Ok(()),
+        }
     }
 
     /// Logits and hidden states of a batch.
@@ -246,6 +261,8 @@ impl Model {
         mut visit: impl FnMut(&Tensor),
     ) -> Result<Tensor> {
         let seq_len = self.check_input(input)?;
+        // Before anything else, so that no part of the pass waits for another part's stream.
+        self.refresh_bf16_copies()?;
         let ids_bl = input.ids_bl.f_to_device(self.device())?;
         let segments_bl = input.segments_bl.map(|segments| segments.f_to_device(self.device())).transpose()?;
         let layout = self.layout(input.offset..input.offset + seq_len)?;
@@ -267,7 +284,7 @@ impl Model {
 
     pub(crate) fn logits_of(&self, x_bld: &Tensor) -> Result<Tensor> {
         let x_bld = self.norm.forward(x_bld)?;
-        Ok(x_bld.f_linear(&self.head.weight().to(x_bld.kind()), None::<&Tensor>)?)
+        Ok(linear(&x_bld, self.head.weight())?)
     }
 
     /// Empty caches for a batch.

@@ -3,6 +3,7 @@
 #![forbid(unsafe_code)]
 #![deny(missing_docs)]
 
+mod bf16_copy;
 mod cuda;
 mod embedding;
 mod init;
@@ -18,11 +19,12 @@ pub mod selftest;
 pub mod simd;
 mod swiglu;
 
+pub use bf16_copy::{Written, mark_written};
 pub use embedding::{Embedding, check_ids, embedding};
 pub use flowhn_torch::{Error, Result};
 pub use init::Init;
 pub use kernels::KERNELS;
-pub use linear::{Bias, Linear};
+pub use linear::{Bias, Linear, linear};
 pub use loss::{linear_cross_entropy, token_losses};
 pub use norm::{RmsNorm, gated_rms_norm, residual_norm, rms_norm};
 pub use params::{Decay, Param, Params, Path, Weight};

@@ -34,6 +34,7 @@ impl Linear {
     pub fn new(path: &mut Path, name: impl Display, d_in: i64, d_out: i64, init: Init, bias: Bias) -> Result<Self> {
         let mut path = path.push(name);
         let weight = path.weight("weight", &[d_out, d_in], init, Decay::Yes)?;
+        weight.want_bf16_copy();
         let bias = match bias {
             Bias::None => None,
             Bias::Init(init) => Some(path.weight("bias", &[d_out], init, Decay::No)?),
@@ -46,12 +47,12 @@ impl Linear {
     /// # Errors
     /// [`flowhn_torch::Error::Torch`] if the last axis is not `d_in`.
     pub fn forward(&self, x: &Tensor) -> Result<Tensor> {
-        let bias = self.bias.as_ref().map(|bias| bias.to(x.kind()));
-        if x.device().is_cuda() && x.kind() == Kind::BFloat16 && self.weight.master().kind() == Kind::Float {
-            let y = apply(LinearCuda, &[x, self.weight.master()])?.swap_remove(0);
-            return bias.map_or(Ok(y.shallow_clone()), |bias| Ok(y.f_add(&bias)?));
+        let Some(bias) = &self.bias else { return linear(x, &self.weight) };
+        let bias = bias.to(x.kind());
+        match meets_bf16_copy(x, &self.weight) {
+            true => Ok(linear(x, &self.weight)?.f_add(&bias)?),
+            false => Ok(x.f_linear(&self.weight.to(x.kind()), Some(&bias))?),
         }
-        Ok(x.f_linear(&self.weight.to(x.kind()), bias.as_ref())?)
     }
 
     /// The weight, `[d_out, d_in]`.
@@ -63,4 +64,23 @@ impl Linear {
     pub fn bias(&self) -> Option<&Weight> {
         self.bias.as_ref()
     }
+}
+
+/// Returns `x W^T` in the type of `x`, which is f32, bf16 or, on the CPU, f64; the gradient of the weight is that of its master.
+///
+/// On CUDA, bf16 activations meet the weight's bf16 copy, or the weight rounded for the call where none is kept, and the product that
+/// is the gradient of the weight is left in f32.
+///
+/// # Errors
+/// [`flowhn_torch::Error::Torch`] if the last axis of `x` is not that of the weight.
+pub fn linear(x: &Tensor, weight: &Weight) -> Result<Tensor> {
+    if meets_bf16_copy(x, weight) {
+        return Ok(apply(LinearCuda, &[x, weight.master(), &weight.bf16()?])?.swap_remove(0));
+    }
+    Ok(x.f_linear(&weight.to(x.kind()), None::<&Tensor>)?)
+}
+
+/// Whether the product takes the weight's bf16 copy instead of a cast through autograd.
+fn meets_bf16_copy(x: &Tensor, weight: &Weight) -> bool {
+    x.device().is_cuda() && x.kind() == Kind::BFloat16 && weight.master().kind() == Kind::Float
 }

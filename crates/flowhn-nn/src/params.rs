@@ -1,38 +1,50 @@
 //! Named parameters: the list that an optimiser, a checkpoint and an importer walk through.
 
 use std::fmt::{self, Display};
+use std::rc::Rc;
 
 use rand_chacha::ChaCha8Rng;
 use tch::{Device, Kind, Tensor};
 
 use flowhn_torch::{Error, Result, cpu};
 
+use crate::bf16_copy::Bf16Copy;
 use crate::init::{Init, stream};
 
 /// An fp32 master parameter. Handles are cheap and share storage: a layer holds one, the list of [`Params`] another.
+///
+/// Beside a master there may be a copy in bf16, see [`Weight::want_bf16_copy`].
 #[derive(Debug)]
-pub struct Weight(Tensor);
+pub struct Weight {
+    master: Tensor,
+    pub(crate) copy: Rc<Bf16Copy>,
+}
 
 impl Weight {
+    /// A parameter of these values, which the handle shares.
+    pub fn new(master: Tensor) -> Self {
+        Self { master, copy: Rc::default() }
+    }
+
     /// The master itself: a leaf of autograd, f32.
     pub fn master(&self) -> &Tensor {
-        &self.0
+        &self.master
     }
 
     /// The weight in a compute type, through autograd; free where it is the master's own type.
     pub fn to(&self, kind: Kind) -> Tensor {
-        if kind == self.0.kind() { self.0.shallow_clone() } else { self.0.to_kind(kind) }
+        if kind == self.master.kind() { self.master.shallow_clone() } else { self.master.to_kind(kind) }
     }
 
     /// Size of each axis.
     pub fn size(&self) -> Vec<i64> {
-        self.0.size()
+        self.master.size()
     }
 }
 
 impl Clone for Weight {
     fn clone(&self) -> Self {
-        Self(self.0.shallow_clone())
+        Self { master: self.master.shallow_clone(), copy: Rc::clone(&self.copy) }
     }
 }
 
@@ -96,7 +108,7 @@ impl Params {
 
     /// Number of parameters' elements.
     pub fn n_elements(&self) -> u64 {
-        self.list.iter().map(|param| param.weight.0.numel() as u64).sum()
+        self.list.iter().map(|param| param.weight.master.numel() as u64).sum()
     }
 
     /// Where the parameters live.
@@ -115,13 +127,22 @@ impl Params {
             let want = format!("{:?} as parameter `{name}` has", param.weight.size());
             return Err(Error::Shape { op: "assign", arg: "values", got: values.size(), want });
         }
-        tch::no_grad(|| param.weight.0.shallow_clone().f_copy_(values).map(drop)).map_err(Error::from)
+        tch::no_grad(|| param.weight.master.shallow_clone().f_copy_(values).map(drop)).map_err(Error::from)
+    }
+
+    /// Makes the bf16 copies that are wanted and not there yet, and brings all of them up to date, in the current stream. With
+    /// nothing to do it costs the host a look at each parameter; so do it at the start of every pass that uses them.
+    ///
+    /// # Errors
+    /// As [`Weight::bf16`].
+    pub fn refresh_bf16_copies(&self) -> Result<()> {
+        self.list.iter().try_for_each(|param| param.weight.refresh_bf16_copy())
     }
 
     /// Forgets all gradients, so that the next backward writes instead of adding.
     pub fn zero_grad(&self) {
         for param in &self.list {
-            param.weight.0.shallow_clone().zero_grad();
+            param.weight.master.shallow_clone().zero_grad();
         }
     }
 }
@@ -165,7 +186,7 @@ impl Path<'_> {
         }
         let values = init.values(shape, &mut stream(self.params.seed, &name))?;
         let tensor = cpu::from_slice(shape, &values)?.f_to_device(self.params.device)?.f_set_requires_grad(true)?;
-        let weight = Weight(tensor);
+        let weight = Weight::new(tensor);
         self.params.list.push(Param { name, weight: weight.clone(), decay });
         Ok(weight)
     }

@@ -1,5 +1,6 @@
 //! CUDA graphs: a step captured once and replayed without the host.
 
+use std::cell::Cell;
 use std::ffi::{c_int, c_void};
 
 use crate::{Result, ffi};
@@ -18,6 +19,10 @@ pub enum CaptureMode {
 /// The memory pool of a graph, to be shared with graphs that never run at the same time.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct GraphPool(u64, u64);
+
+thread_local! {
+    static IS_CAPTURING: Cell<bool> = const { Cell::new(false) };
+}
 
 /// A captured sequence of kernels.
 #[derive(Debug)]
@@ -56,12 +61,19 @@ impl Graph {
         };
         // SAFETY: the graph is alive, `&mut` keeps others away.
         ffi::status(unsafe { ffi::flowhn_graph_begin(self.0, a, b, mode as c_int) })?;
+        let was_capturing = IS_CAPTURING.replace(true);
         let outcome = crate::catch(step);
+        IS_CAPTURING.set(was_capturing);
         // SAFETY: as above; a capture that was begun must be ended even if the step failed.
         let ended = ffi::status(unsafe { ffi::flowhn_graph_end(self.0) });
         let value = outcome?;
         ended?;
         Ok(value)
+    }
+
+    /// Whether this thread is inside of [`Graph::capture`]: what it enqueues is written down and not done.
+    pub fn is_capturing() -> bool {
+        IS_CAPTURING.get()
     }
 
     /// Enqueues the captured work on the current stream.

@@ -45,6 +45,11 @@ impl Graph {
         match self.0 {}
     }
 
+    /// Whether this thread is inside of [`Graph::capture`], which no thread ever is.
+    pub fn is_capturing() -> bool {
+        false
+    }
+
     /// Enqueues the captured work on the current stream.
     ///
     /// # Errors

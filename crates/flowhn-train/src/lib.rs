@@ -11,6 +11,7 @@ mod error;
 pub mod estimate;
 pub mod eval;
 pub mod generate;
+mod kernels;
 pub mod metrics;
 pub mod observe;
 pub mod optim;
@@ -28,6 +29,7 @@ mod trainer;
 
 pub use config::RunConfig;
 pub use error::{Error, Result};
+pub use kernels::KERNELS;
 pub use summary::Summary;
 pub use trained::Trained;
 pub use trainer::{Outcome, TrainOptions, Trainer};

@@ -1,6 +1,8 @@
 //! AdamW over all parameters in a handful of launches, and clipping by the global norm.
 
-use flowhn_nn::{Decay, Params};
+pub(crate) mod cuda;
+
+use flowhn_nn::{Decay, Param, Params, Weight, Written, mark_written};
 use flowhn_torch::op::{Arg, call};
 use flowhn_torch::{Error as TensorError, catch, clear_grad};
 use tch::{Device, Kind, Tensor};
@@ -22,18 +24,19 @@ pub struct AdamWOptions {
     pub clip_norm: f64,
 }
 
-/// A parameter to optimise.
-#[derive(Debug)]
-pub struct Leaf {
-    /// Its name, under which its state is saved.
-    pub name: String,
-    /// The master weight, a leaf of autograd.
-    pub tensor: Tensor,
-    /// Whether weight decay applies.
-    pub decay: Decay,
-}
-
-/// AdamW (Loshchilov and Hutter, "Decoupled weight decay regularization", algorithm 2) through libtorch's fused operator.
+/// AdamW (Loshchilov and Hutter, "Decoupled weight decay regularization", algorithm 2), with gradients clipped by their global norm.
+///
+/// With `c = min(1, clip_norm / (norm + 1e-6))`, the factor that clips, step `t` with learning rate `lr` takes a parameter `p`, its
+/// gradient `g` and its means `m` and `v` to
+///
+/// ```text
+/// m = beta1 m + (1 - beta1) c g      v = beta2 v + (1 - beta2) (c g)^2
+/// p = p - lr weight_decay p - lr m / (1 - beta1^t) / (sqrt(v / (1 - beta2^t)) + eps)
+/// ```
+///
+/// On the CPU that is libtorch's fused operator. On CUDA kernels of our own do it in one pass for the norm and one for the rest, which
+/// scales the gradient where it is read and writes the bf16 copy of the weight ([`Weight::bf16`]) where one is kept; parameters
+/// are f32 there.
 ///
 /// A backward pass hands each parameter its gradient, or adds to the one that is there, so gradients accumulate over micro-batches until
 /// [`AdamW::zero_grad`] forgets them. All parameters count in every step: for one that no backward pass reached, the gradient is 0.
@@ -41,13 +44,13 @@ pub struct Leaf {
 /// The step counter, the clip factor and the norm stay on the device; nothing here waits for it.
 ///
 /// ```
-/// use flowhn_nn::Decay;
-/// use flowhn_train::optim::{AdamW, AdamWOptions, Leaf};
+/// use flowhn_nn::{Decay, Param, Weight};
+/// use flowhn_train::optim::{AdamW, AdamWOptions};
 /// use tch::Tensor;
 /// let weight = Tensor::from_slice(&[3f32, -2.]).set_requires_grad(true);
-/// let leaf = Leaf { name: "w".to_owned(), tensor: weight.shallow_clone(), decay: Decay::No };
+/// let param = Param { name: "w".to_owned(), weight: Weight::new(weight.shallow_clone()), decay: Decay::No };
 /// let options = AdamWOptions { beta1: 0.9, beta2: 0.95, eps: 1e-8, weight_decay: 0.1, clip_norm: 1. };
-/// let mut optimizer = AdamW::new(vec![leaf], options)?;
+/// let mut optimizer = AdamW::new(vec![param], options)?;
 /// weight.square().sum(None).backward();
 /// let norm = optimizer.step(0.01)?;
 /// assert!((norm.double_value(&[]) - 52f64.sqrt()).abs() < 1e-5);
@@ -62,21 +65,22 @@ pub struct AdamW {
     groups: [Group; 2],
     /// Updates done: a tensor of one element, on the parameters' device, that all parameters share.
     step: Tensor,
-    lr: Rate,
+    engine: Engine,
 }
 
-/// The learning rate of the next update.
+/// What does the work, with the learning rate of the next update.
 #[derive(Debug)]
-enum Rate {
-    Host(f64),
-    /// A scalar, f32, on a GPU, where a captured update reads it.
-    Device(Tensor),
+enum Engine {
+    /// libtorch's operator.
+    Libtorch { lr: f64 },
+    /// Our kernels, on CUDA.
+    Kernels(Box<cuda::Engine>),
 }
 
 #[derive(Debug, Default)]
 struct Group {
     names: Vec<String>,
-    params: Vec<Tensor>,
+    weights: Vec<Weight>,
     exp_avg: Vec<Tensor>,
     exp_avg_sq: Vec<Tensor>,
 }
@@ -87,25 +91,21 @@ impl AdamW {
     /// # Errors
     /// As [`AdamW::new`].
     pub fn of_params(params: &Params, options: AdamWOptions) -> Result<Self> {
-        let leaf = |param: &flowhn_nn::Param| Leaf {
-            name: param.name.clone(),
-            tensor: param.weight.master().shallow_clone(),
-            decay: param.decay,
-        };
-        Self::new(params.iter().map(leaf).collect(), options)
+        Self::new(params.iter().cloned().collect(), options)
     }
 
     /// An optimiser of these parameters, all on one device and contiguous, with its means at zero.
     ///
     /// # Errors
-    /// [`crate::Error::Tensor`] where there is no parameter, or one is not a leaf that requires a gradient.
-    pub fn new(leaves: Vec<Leaf>, options: AdamWOptions) -> Result<Self> {
-        let Some(first) = leaves.first() else {
+    /// [`crate::Error::Tensor`] where there is no parameter, or one is not a leaf that requires a gradient, or not f32 on CUDA.
+    pub fn new(params: Vec<Param>, options: AdamWOptions) -> Result<Self> {
+        let Some(first) = params.first() else {
             return Err(TensorError::invalid("adamw", "there are no parameters").into());
         };
-        let device = first.tensor.device();
+        let device = first.weight.master().device();
         let mut groups = [Group::default(), Group::default()];
-        for Leaf { name, tensor, decay } in leaves {
+        for Param { name, weight, decay } in params {
+            let tensor = weight.master();
             if !tensor.requires_grad() || !tensor.is_leaf() || tensor.device() != device || !tensor.is_contiguous() {
                 let message = format!("{name} is not a contiguous leaf on {device:?} that requires a gradient");
                 return Err(TensorError::invalid("adamw", message).into());
@@ -115,18 +115,18 @@ impl AdamW {
             group.exp_avg.push(zeros()?);
             group.exp_avg_sq.push(zeros()?);
             group.names.push(name);
-            group.params.push(tensor);
+            group.weights.push(weight);
         }
         let step = Tensor::zeros([], (Kind::Float, device));
-        let lr = match device.is_cuda() {
-            true => Rate::Device(step.zeros_like()),
-            false => Rate::Host(0.),
+        let engine = match device.is_cuda() {
+            true => Engine::Kernels(Box::new(cuda::Engine::new(&groups, &options, device)?)),
+            false => Engine::Libtorch { lr: 0. },
         };
-        Ok(Self { options, groups, step, lr })
+        Ok(Self { options, groups, step, engine })
     }
 
     /// Clips the gradients, updates the parameters with learning rate `lr`, and returns the global L2 norm that the gradients
-    /// had before clipping, as an f32 scalar on the device. Gradients stay as they are afterwards, clipped.
+    /// had before clipping, as an f32 scalar on the device. Afterwards the gradients are clipped on the CPU, and on CUDA what they were.
     ///
     /// # Errors
     /// [`crate::Error::Tensor`] if libtorch refuses.
@@ -140,33 +140,41 @@ impl AdamW {
     /// # Errors
     /// [`crate::Error::Tensor`] if libtorch refuses.
     pub fn set_learning_rate(&mut self, lr: f64) -> Result<()> {
-        match &mut self.lr {
-            Rate::Host(rate) => *rate = lr,
-            Rate::Device(rate) => {
-                let _ = tch::no_grad(|| catch(|| Ok(rate.fill_(lr))))?;
-            }
+        match &mut self.engine {
+            Engine::Libtorch { lr: rate } => *rate = lr,
+            Engine::Kernels(engine) => engine.set_learning_rate(lr)?,
         }
         Ok(())
     }
 
     /// As [`AdamW::step`], with the learning rate that was set before. Everything it does is work for the device, so it can be
-    /// captured in a CUDA graph.
+    /// captured in a CUDA graph once it has run before; then [`AdamW::mark_updated`] belongs after each replay.
     ///
     /// # Errors
-    /// As there.
+    /// As there, and where it is captured without having run, or having run with other bf16 copies.
     pub fn clip_and_update(&mut self) -> Result<Tensor> {
-        tch::no_grad(|| {
-            let [decaying, others] = &self.groups;
-            let grads = [decaying.grads()?, others.grads()?];
-            let norm = norm_of(&grads)?;
-            if self.options.clip_norm > 0. {
-                scale(&grads, &catch(|| Ok((self.options.clip_norm / (&norm + 1e-6)).clamp_max(1.)))?)?;
+        let norm = tch::no_grad(|| match &mut self.engine {
+            Engine::Kernels(engine) => engine.clip_and_update(&self.groups, &self.step),
+            &mut Engine::Libtorch { lr } => self.clip_and_update_by_libtorch(lr),
+        })?;
+        self.mark_updated()?;
+        Ok(norm)
+    }
+
+    /// Tells libtorch that the parameters have been updated, which it does not see in the replay of a captured update: a backward pass
+    /// through what they were before is refused, and bf16 copies that the update did not write are made anew.
+    ///
+    /// # Errors
+    /// [`crate::Error::Tensor`] if libtorch refuses.
+    pub fn mark_updated(&self) -> Result<()> {
+        match &self.engine {
+            // The fused operator does not count its writes either.
+            Engine::Libtorch { .. } => {
+                let weights = self.groups.iter().flat_map(|group| &group.weights);
+                Ok(mark_written(weights.map(|weight| (weight, Written::Master)))?)
             }
-            self.step = catch(|| Ok(self.step.g_add_scalar_(1.)))?;
-            self.update(decaying, &grads[0], self.options.weight_decay)?;
-            self.update(others, &grads[1], 0.)?;
-            Ok(norm)
-        })
+            Engine::Kernels(engine) => engine.mark_updated(&self.groups),
+        }
     }
 
     /// Forgets all gradients.
@@ -174,8 +182,8 @@ impl AdamW {
     /// # Errors
     /// [`crate::Error::Tensor`] if libtorch refuses.
     pub fn zero_grad(&mut self) -> Result<()> {
-        for param in self.groups.iter().flat_map(|group| &group.params) {
-            clear_grad(param)?;
+        for weight in self.groups.iter().flat_map(|group| &group.weights) {
+            clear_grad(weight.master())?;
         }
         Ok(())
     }
@@ -231,29 +239,39 @@ impl AdamW {
     /// [`crate::Error::Tensor`] if libtorch refuses.
     pub fn params_norm(&self) -> Result<f64> {
         let [decaying, others] = &self.groups;
-        let norm = tch::no_grad(|| norm_of(&[decaying.handles(), others.handles()]))?;
+        let norm = tch::no_grad(|| norm_of(&[decaying.masters(), others.masters()]))?;
         Ok(catch(|| Ok(norm.double_value(&[])))?)
     }
 
-    fn update(&self, group: &Group, grads: &[Tensor], weight_decay: f64) -> Result<()> {
-        if group.params.is_empty() {
+    fn clip_and_update_by_libtorch(&mut self, lr: f64) -> Result<Tensor> {
+        let [decaying, others] = &self.groups;
+        let grads = [decaying.defined_grads()?, others.defined_grads()?];
+        let norm = norm_of(&grads)?;
+        if self.options.clip_norm > 0. {
+            scale(&grads, &catch(|| Ok((self.options.clip_norm / (&norm + 1e-6)).clamp_max(1.)))?)?;
+        }
+        self.step = catch(|| Ok(self.step.g_add_scalar_(1.)))?;
+        self.update(decaying, &grads[0], lr, self.options.weight_decay)?;
+        self.update(others, &grads[1], lr, 0.)?;
+        Ok(norm)
+    }
+
+    fn update(&self, group: &Group, grads: &[Tensor], lr: f64, weight_decay: f64) -> Result<()> {
+        if group.weights.is_empty() {
             return Ok(());
         }
         let AdamWOptions { beta1, beta2, eps, .. } = self.options;
-        let (overload, lr) = match &self.lr {
-            Rate::Host(lr) => ("", Arg::Double(*lr)),
-            Rate::Device(lr) => ("tensor_lr", Arg::Tensor(lr)),
-        };
-        let steps = vec![&self.step; group.params.len()];
+        let steps = vec![&self.step; group.weights.len()];
+        let masters = group.masters();
         let args = [
-            Arg::Tensors(&refs(&group.params)),
+            Arg::Tensors(&refs(&masters)),
             Arg::Tensors(&refs(grads)),
             Arg::Tensors(&refs(&group.exp_avg)),
             Arg::Tensors(&refs(&group.exp_avg_sq)),
             // The running maxima of AMSGrad, which this is not.
             Arg::Tensors(&[]),
             Arg::Tensors(&steps),
-            lr,
+            Arg::Double(lr),
             Arg::Double(beta1),
             Arg::Double(beta2),
             Arg::Double(weight_decay),
@@ -261,24 +279,30 @@ impl AdamW {
             Arg::Bool(false),
             Arg::Bool(false),
         ];
-        call("aten::_fused_adamw_", overload, &args)?;
+        call("aten::_fused_adamw_", "", &args)?;
         Ok(())
     }
 }
 
 impl Group {
-    /// The gradients as they are now.
-    fn grads(&self) -> Result<Vec<Tensor>> {
-        let grad = |param: &Tensor| -> Result<Tensor> {
-            let grad = param.grad();
-            Ok(if grad.defined() { grad } else { catch(|| Ok(param.detach().zeros_like()))? })
-        };
-        self.params.iter().map(grad).collect()
+    /// The gradients as they are now, where there are any.
+    fn grads(&self) -> impl Iterator<Item = Option<Tensor>> {
+        self.weights.iter().map(|weight| Some(weight.master().grad()).filter(Tensor::defined))
     }
 
-    /// Handles of the parameters.
-    fn handles(&self) -> Vec<Tensor> {
-        self.params.iter().map(Tensor::shallow_clone).collect()
+    /// The gradients as they are now, zeros where there is none.
+    fn defined_grads(&self) -> Result<Vec<Tensor>> {
+        let grads = self.weights.iter().zip(self.grads());
+        let grad = |(weight, grad): (&Weight, Option<Tensor>)| match grad {
+            Some(grad) => Ok(grad),
+            None => Ok(catch(|| Ok(weight.master().detach().zeros_like()))?),
+        };
+        grads.map(grad).collect()
+    }
+
+    /// Handles of the masters.
+    fn masters(&self) -> Vec<Tensor> {
+        self.weights.iter().map(|weight| weight.master().shallow_clone()).collect()
     }
 }
 

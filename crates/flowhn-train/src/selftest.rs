@@ -1,5 +1,7 @@
-//! Checks of whole runs that run on any device: a tiny model learns, and an interrupted run ends as one that was not.
+//! Checks that run on any device: the optimiser follows its formula, a tiny model learns, and an interrupted run ends as one that
+//! was not.
 
+mod adamw;
 pub mod small;
 
 use flowhn_torch::testing::Case;
@@ -21,6 +23,7 @@ pub fn cases() -> Vec<Case> {
         let name = name("stopped and resumed equals never having stopped");
         cases.push(Case::new(name, move |device| told(resumes(dtype, places, device))));
     }
+    cases.extend(adamw::cases());
     cases
 }
 

@@ -1,21 +1,21 @@
 //! AdamW and clipping against the algorithm written out.
 
-use flowhn_nn::Decay;
+use flowhn_nn::{Decay, Param, Weight};
 use flowhn_torch::testing::assert_close;
-use flowhn_train::optim::{AdamW, AdamWOptions, Leaf};
+use flowhn_train::optim::{AdamW, AdamWOptions};
 use proptest::prelude::*;
 use tch::{Device, Kind, Tensor};
 
 const OPTIONS: AdamWOptions = AdamWOptions { beta1: 0.9, beta2: 0.95, eps: 1e-8, weight_decay: 0.1, clip_norm: 0.7 };
 
-fn leaf(name: &str, shape: &[i64], kind: Kind, decay: Decay) -> Leaf {
+fn leaf(name: &str, shape: &[i64], kind: Kind, decay: Decay) -> Param {
     let n: i64 = shape.iter().product();
     let phase = name.len() as f64;
     let values = (Tensor::arange(n, (Kind::Double, Device::Cpu)) * 0.37 + phase).sin().reshape(shape).to_kind(kind);
-    Leaf { name: name.to_owned(), tensor: values.set_requires_grad(true), decay }
+    Param { name: name.to_owned(), weight: Weight::new(values.set_requires_grad(true)), decay }
 }
 
-fn leaves(kind: Kind) -> Vec<Leaf> {
+fn leaves(kind: Kind) -> Vec<Param> {
     vec![
         leaf("embed.weight", &[5, 3], kind, Decay::Yes),
         leaf("norm.weight", &[3], kind, Decay::No),
@@ -41,10 +41,10 @@ struct Reference {
 }
 
 impl Reference {
-    fn new(leaves: &[Leaf]) -> Self {
-        let zeros = || leaves.iter().map(|leaf| vec![0.; leaf.tensor.numel()]).collect();
+    fn new(leaves: &[Param]) -> Self {
+        let zeros = || leaves.iter().map(|leaf| vec![0.; leaf.weight.master().numel()]).collect();
         Self {
-            weights: leaves.iter().map(|leaf| leaf.tensor.detach().to_kind(Kind::Double).copy()).collect(),
+            weights: leaves.iter().map(|leaf| leaf.weight.master().detach().to_kind(Kind::Double).copy()).collect(),
             decay: leaves.iter().map(|l| if l.decay == Decay::Yes { OPTIONS.weight_decay } else { 0. }).collect(),
             m: zeros(),
             v: zeros(),
@@ -83,7 +83,7 @@ fn gradients(weights: &[Tensor], step: i64) -> Vec<Tensor> {
 fn follows_the_reference(kind: Kind, tolerance: f64) {
     let made = leaves(kind);
     let mut reference = Reference::new(&made);
-    let weights: Vec<Tensor> = made.iter().map(|leaf| leaf.tensor.shallow_clone()).collect();
+    let weights: Vec<Tensor> = made.iter().map(|leaf| leaf.weight.master().shallow_clone()).collect();
     let mut optimizer = AdamW::new(made, OPTIONS).unwrap();
     let mut clipped = 0;
     for step in 0..30 {
@@ -117,7 +117,7 @@ fn follows_the_reference_in_double_precision() {
 fn micro_batches_accumulate_to_the_whole_batch() {
     let run = |n_parts: i64| {
         let made = leaves(Kind::Double);
-        let weights: Vec<Tensor> = made.iter().map(|leaf| leaf.tensor.shallow_clone()).collect();
+        let weights: Vec<Tensor> = made.iter().map(|leaf| leaf.weight.master().shallow_clone()).collect();
         let mut optimizer = AdamW::new(made, OPTIONS).unwrap();
         for _ in 0..3 {
             optimizer.zero_grad().unwrap();
@@ -144,7 +144,7 @@ fn the_state_goes_over_to_another_optimiser_bit_for_bit() {
     };
     let start = || {
         let made = leaves(Kind::Float);
-        let weights: Vec<Tensor> = made.iter().map(|leaf| leaf.tensor.shallow_clone()).collect();
+        let weights: Vec<Tensor> = made.iter().map(|leaf| leaf.weight.master().shallow_clone()).collect();
         (AdamW::new(made, OPTIONS).unwrap(), weights)
     };
     let (mut whole, whole_weights) = start();
@@ -178,14 +178,15 @@ fn a_state_that_does_not_fit_is_named() {
 fn leaves_that_cannot_be_optimised_are_refused() {
     assert!(AdamW::new(Vec::new(), OPTIONS).is_err());
     let frozen = Tensor::zeros([2], (Kind::Float, Device::Cpu));
-    let error = AdamW::new(vec![Leaf { name: "frozen".to_owned(), tensor: frozen, decay: Decay::No }], OPTIONS);
+    let frozen = Param { name: "frozen".to_owned(), weight: Weight::new(frozen), decay: Decay::No };
+    let error = AdamW::new(vec![frozen], OPTIONS);
     assert!(error.unwrap_err().to_string().contains("frozen"));
 }
 
 #[test]
 fn a_weight_that_is_not_finite_shows_in_the_norm() {
     let made = leaves(Kind::Float);
-    let weight = made[1].tensor.shallow_clone();
+    let weight = made[1].weight.master().shallow_clone();
     let optimizer = AdamW::new(made, OPTIONS).unwrap();
     assert!(optimizer.params_norm().unwrap().is_finite());
     let _ = tch::no_grad(|| weight.narrow(0, 1, 1).fill_(f64::NAN));
@@ -198,7 +199,7 @@ proptest! {
     #[test]
     fn clipping_keeps_the_direction(values in prop::collection::vec(-1e3f32..1e3, 2..30), clip in 0.01f64..100.) {
         let weight = Tensor::zeros([values.len() as i64], (Kind::Float, Device::Cpu)).set_requires_grad(true);
-        let leaf = Leaf { name: "w".to_owned(), tensor: weight.shallow_clone(), decay: Decay::No };
+        let leaf = Param { name: "w".to_owned(), weight: Weight::new(weight.shallow_clone()), decay: Decay::No };
         let mut optimizer = AdamW::new(vec![leaf], AdamWOptions { clip_norm: clip, ..OPTIONS }).unwrap();
         let grad = Tensor::from_slice(&values);
         (&weight * &grad).sum(None).backward();

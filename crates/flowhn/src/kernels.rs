@@ -43,11 +43,12 @@ struct Row {
 }
 
 /// The tables of kernels.
-const CRATES: [(&str, &[KernelSpec]); 4] = [
+const CRATES: [(&str, &[KernelSpec]); 5] = [
     ("flowhn-nn", flowhn_nn::KERNELS),
     ("flowhn-ssm", flowhn_ssm::KERNELS),
     ("flowhn-attn", flowhn_attn::KERNELS),
     ("flowhn-fuse", flowhn_fuse::KERNELS),
+    ("flowhn-train", flowhn_train::KERNELS),
 ];
 
 /// Compiles every variant and shows what it takes.

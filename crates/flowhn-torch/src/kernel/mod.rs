@@ -60,6 +60,8 @@ pub struct Kernel<'a> {
 pub enum Arg<'a> {
     /// The address of a tensor's first element; strides travel as integers.
     Tensor(&'a Tensor),
+    /// As `Tensor`, for one whose elements are addresses of device memory that the kernel reaches through them.
+    Addresses(&'a Tensor),
     /// A null pointer.
     Null,
     /// An `int`.
@@ -78,7 +80,7 @@ impl<'a> Arg<'a> {
 
     fn n_bytes(self) -> usize {
         match self {
-            Self::Tensor(_) | Self::Null | Self::I64(_) => 8,
+            Self::Tensor(_) | Self::Addresses(_) | Self::Null | Self::I64(_) => 8,
             Self::I32(_) | Self::F32(_) => 4,
         }
     }
@@ -86,7 +88,7 @@ impl<'a> Arg<'a> {
     /// What the driver reads, low bytes first.
     fn bits(self) -> u64 {
         match self {
-            Self::Tensor(tensor) => tensor.data_ptr() as u64,
+            Self::Tensor(tensor) | Self::Addresses(tensor) => tensor.data_ptr() as u64,
             Self::Null => 0,
             Self::I32(value) => u64::from(value as u32),
             Self::I64(value) => value as u64,
@@ -118,7 +120,7 @@ impl Kernel<'_> {
     fn device_of(&self, args: &[Arg]) -> Result<usize> {
         let mut found = None;
         for arg in args {
-            let Arg::Tensor(tensor) = arg else { continue };
+            let (Arg::Tensor(tensor) | Arg::Addresses(tensor)) = arg else { continue };
             let device = tensor.device();
             match (device, found) {
                 (Device::Cuda(device_idx), None) => found = Some(device_idx),

@@ -3,7 +3,8 @@
 //! With `FLOWHN_KERNEL_TRACE=DIR` in the environment every launch is written to a trace in `DIR` (the crate `flowhn-trace` tells the
 //! format) before it takes place: its code, its arguments, and the bytes that its tensors reach. Launches that differ in nothing but
 //! the values of floating-point tensors are recorded once. Those whose tensors reach more than `FLOWHN_KERNEL_TRACE_MAX_BYTES`, 64 MiB
-//! if that is not set, and those that a CUDA graph captures, are counted only. Recording waits for the device at every launch.
+//! if that is not set, those that a CUDA graph captures, and those that reach memory through tables of addresses, are counted only.
+//! Recording waits for the device at every launch.
 
 use std::collections::{HashMap, HashSet};
 use std::io;
@@ -86,6 +87,8 @@ impl Recorder {
         let n_bytes: u64 = memory.iter().map(|region| region.n_bytes).sum();
         let reason = if call.is_captured {
             Some("a CUDA graph captures it".to_owned())
+        } else if call.args.iter().any(|arg| matches!(arg, Arg::Addresses(_))) {
+            Some("it reaches memory through addresses in a table".to_owned())
         } else if n_bytes > self.max_bytes {
             Some(format!("its tensors reach {n_bytes} bytes, {MAX_BYTES} is {}", self.max_bytes))
         } else {

@@ -44,11 +44,13 @@ impl CapturedStep {
         batches: &[Batch],
         reset_documents: bool,
     ) -> Result<Outcome> {
+        // Neither a capture nor a replay looks at whether a weight's bf16 copy is up to date.
+        model.refresh_bf16_copies()?;
         if let Some(captured) = &mut self.captured {
             for (input, batch) in captured.inputs.iter_mut().zip(batches) {
                 input.overwrite(batch)?;
             }
-            return captured.replay();
+            return captured.replay(optimizer);
         }
         let on_device = |batch| DeviceBatch::new(batch, model.device(), reset_documents);
         let inputs = batches.iter().map(on_device).collect::<Result<Vec<_>>>()?;
@@ -56,7 +58,7 @@ impl CapturedStep {
             self.n_warm += 1;
             return compute(model, optimizer, &inputs);
         }
-        self.captured.insert(Captured::new(model, optimizer, inputs)?).replay()
+        self.captured.insert(Captured::new(model, optimizer, inputs)?).replay(optimizer)
     }
 }
 
@@ -87,8 +89,9 @@ impl Captured {
     }
 
     /// Enqueues the graph. The next replay overwrites what it wrote, so the outcome is copied.
-    fn replay(&self) -> Result<Outcome> {
+    fn replay(&self, optimizer: &AdamW) -> Result<Outcome> {
         self.graph.replay()?;
+        optimizer.mark_updated()?;
         let Outcome { loss, grad_norm } = &self.outcome;
         Ok(catch(|| Ok(Outcome { loss: loss.copy(), grad_norm: grad_norm.copy() }))?)
     }

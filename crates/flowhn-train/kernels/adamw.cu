@@ -1,0 +1,229 @@
+// AdamW over all parameters at once, and clipping by the global norm (the formula: Loshchilov and Hutter, "Decoupled weight decay
+// regularization", algorithm 2, with lr in the place of alpha and of the schedule's multiplier).
+//
+//   norm = sqrt(sum g^2)      c = min(1, clip_norm / (norm + 1e-6)), 1 where clip_norm is 0      t += 1
+//   m = beta1 m + (1 - beta1) c g      v = beta2 v + (1 - beta2) (c g)^2
+//   p -= lr weight_decay p             p -= lr m / (1 - beta1^t) / (sqrt(v / (1 - beta2^t)) + eps)
+//
+// Parameters p, their gradients g and means m, v are f32, each a dense run of `n` elements; beside a parameter there may be a bf16
+// copy, which the update writes as well. A gradient that is null counts as zeros. A table of slots, one a parameter, tells where
+// everything is; a table of items cuts the slots into chunks of CHUNK elements. One block works on one item, so a launch covers all
+// parameters however many they are, and blocks are handed out as others finish.
+//
+// What makes it fast is that memory is read and written once: the gradient is scaled where it is read, the copy is rounded from the
+// register that holds the weight. A thread loads VECS vectors of 4 elements of all four arrays before it computes. The norm is the
+// only pass before; the update takes the items in the opposite order, so that it begins with gradients that are still in the L2 cache.
+//
+// The tables, the learning rate, the counter t and everything that follows from them are on the device: the launches can be captured
+// in a CUDA graph. Sums are f64 and in a fixed order, and neither the alignment of an array nor the device changes that order.
+#include "flowhn.cuh"
+
+constexpr int VEC = 4;
+
+// Where a parameter is.
+struct Slot {
+    float *p, *m, *v;
+    bf16* copy;  // null where there is none
+    i64 n;
+    i64 decays;
+};
+
+// What all elements share in a step.
+struct Factors {
+    float clip, beta1, rest1, beta2, rest2, step_size, root_scale, eps, decay;
+};
+
+// The settings, as the host writes them.
+struct Settings {
+    double beta1, beta2, eps, weight_decay, clip_norm;
+};
+
+// ---- the table of gradients -------------------------------------------------------------------------------------------------
+
+// Writes 56 addresses, of which the first n are some, to table[first ..]. Gradients move from step to step; in a captured step the
+// arguments are those of the step's own gradients.
+#define FOR_EACH_8(DO, a) DO(a##0) DO(a##1) DO(a##2) DO(a##3) DO(a##4) DO(a##5) DO(a##6) DO(a##7)
+#define FOR_EACH_56(DO) \
+    FOR_EACH_8(DO, 0) FOR_EACH_8(DO, 1) FOR_EACH_8(DO, 2) FOR_EACH_8(DO, 3) FOR_EACH_8(DO, 4) FOR_EACH_8(DO, 5) FOR_EACH_8(DO, 6)
+#define DECLARE(k) , const float* g##k
+#define WRITE(k) if (t++ < n) *out++ = g##k;
+extern "C" __global__ void adamw_addresses(const float** table, int first, int n FOR_EACH_56(DECLARE)) {
+    const float** out = table + first;
+    int t = 0;
+    FOR_EACH_56(WRITE)
+}
+
+// ---- vectors ----------------------------------------------------------------------------------------------------------------
+
+// The chunk of a block: `n` elements from element `start` of a slot on.
+struct Chunk {
+    const Slot& slot;
+    const float* g;
+    i64 start;
+    int n;
+    __device__ __forceinline__ Chunk(const float* const* grads, const Slot* slots, int2 item)
+        : slot(slots[item.x]), g(grads[item.x]), start((i64)item.y * CHUNK) {
+        i64 left = slot.n - start;
+        n = left < CHUNK ? (int)left : CHUNK;
+    }
+};
+
+__device__ __forceinline__ bool is_aligned(const void* p, unsigned n_bytes) { return (i64)p % n_bytes == 0; }
+
+// Reads the first `n` of 4 elements, zeros behind them; at once where all are there and aligned.
+template <bool FAST> __device__ __forceinline__ void load(float (&x)[VEC], const float* p, int n) {
+    if constexpr (FAST) {
+        load_vec(x, p);
+    } else {
+        #pragma unroll
+        for (int i = 0; i < VEC; i++) x[i] = i < n ? p[i] : 0.f;
+    }
+}
+
+template <bool FAST, class T> __device__ __forceinline__ void store(T* p, const float (&x)[VEC], int n) {
+    if constexpr (FAST) {
+        store_vec(p, x);
+    } else {
+        #pragma unroll
+        for (int i = 0; i < VEC; i++)
+            if (i < n) p[i] = from_f32<T>(x[i]);
+    }
+}
+
+// ---- norm -------------------------------------------------------------------------------------------------------------------
+
+__device__ __forceinline__ double warp_sum(double x) {
+    #pragma unroll
+    for (int offset = 16; offset > 0; offset /= 2) x += __shfl_xor_sync(FULL_WARP, x, offset);
+    return x;
+}
+
+// The sum of x over the block, in a fixed order, on the threads of the first warp.
+__device__ __forceinline__ double block_sum(double x) {
+    __shared__ double sums[32];
+    x = warp_sum(x);
+    int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
+    if (lane == 0) sums[warp] = x;
+    __syncthreads();
+    return warp == 0 ? warp_sum(lane < (int)blockDim.x / 32 ? sums[lane] : 0.) : 0.;
+}
+
+// The sum of squares of a chunk: thread t takes the vectors t, t + THREADS, ... and adds each place of a vector by itself.
+template <bool FAST> __device__ __forceinline__ double sum_of_squares(const float* g, int n) {
+    double sums[VEC] = {0., 0., 0., 0.};
+    #pragma unroll 8
+    for (int i = threadIdx.x * VEC; i < n; i += THREADS * VEC) {
+        float x[VEC];
+        load<FAST>(x, g + i, n - i);
+        #pragma unroll
+        for (int k = 0; k < VEC; k++) sums[k] += (double)x[k] * x[k];
+    }
+    return (sums[0] + sums[1]) + (sums[2] + sums[3]);
+}
+
+// partials[i] = the sum of squares of the gradients of item i.
+extern "C" __global__ void __launch_bounds__(THREADS)
+adamw_squares(const float* const* grads, const Slot* slots, const int2* items, double* partials) {
+    Chunk chunk(grads, slots, items[blockIdx.x]);
+    const float* g = chunk.g + chunk.start;
+    double sum = 0.;
+    if (chunk.g) sum = is_aligned(g, 16) && chunk.n % VEC == 0 ? sum_of_squares<true>(g, chunk.n) : sum_of_squares<false>(g, chunk.n);
+    sum = block_sum(sum);
+    if (threadIdx.x == 0) partials[blockIdx.x] = sum;
+}
+
+// One block: adds up the partials, counts the step, and works out what all elements share. Powers take long, so two warps have one each.
+extern "C" __global__ void __launch_bounds__(1024)
+adamw_factors(const double* partials, int n, const Settings* settings, const float* lr, float* step, float* norm, Factors* factors) {
+    __shared__ double rest[2];
+    Settings s = *settings;
+    float t = *step + 1.f;
+    double sum = 0.;
+    #pragma unroll 8
+    for (int i = threadIdx.x; i < n; i += 1024) sum += partials[i];
+    if (threadIdx.x % 32 == 0 && threadIdx.x / 32 < 2) {
+        int i = threadIdx.x / 32;
+        rest[i] = 1. - pow(i == 0 ? s.beta1 : s.beta2, (double)t);
+    }
+    sum = block_sum(sum);
+    if (threadIdx.x) return;
+    float total = (float)sqrt(sum);
+    *step = t, *norm = total;
+    double clip = s.clip_norm > 0. ? s.clip_norm / (total + 1e-6) : 1., rate = *lr;
+    Factors f;
+    // Written so that NaN stays.
+    f.clip = clip > 1. ? 1.f : (float)clip;
+    f.beta1 = (float)s.beta1, f.rest1 = (float)(1. - s.beta1);
+    f.beta2 = (float)s.beta2, f.rest2 = (float)(1. - s.beta2);
+    f.step_size = (float)(rate / rest[0]), f.root_scale = (float)(1. / sqrt(rest[1]));
+    f.eps = (float)s.eps, f.decay = (float)(rate * s.weight_decay);
+    *factors = f;
+}
+
+// ---- update -----------------------------------------------------------------------------------------------------------------
+
+struct Element {
+    float p[VEC], g[VEC], m[VEC], v[VEC];
+};
+
+__device__ __forceinline__ void update(Element& x, const Factors& f, float decay) {
+    #pragma unroll
+    for (int k = 0; k < VEC; k++) {
+        float g = f.clip * x.g[k];
+        x.m[k] = f.beta1 * x.m[k] + f.rest1 * g;
+        x.v[k] = f.beta2 * x.v[k] + f.rest2 * g * g;
+        float p = x.p[k] - decay * x.p[k];
+        x.p[k] = p - f.step_size * x.m[k] / (sqrtf(x.v[k]) * f.root_scale + f.eps);
+    }
+}
+
+// FAST: whole vectors, aligned to 16 bytes (8 in the copy). GRAD, COPY: whether there is one.
+template <bool FAST, bool GRAD, bool COPY>
+__device__ __forceinline__ void update_chunk(const Chunk& chunk, const Factors& f, float decay) {
+    float *p = chunk.slot.p + chunk.start, *m = chunk.slot.m + chunk.start, *v = chunk.slot.v + chunk.start;
+    const float* g = chunk.g + chunk.start;
+    bf16* copy = chunk.slot.copy + chunk.start;
+    int n = chunk.n;
+    for (int first = threadIdx.x * VEC; first < n; first += THREADS * VEC * VECS) {
+        Element x[VECS];
+        #pragma unroll
+        for (int u = 0; u < VECS; u++) {
+            int i = first + u * THREADS * VEC;
+            if (i >= n) break;
+            load<FAST>(x[u].p, p + i, n - i);
+            if constexpr (GRAD) load<FAST>(x[u].g, g + i, n - i);
+            else x[u].g[0] = x[u].g[1] = x[u].g[2] = x[u].g[3] = 0.f;
+            load<FAST>(x[u].m, m + i, n - i);
+            load<FAST>(x[u].v, v + i, n - i);
+        }
+        #pragma unroll
+        for (int u = 0; u < VECS; u++) {
+            int i = first + u * THREADS * VEC;
+            if (i >= n) break;
+            update(x[u], f, decay);
+            store<FAST>(p + i, x[u].p, n - i);
+            store<FAST>(m + i, x[u].m, n - i);
+            store<FAST>(v + i, x[u].v, n - i);
+            if constexpr (COPY) store<FAST>(copy + i, x[u].p, n - i);
+        }
+    }
+}
+
+extern "C" __global__ void __launch_bounds__(THREADS)
+adamw_update(const float* const* grads, const Slot* slots, const int2* items, const Factors* factors, int n_items) {
+    Chunk chunk(grads, slots, items[n_items - 1 - (int)blockIdx.x]);
+    Factors f = *factors;
+    float decay = chunk.slot.decays ? f.decay : 0.f;
+    const Slot& slot = chunk.slot;
+    bool fast = chunk.n % VEC == 0 && is_aligned(slot.p, 16) && is_aligned(slot.m, 16) && is_aligned(slot.v, 16) &&
+                is_aligned(chunk.g, 16) && is_aligned(slot.copy, 8);
+    if (!fast) {
+        if (chunk.g && slot.copy) update_chunk<false, true, true>(chunk, f, decay);
+        else if (chunk.g) update_chunk<false, true, false>(chunk, f, decay);
+        else if (slot.copy) update_chunk<false, false, true>(chunk, f, decay);
+        else update_chunk<false, false, false>(chunk, f, decay);
+    } else if (chunk.g && slot.copy) update_chunk<true, true, true>(chunk, f, decay);
+    else if (chunk.g) update_chunk<true, true, false>(chunk, f, decay);
+    else if (slot.copy) update_chunk<true, false, true>(chunk, f, decay);
+    else update_chunk<true, false, false>(chunk, f, decay);
+}

@@ -1,0 +1,167 @@
+//! [`AdamW`](super::AdamW) on CUDA, by kernels of our own.
+
+use flowhn_nn::{Weight, Written, mark_written};
+use flowhn_torch::kernel::{Arg, Defines, Kernel};
+use flowhn_torch::{Error as TensorError, Graph, catch};
+use tch::{Device, Kind, Tensor};
+
+use super::{AdamWOptions, Group};
+use crate::Result;
+use crate::kernels::ADAMW;
+
+/// Elements that a block takes.
+const CHUNK: i64 = 16_384;
+/// Threads of a block.
+const THREADS: i64 = 256;
+/// The macros of `adamw.cu`.
+pub(crate) const DEFINES: [(&str, i64); 3] = [("CHUNK", CHUNK), ("THREADS", THREADS), ("VECS", 2)];
+
+/// Addresses that one launch of `adamw_addresses` takes.
+const N_ADDRESSES: usize = 56;
+/// Numbers of a slot, `Slot` of `adamw.cu`: the addresses of parameter, two means and copy, the length, and whether the parameter decays.
+const SLOT_LEN: usize = 6;
+/// The place of the copy's address in a slot.
+const COPY: usize = 3;
+/// Floats of `Factors`.
+const N_FACTORS: i64 = 9;
+
+/// What the kernels work from, all of it on the device, at addresses that never change.
+#[derive(Debug)]
+pub(super) struct Engine {
+    /// i64 `[n_params, SLOT_LEN]`.
+    slots: Tensor,
+    /// What was last written to `slots`.
+    written: Vec<i64>,
+    /// Slot and number of each chunk, i32 `[n_items, 2]`.
+    items: Tensor,
+    n_items: u32,
+    /// Addresses of the gradients, i64 `[n_params]`.
+    gradients: Tensor,
+    /// Sum of squares of each item, f64.
+    partials: Tensor,
+    /// The options, f64.
+    settings: Tensor,
+    /// What follows from norm, step and learning rate, f32.
+    factors: Tensor,
+    /// The learning rate of the next update, an f32 scalar.
+    lr: Tensor,
+}
+
+impl Engine {
+    pub(super) fn new(groups: &[Group; 2], options: &AdamWOptions, device: Device) -> Result<Self> {
+        let mut items: Vec<i32> = Vec::new();
+        for (slot, weight) in weights(groups).enumerate() {
+            let master = weight.master();
+            if master.kind() != Kind::Float {
+                let want = "Float on a CUDA device (Double runs on the CPU only)".to_owned();
+                return Err(TensorError::Dtype { op: "adamw", arg: "parameter", got: master.kind(), want }.into());
+            }
+            let n_chunks = (master.numel() as i64 + CHUNK - 1) / CHUNK;
+            items.extend((0..n_chunks).flat_map(|chunk| [slot as i32, chunk as i32]));
+        }
+        let n_params = weights(groups).count() as i64;
+        let n_items = items.len() / 2;
+        let AdamWOptions { beta1, beta2, eps, weight_decay, clip_norm } = *options;
+        Ok(catch(|| {
+            let zeros = |shape: &[i64], kind: Kind| Tensor::f_zeros(shape, (kind, device));
+            Ok(Self {
+                slots: zeros(&[n_params, SLOT_LEN as i64], Kind::Int64)?,
+                written: Vec::new(),
+                items: Tensor::from_slice(&items).f_view([-1, 2])?.f_to_device(device)?,
+                n_items: n_items as u32,
+                gradients: zeros(&[n_params], Kind::Int64)?,
+                partials: zeros(&[n_items as i64], Kind::Double)?,
+                settings: Tensor::from_slice(&[beta1, beta2, eps, weight_decay, clip_norm]).f_to_device(device)?,
+                factors: zeros(&[N_FACTORS], Kind::Float)?,
+                lr: zeros(&[], Kind::Float)?,
+            })
+        })?)
+    }
+
+    pub(super) fn set_learning_rate(&mut self, lr: f64) -> Result<()> {
+        Ok(catch(|| Ok(tch::no_grad(|| self.lr.f_fill_(lr)).map(drop)?))?)
+    }
+
+    /// Updates the parameters with their gradients scaled, which stay as they are, and counts the step; returns the norm.
+    pub(super) fn clip_and_update(&mut self, groups: &[Group; 2], step: &Tensor) -> Result<Tensor> {
+        self.write_slots(groups)?;
+        // Held to the end: a dense copy of a gradient belongs to nobody else.
+        let held = groups.iter().flat_map(Group::grads).map(dense).collect::<Result<Vec<_>>>()?;
+        self.write_addresses(&held)?;
+        let norm = catch(|| Ok(Tensor::f_empty([], (Kind::Float, self.lr.device()))?))?;
+        let [gradients, slots, items] = [&self.gradients, &self.slots, &self.items].map(Arg::Addresses);
+        let grid = [self.n_items, 1, 1];
+        launch("adamw_squares", grid, THREADS as u32, &[gradients, slots, items, Arg::Tensor(&self.partials)])?;
+        let args = [
+            Arg::Tensor(&self.partials),
+            Arg::I32(self.n_items as i32),
+            Arg::Tensor(&self.settings),
+            Arg::Tensor(&self.lr),
+            Arg::Tensor(step),
+            Arg::Tensor(&norm),
+            Arg::Tensor(&self.factors),
+        ];
+        launch("adamw_factors", [1, 1, 1], 1024, &args)?;
+        let args = [gradients, slots, items, Arg::Tensor(&self.factors), Arg::I32(self.n_items as i32)];
+        launch("adamw_update", grid, THREADS as u32, &args)?;
+        Ok(norm)
+    }
+
+    /// As [`AdamW::mark_updated`](super::AdamW::mark_updated).
+    pub(super) fn mark_updated(&self, groups: &[Group; 2]) -> Result<()> {
+        let written = |slot: &[i64]| if slot[COPY] == 0 { Written::Master } else { Written::MasterAndCopy };
+        Ok(mark_written(weights(groups).zip(self.written.chunks_exact(SLOT_LEN).map(written)))?)
+    }
+
+    /// Tells the kernels where parameters, means and copies are, if that is news: at first, and once copies have been made.
+    fn write_slots(&mut self, groups: &[Group; 2]) -> Result<()> {
+        let mut slots = Vec::with_capacity(self.written.len());
+        for (group, decays) in groups.iter().zip([1, 0]) {
+            for ((weight, mean), mean_sq) in group.weights.iter().zip(&group.exp_avg).zip(&group.exp_avg_sq) {
+                // Brought up to date also where this step overwrites it: in a capture, it is as fresh afterwards as it was before.
+                let copy = weight.bf16_copy()?.map_or(0, |copy| copy.data_ptr() as i64);
+                let [param, mean, mean_sq] = [weight.master(), mean, mean_sq].map(|tensor| tensor.data_ptr() as i64);
+                slots.extend([param, mean, mean_sq, copy, weight.master().numel() as i64, decays]);
+            }
+        }
+        if slots == self.written {
+            return Ok(());
+        }
+        if Graph::is_capturing() {
+            let message =
+                "the first step, and that after a change of the compute type, cannot be captured: run one first";
+            return Err(TensorError::invalid("adamw", message).into());
+        }
+        let on_host = Tensor::from_slice(&slots);
+        let shape = self.slots.size();
+        catch(|| Ok(self.slots.f_copy_(&on_host.f_view(shape.as_slice())?).map(drop)?))?;
+        self.written = slots;
+        Ok(())
+    }
+
+    /// Tells the kernels where this step's gradients are, by arguments, which a captured step keeps.
+    fn write_addresses(&self, gradients: &[Option<Tensor>]) -> Result<()> {
+        for (idx, part) in gradients.chunks(N_ADDRESSES).enumerate() {
+            let mut args = vec![Arg::Tensor(&self.gradients), Arg::I32((idx * N_ADDRESSES) as i32)];
+            args.push(Arg::I32(part.len() as i32));
+            args.extend(part.iter().map(|gradient| Arg::opt(gradient.as_ref())));
+            args.resize(3 + N_ADDRESSES, Arg::Null);
+            launch("adamw_addresses", [1, 1, 1], 1, &args)?;
+        }
+        Ok(())
+    }
+}
+
+fn weights(groups: &[Group; 2]) -> impl Iterator<Item = &Weight> {
+    groups.iter().flat_map(|group| &group.weights)
+}
+
+/// The gradient as the kernels read it, element after element.
+fn dense(gradient: Option<Tensor>) -> Result<Option<Tensor>> {
+    Ok(catch(|| Ok(gradient.map(|gradient| gradient.f_contiguous()).transpose()?))?)
+}
+
+fn launch(entry: &'static str, grid: [u32; 3], block: u32, args: &[Arg]) -> Result<()> {
+    const VARIANT: Defines<'static> = &DEFINES;
+    Ok(Kernel { source: &ADAMW, entry, defines: VARIANT }.launch(grid, block, 0, args)?)
+}
