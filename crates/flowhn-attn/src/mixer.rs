@@ -6,7 +6,7 @@
 use tch::Tensor;
 
 use flowhn_nn::{Bias, Init, Linear, Path};
-use flowhn_torch::{Error, Result, check};
+use flowhn_torch::{Error, Result, check, split_features};
 
 use crate::{KvCache, Mask, Positions, attention, rotary};
 
@@ -260,16 +260,22 @@ impl AttnMixer {
 
     /// Queries, keys and values of the same tokens. Queries and keys lie side by side and are turned together.
     fn window_heads(&self, qkv_proj: &Linear, x_bnd: &Tensor, positions: &Positions) -> Result<(Tensor, Heads)> {
-        let (h, k) = (self.config.n_heads, self.config.n_kv_heads);
-        let qkv = self.heads(&qkv_proj.forward(x_bnd)?)?;
-        let (qk, v_bmkp) = pair(&qkv, h + k, k)?;
-        let (q_bnhp, k_bmkp) = pair(&self.turned(qk, positions)?, h, k)?;
+        let (h, k, p) = (self.config.n_heads, self.config.n_kv_heads, self.config.d_head);
+        let qkv = qkv_proj.forward(x_bnd)?;
+        if self.config.rope.is_none() {
+            let [q_bnhp, k_bmkp, v_bmkp] = pieces(&qkv, [[h, p], [k, p], [k, p]])?;
+            return Ok((q_bnhp, Heads { k_bmkp, v_bmkp }));
+        }
+        let [qk, v_bmkp] = pieces(&qkv, [[h + k, p], [k, p]])?;
+        let turned = self.turned(qk, positions)?;
+        let size = turned.size();
+        let [q_bnhp, k_bmkp] = pieces(&turned.f_reshape([size[0], size[1], (h + k) * p])?, [[h, p], [k, p]])?;
         Ok((q_bnhp, Heads { k_bmkp, v_bmkp }))
     }
 
     fn source_heads(&self, kv_proj: &Linear, source_bmd: &Tensor, positions: &Positions) -> Result<Heads> {
-        let k = self.config.n_kv_heads;
-        let (k_bmkp, v_bmkp) = pair(&self.heads(&kv_proj.forward(source_bmd)?)?, k, k)?;
+        let (k, p) = (self.config.n_kv_heads, self.config.d_head);
+        let [k_bmkp, v_bmkp] = pieces(&kv_proj.forward(source_bmd)?, [[k, p], [k, p]])?;
         Ok(Heads { k_bmkp: self.turned(k_bmkp, positions)?, v_bmkp })
     }
 
@@ -334,11 +340,8 @@ impl AttnConfig {
     }
 }
 
-/// Heads `0..first` and the `second` heads after them; one concatenation in the backward.
-fn pair(x_bnhp: &Tensor, first: i64, second: i64) -> Result<(Tensor, Tensor)> {
-    let mut parts = x_bnhp.f_split_with_sizes([first, second], 2)?.into_iter();
-    match (parts.next(), parts.next()) {
-        (Some(a), Some(b)) => Ok((a, b)),
-        _ => Err(Error::invalid(OP, "the heads did not split in two")),
-    }
+/// Features as groups of heads, `[heads, d_head]` each.
+fn pieces<const N: usize>(x: &Tensor, shapes: [[i64; 2]; N]) -> Result<[Tensor; N]> {
+    let pieces = split_features(x, &shapes.each_ref().map(|shape| &shape[..]))?;
+    pieces.try_into().map_err(|_| Error::invalid(OP, "the heads did not split"))
 }

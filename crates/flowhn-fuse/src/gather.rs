@@ -195,6 +195,38 @@ pub fn split(x_bld: &Tensor, attn: &Route, ssm: &Route) -> Result<(Tensor, Tenso
     }
 }
 
+/// [`split`], and `x` itself to go on with, as `(x, gather(x, attn), gather(x, ssm))`: the gradients of all three become one in one
+/// pass, where using `x` itself beside its parts would cost a merge and an addition.
+///
+/// # Shapes
+/// As [`split`].
+///
+/// ```
+/// use flowhn_fuse::{Route, split_residual};
+/// use tch::{Device, Kind, Tensor};
+/// let x = Tensor::ones([1, 3, 1], (Kind::Float, Device::Cpu)).set_requires_grad(true);
+/// let (attn, ssm) = (Route::new(3, &[2..3], Device::Cpu)?, Route::new(3, &[0..2], Device::Cpu)?);
+/// let (residual, a, s) = split_residual(&x, &attn, &ssm)?;
+/// (residual.sum(Kind::Float) + a.sum(Kind::Float) * 10. + s.sum(Kind::Float) * 100.).backward();
+/// assert_eq!(Vec::<f32>::try_from(x.grad().view(-1)).unwrap(), [101., 101., 11.]);
+/// # Ok::<(), flowhn_fuse::Error>(())
+/// ```
+///
+/// # Errors
+/// As [`split`].
+pub fn split_residual(x_bld: &Tensor, attn: &Route, ssm: &Route) -> Result<(Tensor, Tensor, Tensor)> {
+    if attn.is_empty() || ssm.is_empty() || !attn.partitions_with(ssm) {
+        let (a_bnd, s_bmd) = split(x_bld, attn, ssm)?;
+        return Ok((x_bld.shallow_clone(), a_bnd, s_bmd));
+    }
+    check_sequence("split_residual", x_bld, attn)?;
+    check_sequence("split_residual", x_bld, ssm)?;
+    let outputs: [Tensor; 3] = apply(SplitResidual { attn: attn.clone(), ssm: ssm.clone() }, &[x_bld])?
+        .try_into()
+        .map_err(|_| Error::invalid("split_residual", "the function lost its outputs"))?;
+    Ok(outputs.into())
+}
+
 /// Checks that a tensor is a sequence that the route is about, where the route is.
 pub(crate) fn check_sequence(op: &'static str, x_bld: &Tensor, route: &Route) -> Result<()> {
     let [batch, seq_len, d] = check::dims(op, "x_bld", x_bld, "[batch, seq_len, d]")?;
@@ -240,5 +272,23 @@ impl Function for Split {
 
     fn backward(&self, _ctx: &BackwardCtx, grads: &[Tensor]) -> Result<Vec<Option<Tensor>>> {
         Ok(vec![Some(pieces::interleave(&grads[0], &grads[1], &self.attn, &self.ssm)?)])
+    }
+}
+
+struct SplitResidual {
+    attn: Route,
+    ssm: Route,
+}
+
+impl Function for SplitResidual {
+    const NAME: &'static str = "split_residual";
+
+    fn forward(&mut self, _ctx: &mut ForwardCtx, inputs: &[&Tensor]) -> Result<Vec<Tensor>> {
+        let (a_bnd, s_bmd) = pieces::take_both(inputs[0], &self.attn, &self.ssm)?;
+        Ok(vec![inputs[0].shallow_clone(), a_bnd, s_bmd])
+    }
+
+    fn backward(&self, _ctx: &BackwardCtx, grads: &[Tensor]) -> Result<Vec<Option<Tensor>>> {
+        Ok(vec![Some(pieces::interleave_sum(&grads[0], &grads[1], &grads[2], &self.attn, &self.ssm)?)])
     }
 }

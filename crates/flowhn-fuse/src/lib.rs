@@ -22,7 +22,7 @@ pub mod selftest;
 
 pub use flowhn_torch::{Error, Result};
 pub use fusion::{FUSIONS, FuseShape, Fusion, FusionKind, FusionSpec, Topology};
-pub use gather::{SplitNormed, gather, gather_norm, split, split_norm};
+pub use gather::{SplitNormed, gather, gather_norm, split, split_norm, split_residual};
 pub use kernels::KERNELS;
 pub use merge::{merge, merge_residual, merge_residual_norm};
 pub use route::Route;

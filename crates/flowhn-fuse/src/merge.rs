@@ -7,13 +7,13 @@ use tch::Tensor;
 use flowhn_nn::{RmsNorm, residual_norm};
 use flowhn_torch::{BackwardCtx, Error, ForwardCtx, Function, Result, apply, check};
 
-use crate::cuda::{self, MergeResidualNorm};
+use crate::cuda::MergeResidualNorm;
 use crate::gather::{check_sequence, norm_weight, one};
 use crate::{Route, pieces};
 
 /// The two branches' tokens back in the order of the sequence, with one copy; the inverse of [`crate::split`].
 ///
-/// The gradient of a branch is a view where its route is one span. If one route is the whole sequence, its branch's output is
+/// If one route is the whole sequence, its branch's output is
 /// returned as it is.
 ///
 /// # Shapes
@@ -187,13 +187,7 @@ impl Function for MergeResidual {
     const NAME: &'static str = "merge_residual";
 
     fn forward(&mut self, _ctx: &mut ForwardCtx, inputs: &[&Tensor]) -> Result<Vec<Tensor>> {
-        if inputs[0].device().is_cuda() {
-            return Ok(vec![cuda::merge_residual(inputs[0], inputs[1], inputs[2], &self.attn, &self.ssm)?]);
-        }
-        let mut out = pieces::empty_like_sequence(inputs[0], self.attn.seq_len())?;
-        pieces::put_sum(&mut out, inputs[0], inputs[1], &self.attn)?;
-        pieces::put_sum(&mut out, inputs[0], inputs[2], &self.ssm)?;
-        Ok(vec![out])
+        Ok(vec![pieces::interleave_sum(inputs[0], inputs[1], inputs[2], &self.attn, &self.ssm)?])
     }
 
     fn backward(&self, ctx: &BackwardCtx, grads: &[Tensor]) -> Result<Vec<Option<Tensor>>> {
@@ -212,7 +206,7 @@ fn branch_grads(
     ssm: &Route,
 ) -> Result<[Option<Tensor>; 2]> {
     match (ctx.needs_grad(first), ctx.needs_grad(first + 1)) {
-        (true, true) => pieces::take_both(grad_bld, attn, ssm).map(|(a_bnd, s_bmd)| [Some(a_bnd), Some(s_bmd)]),
+        (true, true) => pieces::take_grads(grad_bld, attn, ssm).map(|(a_bnd, s_bmd)| [Some(a_bnd), Some(s_bmd)]),
         (true, false) => Ok([Some(pieces::take(grad_bld, attn)?), None]),
         (false, true) => Ok([None, Some(pieces::take(grad_bld, ssm)?)]),
         (false, false) => Ok([None, None]),

@@ -81,6 +81,34 @@ pub(crate) fn interleave(a_bnd: &Tensor, s_bmd: &Tensor, attn: &Route, ssm: &Rou
     Ok(out)
 }
 
+/// `x_bld` plus the tokens of two branches at their places, when the routes partition the sequence.
+pub(crate) fn interleave_sum(
+    x_bld: &Tensor,
+    a_bnd: &Tensor,
+    s_bmd: &Tensor,
+    attn: &Route,
+    ssm: &Route,
+) -> Result<Tensor> {
+    if x_bld.device().is_cuda() {
+        return cuda::merge_residual(x_bld, a_bnd, s_bmd, attn, ssm);
+    }
+    let mut out = empty_like_sequence(x_bld, attn.seq_len())?;
+    put_sum(&mut out, x_bld, a_bnd, attn)?;
+    put_sum(&mut out, x_bld, s_bmd, ssm)?;
+    Ok(out)
+}
+
+/// The gradients of two branches out of that of their sequence. On CUDA they are copied in one launch also where views would do:
+/// the matrix products that take them next would copy the views one by one.
+pub(crate) fn take_grads(grad_bld: &Tensor, attn: &Route, ssm: &Route) -> Result<(Tensor, Tensor)> {
+    if grad_bld.device().is_cuda()
+        && let (a_bnd, Some(s_bmd)) = cuda::split(grad_bld, attn, Some(ssm))?
+    {
+        return Ok((a_bnd, s_bmd));
+    }
+    take_both(grad_bld, attn, ssm)
+}
+
 /// Adds the tokens of a branch to `x_bld` at their places, into the same places of `out_bld`.
 pub(crate) fn put_sum(out_bld: &mut Tensor, x_bld: &Tensor, branch_bnd: &Tensor, route: &Route) -> Result<()> {
     if by_span(out_bld, route.spans().len()) {

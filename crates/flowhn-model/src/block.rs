@@ -2,15 +2,17 @@
 // b batch, l seq_len of the range, n tokens of a branch, d d_model
 
 use flowhn_attn::{AttnContext, KvCache};
-use flowhn_fuse::{FuseShape, Fusion, FusionKind, Topology, gather, split, split_norm};
+use flowhn_fuse::{FuseShape, Fusion, FusionKind, Topology, gather, split_norm, split_residual};
 use flowhn_nn::{Bias, Linear, Path, RmsNorm};
 use flowhn_split::{Branch, Bridge, Sharing};
 use flowhn_ssm::SsmState;
+use flowhn_torch::timeline;
 use tch::{Device, Kind, Tensor};
 
 use crate::branch::{AttnBranch, BranchInput, MlpSublayer, SsmBranch};
 use crate::config::BlockKind;
 use crate::layout::{BlockLayout, Layout};
+use crate::parts;
 use crate::{ModelConfig, Result, init, mixer};
 
 /// A FlowHN block. A branch that the policy gives nothing does not exist.
@@ -95,8 +97,12 @@ impl Block {
             None => (None, None),
         };
         let (x_bld, attn_input, ssm_input) = self.read(x_bld, routes)?;
+        let leave = |part: &'static str| move |x: Tensor| timeline::pass(&x, parts::FUSION, part);
+        let attn_input = attn_input.timed(parts::ATTENTION, parts::FUSION)?;
         let a_bnd = self.attend(&x_bld, &attn_input, layout, routes, segments_bl, kv)?;
-        let s_bmd = self.scan(&ssm_input, routes, segments_bl, state)?;
+        let a_bnd = a_bnd.map(leave(parts::ATTENTION)).transpose()?;
+        let ssm_input = ssm_input.timed(parts::SSM, parts::FUSION)?;
+        let s_bmd = self.scan(&ssm_input, routes, segments_bl, state)?.map(leave(parts::SSM)).transpose()?;
         let (a, s, attn, ssm) = (a_bnd.as_ref(), s_bmd.as_ref(), &routes.attn, &routes.ssm);
         match &self.tail {
             BlockTail::Released { norm, proj } => {
@@ -105,7 +111,8 @@ impl Block {
             }
             BlockTail::Flow(Some(mlp)) => {
                 let (x_bld, normed_bld) = self.fusion.forward_residual_norm(&x_bld, a, s, attn, ssm, mlp.norm())?;
-                mlp.forward_normed(&x_bld, &normed_bld)
+                let normed_bld = timeline::pass(&normed_bld, parts::MLP, parts::FUSION)?;
+                Ok(timeline::pass(&mlp.forward_normed(&x_bld, &normed_bld)?, parts::FUSION, parts::MLP)?)
             }
             BlockTail::Flow(None) => Ok(self.fusion.forward_residual(&x_bld, a, s, attn, ssm)?),
         }
@@ -121,8 +128,8 @@ impl Block {
             let normed = split_norm(x_bld, None, attn_route, ssm_route, attn.norm(), ssm.norm())?;
             return Ok((normed.sum_bld, BranchInput::Normed(normed.attn_bnd), BranchInput::Normed(normed.ssm_bmd)));
         }
-        let (x_attn, x_ssm) = split(x_bld, attn_route, ssm_route)?;
-        Ok((x_bld.shallow_clone(), BranchInput::Tokens(x_attn), BranchInput::Tokens(x_ssm)))
+        let (x_bld, x_attn, x_ssm) = split_residual(x_bld, attn_route, ssm_route)?;
+        Ok((x_bld, BranchInput::Tokens(x_attn), BranchInput::Tokens(x_ssm)))
     }
 
     /// The attention branch on its tokens; over a bridge, keys and values come from every token of the range.

@@ -3,6 +3,7 @@
 use flowhn_attn::{AttnContext, AttnInit, AttnMixer, KvCache};
 use flowhn_nn::{Path, RmsNorm, SwiGluMlp};
 use flowhn_ssm::{SsmMixer, SsmState};
+use flowhn_torch::timeline;
 use tch::Tensor;
 
 use crate::{ModelConfig, Result, init, mixer};
@@ -46,6 +47,15 @@ pub(crate) enum BranchInput {
 }
 
 impl BranchInput {
+    /// The same, at the border between two parts of a [`timeline`]: `outside` and, from here on, `inside`.
+    pub fn timed(self, inside: &'static str, outside: &'static str) -> Result<Self> {
+        let pass = |x: Tensor| timeline::pass(&x, inside, outside);
+        Ok(match self {
+            Self::Tokens(x_bnd) => Self::Tokens(pass(x_bnd)?),
+            Self::Normed(normed_bnd) => Self::Normed(pass(normed_bnd)?),
+        })
+    }
+
     /// The tokens, if the branch still adds them to its output, and the normed tokens.
     pub fn normed_by(&self, norm: &RmsNorm) -> Result<(Option<Tensor>, Tensor)> {
         match self {

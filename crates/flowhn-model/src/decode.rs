@@ -44,8 +44,9 @@ impl Decoder<'_> {
     /// # Errors
     /// [`Error::Input`] if the ids do not fit; [`Error::Tensor`] if an operation fails, after which the decoder is unusable.
     pub fn feed(&mut self, ids_bm: &Tensor) -> Result<Tensor> {
-        let logits_bmv = self.feed_all(ids_bm)?;
-        Ok(logits_bmv.f_select(1, -1)?)
+        // The head is the widest product: the other tokens do without.
+        let logits_b1v = self.advance(ids_bm, |x_bmd| Ok(x_bmd.f_narrow(1, x_bmd.size()[1] - 1, 1)?))?;
+        Ok(logits_b1v.f_select(1, 0)?)
     }
 
     /// As [`Decoder::feed`], with the logits after every fed token, `[batch, m, vocab_size]`.
@@ -53,6 +54,11 @@ impl Decoder<'_> {
     /// # Errors
     /// As [`Decoder::feed`].
     pub fn feed_all(&mut self, ids_bm: &Tensor) -> Result<Tensor> {
+        self.advance(ids_bm, |x_bmd| Ok(x_bmd.shallow_clone()))
+    }
+
+    /// Feeds tokens; the logits of those of them that are chosen.
+    fn advance(&mut self, ids_bm: &Tensor, choose: impl Fn(&Tensor) -> Result<Tensor>) -> Result<Tensor> {
         if self.broken {
             return Err(Error::Input("an earlier feed failed half-way: start a new decoder".to_owned()));
         }
@@ -62,13 +68,13 @@ impl Decoder<'_> {
         let input = Input::new(ids_bm).at(self.position);
         self.model.check_input(&input)?;
         self.broken = true;
-        let logits_bmv = tch::no_grad(|| {
+        let logits = tch::no_grad(|| {
             let x_bmd = self.model.run(&input, Some(&mut self.caches), |_| ())?;
-            self.model.logits_of(&x_bmd)
+            self.model.logits_of(&choose(&x_bmd)?)
         })?;
         self.broken = false;
         self.position += ids_bm.size()[1] as usize;
-        Ok(logits_bmv)
+        Ok(logits)
     }
 
     /// Number of tokens fed so far.

@@ -21,6 +21,6 @@ pub use config::ModelConfig;
 pub use decode::Decoder;
 pub use error::{Error, Result};
 pub use golden::{GoldenReport, MAX_REL_GRAD, MAX_REL_OUTPUT, check_golden};
-pub use model::{IGNORE_INDEX, Input, Model, Output};
+pub use model::{IGNORE_INDEX, Input, Model, Output, parts};
 pub use released::{ReleasedName, load_released, released_names};
 pub use weights::WeightFile;

@@ -10,12 +10,28 @@ use flowhn_nn::{
     Bias, Embedding, Init, Linear, Params, RmsNorm, Weight, check_ids, linear, linear_cross_entropy, token_losses,
 };
 use flowhn_split::{ModelShape, Routing, SplitPlan};
-use flowhn_torch::catch;
+use flowhn_torch::{catch, timeline};
 use tch::{Device, Kind, Tensor};
 
 use crate::block::{Block, BlockCache};
 use crate::layout::Layout;
 use crate::{Error, ModelConfig, Result, init};
+
+/// The names under which a [`timeline`] finds the parts of a model.
+pub mod parts {
+    /// The embedding's look-up.
+    pub const EMBEDDING: &str = "embedding";
+    /// The attention branch; in a released block with its MLP.
+    pub const ATTENTION: &str = "attention";
+    /// The state-space branch; in a released block with its MLP.
+    pub const SSM: &str = "ssm";
+    /// What splits, merges, fuses and adds around the branches.
+    pub const FUSION: &str = "fusion";
+    /// The MLP that a flow block's branches share.
+    pub const MLP: &str = "mlp";
+    /// The last norm and the LM head with the loss.
+    pub const HEAD: &str = "head";
+}
 
 /// Targets with this value count nothing.
 pub const IGNORE_INDEX: i64 = -100;
@@ -249,7 +265,7 @@ impl Model {
             check_ids("linear_cross_entropy", "targets_t", &targets_t, vocab_size, Some(IGNORE_INDEX))?;
         }
         let x_bld = self.run(&Input::new(ids_bl).with_segments(segments_bl), None, |_| ())?;
-        let x_bld = self.norm.forward(&x_bld)?;
+        let x_bld = self.norm.forward(&timeline::pass(&x_bld, parts::HEAD, parts::FUSION)?)?;
         Ok((x_bld.f_reshape([-1, self.config.d_model as i64])?, targets_t.f_to_device(self.device())?))
     }
 
@@ -269,6 +285,7 @@ impl Model {
         let outcome = catch(|| {
             let mut inner = || -> Result<Tensor> {
                 let mut x_bld = self.embed.forward(&ids_bl, self.compute_kind)?;
+                x_bld = timeline::pass(&x_bld, parts::FUSION, parts::EMBEDDING)?;
                 visit(&x_bld);
                 for (block_idx, block) in self.blocks.iter().enumerate() {
                     let cache = caches.as_deref_mut().map(|caches| &mut caches[block_idx]);

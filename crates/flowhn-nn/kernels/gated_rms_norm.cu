@@ -6,7 +6,7 @@
 //
 //   du = r g - u r^3 mean(g u),   dx = du silu(z),   dz = du x silu'(z),   dweight = sum over rows of dy u r
 //
-// x, z, dy: [outer, inner, n_groups d], last axis dense, f32 or bf16; weight: [n_groups d], f32; y, dx, dz: contiguous; rstd:
+// x, z, dy, dz: [outer, inner, n_groups d], last axis dense, f32 or bf16; weight: [n_groups d], f32; y, dx: contiguous; rstd:
 // [outer inner, n_groups], f32. All arithmetic is f32, rounded once.
 //
 // As in rms_norm.cu a team of threads holds one row of one group in registers and a block keeps its part of dweight there;
@@ -71,7 +71,7 @@ gated_rms_norm_forward(const X* x, const X* z, const float* weight, X* y, float*
 extern "C" __global__ void __launch_bounds__(MAX_THREADS, MIN_BLOCKS)
 gated_rms_norm_backward(const X* x, const X* z, const X* dy, const float* weight, const float* rstd, X* dx, X* dz,
                         float* partials, i64 x_outer, i64 x_inner, i64 z_outer, i64 z_inner, i64 dy_outer, i64 dy_inner,
-                        int n_rows, int inner, int d, int team_size, int aligned) {
+                        i64 dz_outer, i64 dz_inner, int n_rows, int inner, int d, int team_size, int aligned) {
     __shared__ float slots[64];
     Team team(team_size);
     TeamSum team_sum(slots);
@@ -123,11 +123,11 @@ gated_rms_norm_backward(const X* x, const X* z, const X* dy, const float* weight
                     a[i] = du * gate;
                 }
                 Pack<X> out;
-                i64 start = (current * n_groups + group) * d;
                 out.set(a);
-                store_vector(out, dx + start, v, team, width);
+                store_vector(out, dx + (current * n_groups + group) * d, v, team, width);
                 out.set(b);
-                store_vector(out, dz + start, v, team, width);
+                int outer_idx = (unsigned)current / (unsigned)inner, inner_idx = (int)current - outer_idx * inner;
+                store_vector(out, dz + RowStrides{dz_outer, dz_inner}.start(outer_idx, inner_idx) + group * d, v, team, width);
             }
         }
         if (partials)

@@ -66,7 +66,7 @@ __device__ __forceinline__ int warp_sum_at(int which, int t, int n) {
 }
 
 extern "C" __global__ void __launch_bounds__(THREADS, MIN_BLOCKS)
-selective_scan_backward(X* dx, Dt* ddt, Z* dz, float* state_parts, float* rate_parts, float* channel_parts, float* start_grad,
+selective_scan_backward(X* dx, Dt* ddt, Z* dz, i64 dz_batch, i64 dz_token, float* state_parts, float* rate_parts, float* channel_parts, float* start_grad,
                         const X* dy, const X* x, const Dt* dt, const Z* z, const B* b, const C* c, i64 dy_batch, i64 dy_token,
                         i64 x_batch, i64 x_token, i64 dt_batch, i64 dt_token, i64 z_batch, i64 z_token, i64 b_batch,
                         i64 b_token, i64 c_batch, i64 c_token, const float* a, const float* d, const float* dt_bias,
@@ -94,7 +94,7 @@ selective_scan_backward(X* dx, Dt* ddt, Z* dz, float* state_parts, float* rate_p
     i64 border = batch * n_segments + segment;
     dy += batch * dy_batch, x += batch * x_batch, dt += batch * dt_batch, b += batch * b_batch, c += batch * c_batch;
     dx += batch * seq_len * d_inner, ddt += batch * seq_len * d_inner;
-    if (GATED) z += batch * z_batch, dz += batch * seq_len * d_inner;
+    if (GATED) z += batch * z_batch, dz += batch * dz_batch;
     state_parts += ((i64)blockIdx.x * gridDim.z + batch) * seq_len * (2 * SLICE * SLICES);
     if (end_grad) end_grad += border * d_inner * d_state;
 
@@ -285,6 +285,7 @@ selective_scan_backward(X* dx, Dt* ddt, Z* dz, float* state_parts, float* rate_p
         x_at = x + (token + row) * x_token + pair_e, dy_at = dy + (token + row) * dy_token + pair_e;
         dt_at = dt + (token + row) * dt_token + pair_e, z_at = z + (token + row) * z_token + pair_e;
         i64 at = (i64)(token + row) * d_inner + pair_e;
+        Z* dz_at = dz + (token + row) * dz_token + pair_e;
         #pragma unroll 2
         for (int t = row; t < n_tokens; t += ROWS) {
             float2 u = load_pair<PAIRED_CHANNELS>(x_at, width).unpack(), v = load_pair<PAIRED_CHANNELS>(dt_at, width).unpack();
@@ -303,10 +304,10 @@ selective_scan_backward(X* dx, Dt* ddt, Z* dz, float* state_parts, float* rate_p
                 float2 y = *reinterpret_cast<const float2*>(y_sums + t * SUM_STRIDE + pair);
                 float2 by_z = make_float2(o.x * fmaf(skip.x, u.x, y.x) * gate_slope(w.x),
                                           o.y * fmaf(skip.y, u.y, y.y) * gate_slope(w.y));
-                store_pair<PAIRED_CHANNELS>(dz + at, width, by_z);
+                store_pair<PAIRED_CHANNELS>(dz_at, width, by_z);
             }
             x_at += ROWS * x_token, dy_at += ROWS * dy_token, dt_at += ROWS * dt_token, z_at += ROWS * z_token;
-            at += (i64)ROWS * d_inner;
+            at += (i64)ROWS * d_inner, dz_at += ROWS * dz_token;
         }
         parts[tid] = part;
         // The next chunk's steps go where this one's are still read only by the same thread; its other sums wait for a barrier.

@@ -2,7 +2,7 @@
 //
 //   Inputs as in ssd_forward.cu; dy [batch, seq_len, n_heads, d_head]; states and d_states bf16
 //   [batch, chunks, n_heads, d_head, d_state]: h before each chunk and dh after it (from ssd_state.cu).
-//   dx, d_dt contiguous; db and dc f32 [parts, batch, seq_len, n_groups, d_state] to be summed over the parts, or bf16 if there is
+//   dx as x, with strides of its own, d_dt contiguous; db and dc f32 [parts, batch, seq_len, n_groups, d_state] to be summed over the parts, or bf16 if there is
 //   one part; sums f32 [3, batch * chunks, n_heads]: this chunk's share of the gradients of a, d and dt_bias.
 //
 // With g_ij = c_i . b_j, l_ij = 2^(s_i - s_j), w_j = 2^(s_end - s_j) dt_j and p_ij = dy_i . x_j for j <= i:
@@ -375,7 +375,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) ssd_backward(
     const bf16* b, i64 b_b, i64 b_l, i64 b_g, const bf16* c, i64 c_b, i64 c_l, i64 c_g,
     const float* d,
     const bf16* dy, i64 dy_b, i64 dy_l, i64 dy_h, const bf16* states, const bf16* d_states,
-    bf16* dx, DT* d_dt, void* db, void* dc, float* sums,
+    bf16* dx, i64 dx_b, i64 dx_l, i64 dx_h, DT* d_dt, void* db, void* dc, float* sums,
     int batches, int seq_len, int n_heads, int n_groups, int d_head, int d_state, int p_blocks, int part_heads, int activate) {
     char* memory = shared_memory();
     Tile<N> b_tile{memory}, c_tile{memory + Tile<N>::bytes(CHUNK)};
@@ -392,11 +392,11 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) ssd_backward(
     int first_head = group * group_heads + part * part_heads;
     int own_heads = min(part_heads, group_heads - part * part_heads), turns = own_heads * p_blocks;
     int first = chunk * CHUNK, n_rows = min(CHUNK, seq_len - first);
-    i64 dx_l = (i64)n_heads * d_head;
+    i64 width = (i64)n_heads * d_head;
 
     x += batch * x_b + first * x_l, dy += batch * dy_b + first * dy_l;
-    dx += ((i64)batch * seq_len + first) * dx_l;
-    states += batch_chunk * dx_l * d_state, d_states += batch_chunk * dx_l * d_state;
+    dx += batch * dx_b + first * dx_l;
+    states += batch_chunk * width * d_state, d_states += batch_chunk * width * d_state;
 
     auto load = [&](int turn) {
         if (turn < turns) {
@@ -498,7 +498,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) ssd_backward(
             if (closes && turn > 0) close(turn - 1);
             int head = first_head + turn / p_blocks, p0 = turn % p_blocks * P;
             own.head(Stage(stages + turn % STAGES * STAGE_BYTES), b_tile, c_tile, head_steps[turn / p_blocks], findings[turn % 2],
-                     d ? d[head] : 0.f, dx + (i64)head * d_head + p0, dx_l, n_rows, min(P, d_head - p0));
+                     d ? d[head] : 0.f, dx + head * dx_h + p0, dx_l, n_rows, min(P, d_head - p0));
             if (STAGES == 1) {
                 __syncthreads();
                 load(turn + 1);

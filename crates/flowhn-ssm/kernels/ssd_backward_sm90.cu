@@ -79,7 +79,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) ssd_backward_sm90(
     const bf16* b, i64 b_b, i64 b_l, i64 b_g, const bf16* c, i64 c_b, i64 c_l, i64 c_g,
     const float* d,
     const bf16* dy, i64 dy_b, i64 dy_l, i64 dy_h, const bf16* states, const bf16* d_states,
-    bf16* dx, DT* d_dt, void* db, void* dc, float* sums,
+    bf16* dx, i64 dx_b, i64 dx_l, i64 dx_h, DT* d_dt, void* db, void* dc, float* sums,
     int batches, int seq_len, int n_heads, int n_groups, int d_head, int d_state, int p_blocks, int part_heads, int activate) {
     char* memory = shared_memory();
     unsigned base = smem_address(memory);
@@ -97,10 +97,10 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) ssd_backward_sm90(
     int first_head = group * group_heads + part * part_heads;
     int own_heads = min(part_heads, group_heads - part * part_heads), turns = own_heads * p_blocks;
     int first = chunk * CHUNK, n_rows = min(CHUNK, seq_len - first);
-    i64 dx_l = (i64)n_heads * d_head;
+    i64 width = (i64)n_heads * d_head;
     x += batch * x_b + first * x_l, dy += batch * dy_b + first * dy_l;
-    dx += ((i64)batch * seq_len + first) * dx_l;
-    states += batch_chunk * dx_l * d_state, d_states += batch_chunk * dx_l * d_state;
+    dx += batch * dx_b + first * dx_l;
+    states += batch_chunk * width * d_state, d_states += batch_chunk * width * d_state;
 
     auto load = [&](int turn) {
         if (turn < turns) {
@@ -410,7 +410,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) ssd_backward_sm90(
             unsigned pairs[8];
             #pragma unroll
             for (int n = 0; n < 8; n++) pairs[n] = pack_bf16(grad[n][2 * k], grad[n][2 * k + 1]);
-            store_row<8, true>(dx + (row + k * 8) * dx_l + (i64)head * d_head + p0, 0, min(P, d_head - p0), row + k * 8 < n_rows, pairs);
+            store_row<8, true>(dx + (row + k * 8) * dx_l + head * dx_h + p0, 0, min(P, d_head - p0), row + k * 8 < n_rows, pairs);
         }
     }
     __syncthreads();

@@ -20,9 +20,12 @@ using torch::autograd::SavedVariable;
 using torch::autograd::variable_list;
 
 extern "C" struct FlowhnFunction {
-  // Returns 0, or 1 with `*error` set to a malloc'ed message. Each `out[i]` is null or an owned heap tensor.
-  int (*backward)(void* data, at::Tensor** saved, size_t n_saved, at::Tensor** grads, size_t n_grads,
+  // Returns 0, or 1 with `*error` set to a malloc'ed message. Each `out[i]` is null or an owned heap tensor. `node` is good
+  // for `flowhn_function_grad_place` until the call returns.
+  int (*backward)(void* data, const void* node, at::Tensor** saved, size_t n_saved, at::Tensor** grads, size_t n_grads,
                   const uint8_t* needs_grad, at::Tensor** out, size_t n_out, char** error);
+  // An owned heap tensor for the gradient of an output, or null.
+  at::Tensor* (*grad_place)(void* data, size_t output_idx);
   void (*drop)(void* data);
 };
 
@@ -46,6 +49,7 @@ struct OutputInfo {
 struct RustNode final : Node {
   std::string name_;
   decltype(FlowhnFunction::backward) backward_ = nullptr;
+  decltype(FlowhnFunction::grad_place) grad_place_ = nullptr;
   Data data_{nullptr, nullptr};
   std::vector<SavedVariable> saved_;
   std::vector<OutputInfo> outputs_;
@@ -61,6 +65,12 @@ struct RustNode final : Node {
     saved.swap(saved_);
     data.swap(data_);
     released_ = true;
+  }
+
+  // Where the gradient of an output may be written, if this function wants it anywhere.
+  at::Tensor* grad_place(size_t output_idx) {
+    std::lock_guard<std::mutex> lock(mutex_);
+    return released_ ? nullptr : grad_place_(data_.get(), output_idx);
   }
 
   variable_list apply(variable_list&& grads) override {
@@ -94,7 +104,7 @@ struct RustNode final : Node {
     variable_list result(n_out);
 
     char* error = nullptr;
-    const int status = backward_(data_.get(), saved_ptrs.data(), saved_ptrs.size(), grad_ptrs.data(), grad_ptrs.size(),
+    const int status = backward_(data_.get(), this, saved_ptrs.data(), saved_ptrs.size(), grad_ptrs.data(), grad_ptrs.size(),
                                  needs_grad.data(), out_ptrs.data(), n_out, &error);
     std::unique_ptr<char, void (*)(void*)> message(error, std::free);
     for (size_t i = 0; i < n_out; ++i) owned[i].reset(out_ptrs[i]);
@@ -149,6 +159,7 @@ extern "C" int flowhn_function_attach(const char* name, at::Tensor** inputs, siz
     std::shared_ptr<RustNode> node(new RustNode(), torch::autograd::deleteNode);
     node->data_ = std::move(owned);
     node->backward_ = function.backward;
+    node->grad_place_ = function.grad_place;
     node->name_ = name;
 
     variable_list input_vars;
@@ -179,6 +190,16 @@ extern "C" int flowhn_function_attach(const char* name, at::Tensor** inputs, siz
       handles.push_back(std::make_unique<at::Tensor>(*tensor));
     }
     for (size_t i = 0; i < n_outputs; ++i) result[i] = handles[i].release();
+  });
+}
+
+// Where the gradient of an input may be written: asks the function that the input came out of, if Rust wrote it and it came from
+// there directly. `*out` is null or an owned heap tensor.
+extern "C" int flowhn_function_grad_place(const void* node, size_t input_idx, at::Tensor** out) {
+  FLOWHN_TRY({
+    *out = nullptr;
+    const auto& edge = static_cast<const RustNode*>(node)->next_edge(input_idx);
+    if (auto* producer = dynamic_cast<RustNode*>(edge.function.get())) *out = producer->grad_place(edge.input_nr);
   });
 }
 

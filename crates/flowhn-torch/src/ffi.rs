@@ -18,6 +18,7 @@ pub(crate) struct RawStream {
 pub(crate) struct FunctionTable {
     pub backward: unsafe extern "C" fn(
         data: *mut c_void,
+        node: *const c_void,
         saved: *mut *mut C_tensor,
         n_saved: usize,
         grads: *mut *mut C_tensor,
@@ -27,6 +28,7 @@ pub(crate) struct FunctionTable {
         n_out: usize,
         error: *mut *mut c_char,
     ) -> c_int,
+    pub grad_place: unsafe extern "C" fn(data: *mut c_void, output_idx: usize) -> *mut C_tensor,
     pub drop: unsafe extern "C" fn(data: *mut c_void),
 }
 
@@ -72,6 +74,7 @@ unsafe extern "C" {
         data: *mut c_void,
         result: *mut *mut C_tensor,
     ) -> c_int;
+    pub(crate) fn flowhn_function_grad_place(node: *const c_void, input_idx: usize, out: *mut *mut C_tensor) -> c_int;
     pub(crate) fn flowhn_stream_current(index: i64, out: *mut RawStream) -> c_int;
     pub(crate) fn flowhn_stream_default(index: i64, out: *mut RawStream) -> c_int;
     pub(crate) fn flowhn_stream_from_pool(index: i64, high_priority: c_int, out: *mut RawStream) -> c_int;

@@ -61,6 +61,13 @@ pub trait Function: Send + 'static {
     /// # Errors
     /// Whatever the operation reports; it surfaces from `backward` with the function's name.
     fn backward(&self, ctx: &BackwardCtx, grads: &[Tensor]) -> Result<Vec<Option<Tensor>>>;
+
+    /// Where the gradient of output `output_idx` had best be written, as whoever computes it learns from
+    /// [`BackwardCtx::grad_place`]: a tensor of the output's shape, unwritten, given away once. The function still takes the gradient
+    /// from wherever it comes.
+    fn grad_place(&self, _output_idx: usize) -> Option<Tensor> {
+        None
+    }
 }
 
 /// What a forward may tell autograd.
@@ -100,6 +107,7 @@ impl ForwardCtx {
 /// What a backward may ask autograd.
 #[derive(Debug)]
 pub struct BackwardCtx {
+    node: *const c_void,
     saved: Vec<Tensor>,
     needs_grad: Vec<bool>,
 }
@@ -116,6 +124,32 @@ impl BackwardCtx {
     /// If there is no such input.
     pub fn needs_grad(&self, input_idx: usize) -> bool {
         self.needs_grad[input_idx]
+    }
+
+    /// An unwritten tensor for the gradient of input `input_idx`, `like` the input in shape, dtype and device.
+    ///
+    /// It lies where the function that made the input wants it ([`Function::grad_place`]), as a view with gaps if need be, and is a
+    /// tensor of its own, contiguous, where nobody cares.
+    ///
+    /// # Errors
+    /// [`Error::Torch`] if there is no memory.
+    pub fn grad_place(&self, input_idx: usize, like: &Tensor) -> Result<Tensor> {
+        if self.needs_grad.get(input_idx) == Some(&true) {
+            let mut place = std::ptr::null_mut();
+            // SAFETY: the node runs this backward, so it is alive, and it has an edge for each input, of which there are as many as
+            // entries of `needs_grad`. What comes back is a heap tensor that nobody else owns.
+            let place = unsafe {
+                ffi::status(ffi::flowhn_function_grad_place(self.node, input_idx, &mut place))?;
+                (!place.is_null()).then(|| Tensor::from_ptr(place))
+            };
+            let fits = |place: &Tensor| {
+                place.size() == like.size() && place.kind() == like.kind() && place.device() == like.device()
+            };
+            if let Some(place) = place.filter(fits) {
+                return Ok(place);
+            }
+        }
+        Ok(Tensor::f_empty(like.size(), (like.kind(), like.device()))?)
     }
 }
 
@@ -160,7 +194,11 @@ pub fn apply<F: Function>(mut function: F, inputs: &[&Tensor]) -> Result<Vec<Ten
     let output_ptrs: Vec<*const C_tensor> = outputs.iter().map(|t| t.as_ptr()).collect();
     let saved_ptrs: Vec<*const C_tensor> = ctx.saved.iter().map(|t| t.as_ptr()).collect();
     let mut result = vec![std::ptr::null_mut(); outputs.len()];
-    let table = FunctionTable { backward: backward_callback::<F>, drop: drop_callback::<F> };
+    let table = FunctionTable {
+        backward: backward_callback::<F>,
+        grad_place: grad_place_callback::<F>,
+        drop: drop_callback::<F>,
+    };
     let data = Box::into_raw(Box::new(function)).cast::<c_void>();
     // SAFETY: every pointer refers to a vector that outlives the call, with the length given beside it. The node takes
     // ownership of `data`, also on failure, and frees it through `drop_callback::<F>`, which knows its type.
@@ -224,6 +262,24 @@ unsafe extern "C" fn drop_callback<F: Function>(data: *mut c_void) {
     }
 }
 
+/// Asks a function where the gradient of an output should go; null where it does not care, and also where it panics: then the
+/// gradient goes the ordinary way.
+///
+/// # Safety
+/// `data` points to a live `F` that no other thread uses (the node holds its mutex).
+unsafe extern "C" fn grad_place_callback<F: Function>(data: *mut c_void, output_idx: usize) -> *mut C_tensor {
+    // SAFETY: by the contract above.
+    let function = unsafe { &*data.cast::<F>() };
+    match catch(|| Ok(tch::no_grad(|| function.grad_place(output_idx)))) {
+        Ok(Some(mut place)) => {
+            let tensor = place.as_mut_ptr();
+            std::mem::forget(place);
+            tensor
+        }
+        _ => std::ptr::null_mut(),
+    }
+}
+
 /// Runs the backward of a node and reports failure as a malloc'ed message.
 ///
 /// # Safety
@@ -231,6 +287,7 @@ unsafe extern "C" fn drop_callback<F: Function>(data: *mut c_void) {
 /// beside it and holds live tensors; `out` has `n_out` null entries.
 unsafe extern "C" fn backward_callback<F: Function>(
     data: *mut c_void,
+    node: *const c_void,
     saved: *mut *mut C_tensor,
     n_saved: usize,
     grads: *mut *mut C_tensor,
@@ -247,6 +304,7 @@ unsafe extern "C" fn backward_callback<F: Function>(
                 (0..n).map(|i| Tensor::clone_from_ptr(*tensors.add(i))).collect()
             };
             let ctx = BackwardCtx {
+                node,
                 saved: handles(saved, n_saved),
                 needs_grad: (0..n_out).map(|i| *needs_grad.add(i) != 0).collect(),
             };

@@ -13,11 +13,13 @@ pub mod kernel;
 mod mapped;
 mod memory;
 pub mod op;
+mod pieces;
 #[cfg(feature = "testing")]
 pub mod selftest;
 mod stream;
 #[cfg(feature = "testing")]
 pub mod testing;
+pub mod timeline;
 
 pub use error::{Error, Result, catch};
 pub use flag::Flag;
@@ -25,6 +27,7 @@ pub use function::{BackwardCtx, ForwardCtx, Function, apply, clear_grad};
 pub use graph::{CaptureMode, Graph, GraphPool};
 pub use mapped::MappedFile;
 pub use memory::{DeviceProperties, MemoryStats, keep_freed_host_memory};
+pub use pieces::split_features;
 pub use stream::{Event, Priority, Stream, StreamGuard, record_stream};
 
 /// Folder of the libtorch that this process runs on.

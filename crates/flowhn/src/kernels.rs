@@ -43,7 +43,8 @@ struct Row {
 }
 
 /// The tables of kernels.
-const CRATES: [(&str, &[KernelSpec]); 5] = [
+const CRATES: [(&str, &[KernelSpec]); 6] = [
+    ("flowhn-torch", flowhn_torch::timeline::KERNELS),
     ("flowhn-nn", flowhn_nn::KERNELS),
     ("flowhn-ssm", flowhn_ssm::KERNELS),
     ("flowhn-attn", flowhn_attn::KERNELS),

@@ -221,15 +221,16 @@ impl Function for GatedRmsNormCuda {
         let (width, weight_kind, weight) = (weight.size()[0], weight.kind(), as_f32(weight)?);
         let d = width / self.n_groups;
         let tiling = RowTiling::new(Self::NAME, d, GATED_BACKWARD)?;
-        let rows = Rows::new(Self::NAME, &[x, z, &grads[0]])?;
-        let (dx, dz) =
-            (Tensor::f_empty(x.size(), (x.kind(), x.device()))?, Tensor::f_empty(x.size(), (x.kind(), x.device()))?);
+        let dx = Tensor::f_empty(x.size(), (x.kind(), x.device()))?;
+        // Up to three axes make rows at two strides whatever the gaps between them.
+        let dz = if z.dim() <= 3 { ctx.grad_place(1, z)? } else { dx.f_empty_like()? };
+        let rows = Rows::new(Self::NAME, &[x, z, &grads[0], &dz])?;
         // Each group has blocks of its own.
         let resident = tiling.n_resident_blocks(i64::from(rows.n_rows()), x.device())?;
         let n_blocks = (resident / self.n_groups).max(1);
         let partials = ColumnSums::new(ctx.needs_grad(2), n_blocks, width, &weight)?;
-        let [[x_outer, x_inner], [z_outer, z_inner], [dy_outer, dy_inner]] =
-            [rows.strides(0), rows.strides(1), rows.strides(2)];
+        let [[x_outer, x_inner], [z_outer, z_inner], [dy_outer, dy_inner], [dz_outer, dz_inner]] =
+            [0, 1, 2, 3].map(|idx| rows.strides(idx));
         kernel(&GATED_RMS_NORM, "gated_rms_norm_backward", &tiling.defines(x_kind)).launch(
             [n_blocks as u32, self.n_groups as u32, 1],
             tiling.block(),
@@ -249,6 +250,8 @@ impl Function for GatedRmsNormCuda {
                 z_inner,
                 dy_outer,
                 dy_inner,
+                dz_outer,
+                dz_inner,
                 Arg::I32(rows.n_rows()),
                 rows.inner(),
                 Arg::I32(d as i32),

@@ -75,14 +75,13 @@ impl Function for Conv {
     fn backward(&self, ctx: &BackwardCtx, grads: &[Tensor]) -> Result<Vec<Option<Tensor>>> {
         let inputs: Vec<&Tensor> = ctx.saved().iter().collect();
         let operands = self.operands(&inputs)?;
-        let Shape { batch, seq_len, channels, d_conv } = operands.shape;
+        let Shape { batch, channels, d_conv, .. } = operands.shape;
         let device = inputs[0].device();
         let f32_empty = |size: &[i64]| Tensor::f_empty(size, (Kind::Float, device));
         let wanted = |idx: Option<usize>| idx.filter(|&idx| ctx.needs_grad(idx));
         let (dy, dfinal) = (with_dense_rows(&grads[0])?, &grads[1]);
 
-        let dx = ctx.needs_grad(0).then(|| Tensor::f_empty([batch, seq_len, channels], (inputs[0].kind(), device)));
-        let dx = dx.transpose()?;
+        let dx = ctx.needs_grad(0).then(|| ctx.grad_place(0, inputs[0])).transpose()?;
         let dinitial = wanted(self.initial_state).map(|_| f32_empty(&[batch, d_conv - 1, channels])).transpose()?;
         let dweight = ctx.needs_grad(1).then(|| f32_empty(&[channels, d_conv])).transpose()?;
         let dbias = wanted(self.bias).map(|_| f32_empty(&[channels])).transpose()?;

@@ -88,7 +88,8 @@ impl Function for Scan {
         let like = |idx: usize| empty(&inputs[idx].size(), inputs[idx].kind());
         let wanted = |idx: Option<usize>| idx.filter(|&idx| ctx.needs_grad(idx));
         let (dx, ddt, da, db, dc) = (like(0)?, like(1)?, like(2)?, like(3)?, like(4)?);
-        let dz = self.z.map(like).transpose()?;
+        let dz = self.z.map(|idx| ctx.grad_place(idx, inputs[idx])).transpose()?;
+        let dz_stride = dz.as_ref().map_or_else(|| vec![0, 0], Tensor::stride);
         let dd = wanted(self.d).map(like).transpose()?;
         let ddt_bias = wanted(self.dt_bias).map(like).transpose()?;
         let dinitial = wanted(self.initial_state).map(like).transpose()?;
@@ -107,6 +108,8 @@ impl Function for Scan {
             Arg::Tensor(&dx),
             Arg::Tensor(&ddt),
             Arg::opt(dz.as_ref()),
+            Arg::I64(dz_stride[0]),
+            Arg::I64(dz_stride[1]),
             Arg::Tensor(&state_parts),
             Arg::Tensor(&rate_parts),
             Arg::Tensor(&channel_parts),

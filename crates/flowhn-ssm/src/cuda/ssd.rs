@@ -88,7 +88,10 @@ impl Function for SsdFunction {
         let wants_initial = self.initial_state.is_some_and(|idx| ctx.needs_grad(idx));
         let grads = match saved {
             [checkpoints] => ssd_recurrent::backward(&operands, checkpoints, &grad_y, &grad_state)?,
-            [states, steps] => ssd_chunked::backward(&operands, [states, steps], &grad_y, &grad_state, wants_initial)?,
+            [states, steps] => {
+                let dx = ctx.grad_place(0, inputs[0])?;
+                ssd_chunked::backward(&operands, [states, steps], &grad_y, &grad_state, dx, wants_initial)?
+            }
             _ => unreachable!("a forward saves checkpoints, or states and steps"),
         };
         let mut out: Vec<Option<Tensor>> = (0..inputs.len()).map(|_| None).collect();

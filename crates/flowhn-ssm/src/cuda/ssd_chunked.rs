@@ -57,15 +57,17 @@ pub(super) fn forward(operands: &Operands, recorded: bool) -> Result<Forward> {
     Ok(Forward { y, final_state, saved: states.map_or_else(Vec::new, |states| vec![states, steps]) })
 }
 
+/// The gradients; that of `x` goes into `grad_x`, whose last axis is dense.
 pub(super) fn backward(
     operands: &Operands,
     [states, steps]: [&Tensor; 2],
     grad_y: &Tensor,
     grad_state: &Tensor,
+    grad_x: Tensor,
     wants_initial: bool,
 ) -> Result<Grads> {
     let Operands { sizes, x, dt, b, c, .. } = operands;
-    let tiles = Tiles::new(operands, &[x, b, c, grad_y])?;
+    let tiles = Tiles::new(operands, &[x, b, c, grad_y, &grad_x])?;
     let carried = match tiles.n_segments {
         1 => None,
         _ => Some(tiles.carried(steps, grad_y, c, Some(grad_state), Direction::Reverse)?),
@@ -86,7 +88,7 @@ pub(super) fn backward(
     };
     tiles.state_pass(&pass, Direction::Reverse)?;
 
-    let (grad_x, grad_dt) = (empty(&x.size(), x.kind(), x)?, empty(&dt.size(), dt.kind(), x)?);
+    let grad_dt = empty(&dt.size(), dt.kind(), x)?;
     let part_heads = tiles.part_heads();
     let n_parts = div_ceil(sizes.group_heads(), part_heads);
     let sums = Sums::new(operands, n_parts, sizes.batch * tiles.n_chunks)?;
@@ -97,7 +99,9 @@ pub(super) fn backward(
         &strided(c),
         &[Arg::opt(operands.d.as_ref())],
         &strided(grad_y),
-        &[Arg::Tensor(states), Arg::Tensor(&grad_states), Arg::Tensor(&grad_x), Arg::Tensor(&grad_dt)],
+        &[Arg::Tensor(states), Arg::Tensor(&grad_states)],
+        &strided(&grad_x),
+        &[Arg::Tensor(&grad_dt)],
         &sums.args(),
         &[Arg::I32(sizes.batch as i32)],
         &sizes.args(),

@@ -1,7 +1,7 @@
 //! The mixer of Mamba-1, with the inner norms that Jamba adds.
 
 use flowhn_nn::{Bias, Decay, Init, Linear, Path, RmsNorm, Weight};
-use flowhn_torch::{Result, check};
+use flowhn_torch::{Result, check, split_features};
 use tch::Tensor;
 
 use super::init::SsmInit;
@@ -115,20 +115,22 @@ impl Mamba1 {
         let (kind, state_kind) = (x_bld.kind(), state_kind(x_bld.kind()));
 
         let uz = self.in_proj.forward(x_bld)?;
-        let (u_ble, z_ble) = (uz.narrow(2, 0, d_inner), uz.narrow(2, d_inner, d_inner));
+        let pieces = split_features(&uz, &[&[d_inner], &[d_inner]])?;
+        let [u_ble, z_ble] = &pieces[..] else { unreachable!("two pieces") };
         let window = state.as_ref().map(|state| state.conv_bje.to_kind(state_kind));
         let conv = causal_conv1d(&CausalConv1d {
             bias_e: Some(&self.conv_bias_e.to(state_kind)),
             initial_state_bje: window.as_ref(),
             reset_bl,
-            ..CausalConv1d::new(&u_ble, &self.conv_weight_ek.to(state_kind))
+            ..CausalConv1d::new(u_ble, &self.conv_weight_ek.to(state_kind))
         })?;
 
         let u_ble = conv.y_ble;
         let dt_b_c = self.x_proj.forward(&u_ble)?;
-        let mut dt_blr = dt_b_c.narrow(2, 0, dt_rank);
-        let mut b_bln = dt_b_c.narrow(2, dt_rank, d_state);
-        let mut c_bln = dt_b_c.narrow(2, dt_rank + d_state, d_state);
+        let mut pieces = split_features(&dt_b_c, &[&[dt_rank], &[d_state], &[d_state]])?.into_iter();
+        let [Some(mut dt_blr), Some(mut b_bln), Some(mut c_bln)] = [(); 3].map(|()| pieces.next()) else {
+            unreachable!("three pieces")
+        };
         if let Some([dt_norm, b_norm, c_norm]) = &self.inner_norms {
             dt_blr = dt_norm.forward(&dt_blr)?;
             b_bln = b_norm.forward(&b_bln)?;
@@ -139,7 +141,7 @@ impl Mamba1 {
         let before = state.as_ref().map(|state| state.scan.to_kind(state_kind));
         let scan = selective_scan(&SelectiveScan {
             d_e: Some(&self.d_e.to(state_kind)),
-            z_ble: Some(&z_ble),
+            z_ble: Some(z_ble),
             dt_bias_e: Some(&self.dt_bias_e.to(state_kind)),
             initial_state_ben: before.as_ref(),
             reset_bl,

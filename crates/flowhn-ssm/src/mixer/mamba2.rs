@@ -1,7 +1,7 @@
 //! The mixer of Mamba-2.
 
 use flowhn_nn::{Bias, Decay, Init, Linear, Path, RmsNorm, Weight};
-use flowhn_torch::{Error, Result, check};
+use flowhn_torch::{Error, Result, check, split_features};
 use tch::Tensor;
 
 use super::init::SsmInit;
@@ -130,20 +130,19 @@ impl Mamba2 {
         let state_kind = state_kind(x_bld.kind());
 
         let projected = self.in_proj.forward(x_bld)?;
-        let z_ble = projected.narrow(2, 0, d_inner);
-        let xbc_ble = projected.narrow(2, d_inner, conv_channels);
-        let dt_blh = projected.narrow(2, d_inner + conv_channels, n_heads);
+        let pieces = split_features(&projected, &[&[d_inner], &[conv_channels], &[n_heads]])?;
+        let [z_ble, xbc_ble, dt_blh] = &pieces[..] else { unreachable!("three pieces") };
         let window = state.as_ref().map(|state| state.conv_bje.to_kind(state_kind));
         let conv = causal_conv1d(&CausalConv1d {
             bias_e: Some(&self.conv_bias_e.to(state_kind)),
             initial_state_bje: window.as_ref(),
             reset_bl,
-            ..CausalConv1d::new(&xbc_ble, &self.conv_weight_ek.to(state_kind))
+            ..CausalConv1d::new(xbc_ble, &self.conv_weight_ek.to(state_kind))
         })?;
 
-        let x_blhp = conv.y_ble.narrow(2, 0, d_inner).unflatten(2, [n_heads, d_head]);
-        let group = |start: i64| conv.y_ble.narrow(2, start, n_groups * d_state).unflatten(2, [n_groups, d_state]);
-        let (b_blgn, c_blgn) = (group(d_inner), group(d_inner + n_groups * d_state));
+        let group = [n_groups, d_state];
+        let pieces = split_features(&conv.y_ble, &[&[n_heads, d_head], &group, &group])?;
+        let [x_blhp, b_blgn, c_blgn] = &pieces[..] else { unreachable!("three pieces") };
         let before = state.as_ref().map(|state| state.scan.to_kind(state_kind));
         let out = ssd(&Ssd {
             d_h: Some(&self.d_h.to(state_kind)),
@@ -151,13 +150,13 @@ impl Mamba2 {
             initial_state_bhpn: before.as_ref(),
             reset_bl,
             chunk_len: self.config.chunk_len,
-            ..Ssd::new(&x_blhp, &dt_blh, &-self.a_log_h.to(state_kind).exp(), &b_blgn, &c_blgn)
+            ..Ssd::new(x_blhp, dt_blh, &-self.a_log_h.to(state_kind).exp(), b_blgn, c_blgn)
         })?;
         if let Some(state) = &mut state {
             state.conv_bje = conv.final_state_bje;
             state.scan = out.final_state_bhpn;
         }
-        let y_ble = self.norm.forward_gated(&out.y_blhp.flatten(2, 3), &z_ble, self.config.norm_groups)?;
+        let y_ble = self.norm.forward_gated(&out.y_blhp.flatten(2, 3), z_ble, self.config.norm_groups)?;
         self.out_proj.forward(&y_ble)
     }
 }

@@ -2,8 +2,8 @@
 
 mod captured;
 
-use flowhn_model::Model;
-use flowhn_torch::catch;
+use flowhn_model::{Model, parts};
+use flowhn_torch::{catch, timeline};
 use tch::{Device, Kind, Tensor};
 
 use crate::Result;
@@ -13,6 +13,9 @@ use crate::optim::AdamW;
 use crate::schedule::LearningRate;
 
 pub(crate) use captured::CapturedStep;
+
+/// The part of a step that clips and updates.
+const OPTIMIZER: &str = "optimizer";
 
 /// What takes part in a step. Nothing in it waits for the device.
 pub(crate) struct Stepper {
@@ -106,6 +109,7 @@ impl Stepper {
 ///
 /// Every micro-batch has the same number of targets, so the mean of their means is the mean over the step.
 fn compute(model: &Model, optimizer: &mut AdamW, micro_batches: &[DeviceBatch]) -> Result<Outcome> {
+    timeline::begin(parts::EMBEDDING)?;
     let mut loss = Tensor::zeros([], (Kind::Float, model.device()));
     optimizer.zero_grad()?;
     for DeviceBatch { ids_bl, targets_bl, segments_bl } in micro_batches {
@@ -116,7 +120,10 @@ fn compute(model: &Model, optimizer: &mut AdamW, micro_batches: &[DeviceBatch]) 
             Ok(loss + share.detach())
         })?;
     }
-    Ok(Outcome { loss, grad_norm: optimizer.clip_and_update()? })
+    timeline::mark(OPTIMIZER)?;
+    let grad_norm = optimizer.clip_and_update()?;
+    timeline::end()?;
+    Ok(Outcome { loss, grad_norm })
 }
 
 fn without_tokens(batch: Batch) -> Batch {

@@ -1,5 +1,7 @@
 //! `flowhn bench`.
 
+mod context;
+mod decode;
 mod kernels;
 mod train;
 
@@ -20,6 +22,10 @@ pub struct Args {
 enum What {
     /// Training steps at the sizes of configs/bench, as a run executes them.
     Train(train::Args),
+    /// Training over sequences of growing length, split and with attention alone.
+    Context(context::Args),
+    /// Inference: a prompt at once, then token by token.
+    Decode(decode::Args),
     /// Every operation with a kernel, beside its floor and the best public programs.
     Kernels(kernels::Args),
 }
@@ -28,6 +34,8 @@ enum What {
 pub fn run(args: &Args) -> Result<ExitCode> {
     match &args.what {
         What::Train(args) => train::run(args),
+        What::Context(args) => context::run(args),
+        What::Decode(args) => decode::run(args),
         What::Kernels(args) => kernels::run(args),
     }
 }

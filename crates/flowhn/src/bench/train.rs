@@ -5,7 +5,7 @@ use std::process::ExitCode;
 
 use anyhow::Result;
 use clap::builder::RangedU64ValueParser;
-use flowhn_train::bench::{StepSpeed, time_steps};
+use flowhn_train::bench::{PartTime, StepSpeed, time_steps};
 use flowhn_train::config::Dtype;
 use serde::Serialize;
 use tch::Device;
@@ -22,7 +22,8 @@ half (mfu) or as the whole square (mfu_full_scores). mfu is a fraction of the pe
 
 --json prints one object: `definition`, `device`, `peak` {name, flops_per_s}, `rows`: a list of {model, policy, parameters, tokens_per_step,
 tokens_per_s, step_ms {median, min, max, all}, mfu, mfu_full_scores, matmul_frac, matmul {flops_per_s, name}, max_memory_bytes, host_ms,
-last_loss}.";
+last_loss, busy_frac, parts: a list of {name, ms}}. Parts come from steps of their own with marks between them; `gaps` lies between two
+steps, and busy_frac is the rest's share.";
 
 const DEFINITION: &str =
     "tokens of a step over the median time of a step; model FLOPs of `flowhn plan`, forward and backward";
@@ -82,6 +83,8 @@ struct Row {
     max_memory_bytes: u64,
     host_ms: f64,
     last_loss: f32,
+    busy_frac: f64,
+    parts: Vec<PartTime>,
 }
 
 #[derive(Debug, Serialize)]
@@ -170,7 +173,15 @@ impl Row {
             max_memory_bytes: speed.max_memory_bytes,
             host_ms: speed.host_ms,
             last_loss: speed.last_loss,
+            busy_frac: speed.busy_frac,
+            parts: speed.parts,
         }
+    }
+
+    /// Where the time goes, below the row.
+    fn parts_line(&self) -> String {
+        let parts: Vec<String> = self.parts.iter().map(|part| format!("{} {:.2}", part.name, part.ms)).collect();
+        format!("       ms: {}; busy {:.1} %\n", parts.join(", "), 100. * self.busy_frac)
     }
 
     fn line(&self) -> String {
@@ -188,7 +199,7 @@ impl Row {
             100. * self.matmul_frac,
             units::bytes(self.max_memory_bytes),
             self.host_ms,
-        )
+        ) + &self.parts_line()
     }
 }
 

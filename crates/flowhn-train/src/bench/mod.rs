@@ -1,10 +1,13 @@
 //! The speed of the training step, measured as a run executes it.
 
+mod decode;
+
 use std::path::Path;
 use std::time::Instant;
 
 use flowhn_model::Model;
 use flowhn_split::{ModelFlops, ScoreCount};
+use flowhn_torch::timeline::Timeline;
 use flowhn_torch::{Event, MemoryStats, Stream};
 use rand_chacha::ChaCha8Rng;
 use rand_chacha::rand_core::{Rng, SeedableRng};
@@ -19,8 +22,12 @@ use crate::step::{CapturedStep, Stepper};
 use crate::trainer::{SideStream, prepare_device};
 use crate::{Error, Result};
 
+pub use decode::{DecodeRow, DecodeSpeed, time_decoding};
+
 /// Steps before the first that counts: compilation, plans, capture.
 const WARM_UP: u64 = 5;
+/// Steps with marks, the last of which is read: the first are not captured yet.
+const PROFILED: u64 = 6;
 /// Tokens of a document of the random text.
 const DOCUMENT_TOKENS: usize = 8192;
 
@@ -53,6 +60,19 @@ pub struct StepSpeed {
     pub max_memory_bytes: u64,
     /// The loss of the last step, in nats a token.
     pub last_loss: f32,
+    /// Where the time of a step goes, from steps of their own with marks between the parts, and what lies between two steps.
+    pub parts: Vec<PartTime>,
+    /// Share of the time from the begin of one step to that of the next in which the device works on the step.
+    pub busy_frac: f64,
+}
+
+/// The time of one part of a step, forward and backward.
+#[derive(Clone, Debug, PartialEq, Serialize)]
+pub struct PartTime {
+    /// One of [`flowhn_model::parts`], `optimizer` or `gaps`.
+    pub name: &'static str,
+    /// Milliseconds.
+    pub ms: f64,
 }
 
 /// Trains `steps` steps of a configuration on random tokens, and measures them.
@@ -84,6 +104,8 @@ pub fn time_steps(config: &RunConfig, device: Device, steps: u64) -> Result<Step
         _ => on_host(&mut stepper, steps)?,
     };
     let last_loss = stepper.read()?.last().map_or(f32::NAN, |step| step.loss);
+    let max_memory_bytes = max_memory_bytes(device);
+    let (parts, busy_frac) = parts(&mut stepper)?;
     drop(stream);
     if !last_loss.is_finite() {
         let message = format!("the loss after {} steps is {last_loss}: its speed means nothing", WARM_UP + steps);
@@ -112,8 +134,10 @@ pub fn time_steps(config: &RunConfig, device: Device, steps: u64) -> Result<Step
         step_ms,
         matmul,
         host_ms,
-        max_memory_bytes: max_memory_bytes(device),
+        max_memory_bytes,
         last_loss,
+        parts,
+        busy_frac,
     })
 }
 
@@ -138,6 +162,23 @@ fn on_device(stepper: &mut Stepper, steps: u64, device_idx: usize) -> Result<(Ve
     Ok((times, host_ms))
 }
 
+/// Where the time of a step goes. A captured step is captured anew, with marks in it.
+fn parts(stepper: &mut Stepper) -> Result<(Vec<PartTime>, f64)> {
+    let timeline = Timeline::start(stepper.device())?;
+    if stepper.captured.take().is_some() {
+        stepper.captured = Some(CapturedStep::new());
+    }
+    for _ in 0..PROFILED {
+        stepper.train_step()?;
+    }
+    stepper.read()?;
+    let (walked, idle_ms) = timeline.parts()?;
+    let busy_ms: f64 = walked.iter().map(|part| part.ms).sum();
+    let mut parts: Vec<PartTime> = walked.into_iter().map(|part| PartTime { name: part.name, ms: part.ms }).collect();
+    parts.push(PartTime { name: "gaps", ms: idle_ms });
+    Ok((parts, busy_ms / (busy_ms + idle_ms)))
+}
+
 fn on_host(stepper: &mut Stepper, steps: u64) -> Result<(Vec<f64>, f64)> {
     let mut times = Vec::with_capacity(steps as usize);
     for _ in 0..steps {
@@ -151,7 +192,7 @@ fn on_host(stepper: &mut Stepper, steps: u64) -> Result<(Vec<f64>, f64)> {
 
 fn stepper(config: &RunConfig, device: Device, folder: &Path, steps: u64) -> Result<Stepper> {
     let train = &config.train;
-    let dataset = random_text(config, folder, WARM_UP + steps)?;
+    let dataset = random_text(config, folder, WARM_UP + steps + PROFILED)?;
     let options =
         LoaderOptions { seq_len: config.model.seq_len, batch_size: train.batch_size, seed: train.seed, prefetch: 4 };
     let mut model = Model::new(&config.model, device, train.seed)?;
