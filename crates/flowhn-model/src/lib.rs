@@ -13,6 +13,7 @@ mod layout;
 mod mixer;
 mod model;
 mod released;
+mod score;
 #[cfg(feature = "selftest")]
 pub mod selftest;
 mod weights;
@@ -23,4 +24,5 @@ pub use error::{Error, Result};
 pub use golden::{GoldenReport, MAX_REL_GRAD, MAX_REL_OUTPUT, check_golden};
 pub use model::{IGNORE_INDEX, Input, Model, Output};
 pub use released::{ReleasedName, load_released, released_names};
+pub use score::{Target, TargetScores};
 pub use weights::WeightFile;
