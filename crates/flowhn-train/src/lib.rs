@@ -23,6 +23,7 @@ pub mod selftest;
 mod step;
 pub mod storage;
 mod summary;
+pub mod tasks;
 mod trained;
 mod trainer;
 
