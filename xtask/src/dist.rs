@@ -16,9 +16,10 @@ const LAUNCHER: &str = include_str!("../dist/flowhn.sh");
 const README: &str = include_str!("../dist/README.md");
 
 /// What is copied as it is: from the repository, to the bundle.
-const COPIED: [(&str, &str); 7] = [
+const COPIED: [(&str, &str); 8] = [
     ("configs", "configs"),
     ("data/tiny", "data/tiny"),
+    ("data/eval", "data/eval"),
     ("crates/flowhn-model/tests/golden", "golden"),
     ("benches/peers", "benches/peers"),
     ("LICENSE-MIT", "LICENSE-MIT"),

@@ -307,6 +307,11 @@ impl Model {
         Ok(x_bld.f_linear(&self.head.weight().to(x_bld.kind()), None::<&Tensor>)?)
     }
 
+    /// The norm before the head.
+    pub(crate) fn final_norm(&self, x_bld: &Tensor) -> Result<Tensor> {
+        Ok(self.norm.forward(x_bld)?)
+    }
+
     /// Empty caches for a batch.
     pub(crate) fn caches(&self, batch: usize) -> Vec<BlockCache> {
         self.blocks.iter().map(|block| block.cache(batch, &self.config, self.device())).collect()

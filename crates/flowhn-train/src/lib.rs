@@ -11,6 +11,8 @@ mod error;
 pub mod estimate;
 pub mod eval;
 pub mod generate;
+mod golden;
+pub mod hf;
 pub mod metrics;
 pub mod observe;
 pub mod optim;
@@ -29,6 +31,7 @@ mod trainer;
 
 pub use config::RunConfig;
 pub use error::{Error, Result};
+pub use golden::{MAX_REL_STEP, check_golden_step};
 pub use summary::Summary;
 pub use trained::Trained;
 pub use trainer::{Outcome, TrainOptions, Trainer};

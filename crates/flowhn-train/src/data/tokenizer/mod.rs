@@ -162,7 +162,7 @@ impl Tokenizer {
     /// # Errors
     /// [`Error::TokenizerMismatch`].
     pub fn check_fingerprint(&self, stored: Fingerprint, whose: &str) -> Result<()> {
-        if stored == self.fingerprint {
+        if stored == self.fingerprint || stored == Fingerprint::NONE {
             return Ok(());
         }
         let (loaded, path) = (self.fingerprint, self.path.clone());
