@@ -8,6 +8,7 @@ use flate2::bufread::MultiGzDecoder;
 use serde::Deserialize;
 
 use super::{BY_NORM, task_name};
+use crate::data::Fingerprint;
 use crate::{Error, Result};
 
 /// A question as it stands in its file; keys that are not here are ignored.
@@ -37,6 +38,7 @@ pub struct Task {
     path: PathBuf,
     items: Vec<Item>,
     n_in_file: usize,
+    fingerprint: Fingerprint,
 }
 
 impl Task {
@@ -69,7 +71,8 @@ impl Task {
         }
         let n_in_file = items.len();
         items.truncate(limit.unwrap_or(usize::MAX));
-        Ok(Self { name, path: path.to_owned(), items, n_in_file })
+        let fingerprint = Fingerprint::of_bytes(format!("{items:?}").as_bytes());
+        Ok(Self { name, path: path.to_owned(), items, n_in_file, fingerprint })
     }
 
     /// What it is called: the file's name without its ending.
@@ -90,6 +93,11 @@ impl Task {
     /// Items of the whole file.
     pub fn n_in_file(&self) -> usize {
         self.n_in_file
+    }
+
+    /// A hash of the items that are scored.
+    pub fn fingerprint(&self) -> Fingerprint {
+        self.fingerprint
     }
 
     /// Whether items have several choices, of which one is taken; else there is one, which is written or not.
@@ -128,7 +136,7 @@ fn check(item: &Item, first: Option<&Item>) -> std::result::Result<(), String> {
 }
 
 /// The file's text, decompressed as its name says.
-fn open(path: &Path) -> Result<Box<dyn Read>> {
+pub(super) fn open(path: &Path) -> Result<Box<dyn Read>> {
     let file = BufReader::new(File::open(path).map_err(Error::io(path, "open"))?);
     Ok(match path.extension().and_then(|ending| ending.to_str()) {
         Some("gz") => Box::new(MultiGzDecoder::new(file)),

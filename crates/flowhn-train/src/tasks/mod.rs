@@ -35,6 +35,7 @@ mod item;
 mod partial;
 mod request;
 mod result;
+mod sample;
 mod tiles;
 
 use std::ops::ControlFlow;
@@ -47,6 +48,7 @@ pub use self::item::{Item, Task};
 pub use self::partial::Partial;
 use self::request::{Encoder, Requests};
 pub use self::result::{ItemScore, TaskResult, TaskScore};
+pub use self::sample::sample_items;
 use crate::data::Tokenizer;
 use crate::{Error, Result};
 

@@ -1,6 +1,6 @@
 //! Scores of items, and what follows from them for a task.
 
-use serde::Serialize;
+use serde::{Deserialize, Serialize};
 use serde_json::Value;
 
 use super::request::Requests;
@@ -21,7 +21,7 @@ pub struct ItemScore {
 }
 
 /// The numbers of a task. Accuracies are fractions of 1.
-#[derive(Clone, Debug, PartialEq, Serialize)]
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 pub struct TaskScore {
     /// The task.
     pub task: String,
@@ -30,7 +30,7 @@ pub struct TaskScore {
     /// Items of the file.
     pub items_in_file: usize,
     /// Which of the accuracies the task is reported by: `acc` or `acc_norm`.
-    pub metric: &'static str,
+    pub metric: String,
     /// That accuracy.
     pub accuracy: f64,
     /// Its standard error: the items' sample deviation over the root of their number; absent for one item.
@@ -92,7 +92,7 @@ impl TaskResult {
             task: task.name().to_owned(),
             items: items.len(),
             items_in_file: task.n_in_file(),
-            metric: task.metric(),
+            metric: task.metric().to_owned(),
             accuracy: main.mean,
             stderr: main.stderr,
             acc: acc.mean,

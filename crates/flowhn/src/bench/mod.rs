@@ -1,6 +1,7 @@
 //! `flowhn bench`.
 
 mod kernels;
+mod paper;
 mod train;
 
 use std::process::ExitCode;
@@ -22,6 +23,8 @@ enum What {
     Train(train::Args),
     /// Every operation with a kernel, beside its floor and the best public programs.
     Kernels(kernels::Args),
+    /// The paper's table: speed, training and accuracy of its ten models, beside the published numbers.
+    Paper(paper::Args),
 }
 
 /// Measures.
@@ -29,5 +32,6 @@ pub fn run(args: &Args) -> Result<ExitCode> {
     match &args.what {
         What::Train(args) => train::run(args),
         What::Kernels(args) => kernels::run(args),
+        What::Paper(args) => paper::run(args),
     }
 }
