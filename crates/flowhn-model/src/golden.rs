@@ -94,13 +94,8 @@ fn check_file(path: &Path, file: &WeightFile, device: Device) -> Result<GoldenRe
     let logits = output.logits;
     let max_rel_logits = max_rel(&logits, tensor("logits")?, 0.);
     let mut max_rel_hidden = 0f64;
-    let last = output.hidden.len() - 1;
-    for (i, hidden) in output.hidden.iter().enumerate() {
-        let want = tensor(&format!("hidden.{i}"))?;
-        // The script records what leaves the last block, transformers what leaves the norm after it.
-        let normed = i == last && subject.family != Family::Released;
-        let hidden = if normed { model.final_norm(hidden)? } else { hidden.shallow_clone() };
-        max_rel_hidden = worst(max_rel_hidden, max_rel(&hidden, want, 0.));
+    for (i, hidden) in recorded(subject.family, &model, output.hidden)?.iter().enumerate() {
+        max_rel_hidden = worst(max_rel_hidden, max_rel(hidden, tensor(&format!("hidden.{i}"))?, 0.));
     }
 
     // The loss of the file: position t predicts token t + 1, the last position predicts nothing.
@@ -126,6 +121,23 @@ fn check_file(path: &Path, file: &WeightFile, device: Device) -> Result<GoldenRe
 
     let pass = max_rel_logits <= MAX_REL_OUTPUT && max_rel_hidden <= MAX_REL_OUTPUT && max_rel_grad <= MAX_REL_GRAD;
     Ok(GoldenReport { file: path.to_owned(), max_rel_logits, max_rel_hidden, max_rel_grad, pass })
+}
+
+/// What a family records of the embeddings and the outputs of the blocks.
+fn recorded(family: Family, model: &Model, mut hidden: Vec<Tensor>) -> Result<Vec<Tensor>> {
+    let Some(last) = hidden.pop() else { return Ok(hidden) };
+    let normed = model.final_norm(&last)?;
+    match family {
+        Family::Released => hidden.push(last),
+        // What enters each block, and what leaves the final norm.
+        Family::Llama | Family::Jamba => hidden.push(normed),
+        // What leaves each block, and what leaves the final norm.
+        Family::Mamba | Family::Mamba2 => {
+            hidden.extend([last, normed]);
+            let _embeddings = hidden.remove(0);
+        }
+    }
+    Ok(hidden)
 }
 
 /// The model that a file is about.

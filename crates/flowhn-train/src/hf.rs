@@ -41,10 +41,9 @@ pub struct Imported {
     pub family: Family,
     /// Parameters.
     pub parameters: u64,
-    /// Keys of `config.json` that have no counterpart here and, as far as is known, change nothing.
-    pub ignored: Vec<String>,
-    /// The tokenizer's file, if there is one.
-    pub tokenizer: Option<PathBuf>,
+    /// What stayed behind, each a sentence: keys of `config.json` that have no counterpart here and, as far as is known, change
+    /// nothing; a tokenizer.
+    pub warnings: Vec<String>,
 }
 
 /// Makes a run's directory of a checkpoint of `transformers`: [`crate::Trained::load`] reads it like any other.
@@ -69,17 +68,20 @@ pub fn import(options: &ImportOptions) -> Result<Imported> {
     tensors.retain(|name, _| !name.ends_with("rotary_emb.inv_freq"));
     family.load(&model, &tensors).map_err(|error| file_error(&options.from, &error))?;
 
-    let found = options.tokenizer.clone().or_else(|| Some(options.from.join(TOKENIZER)).filter(|path| path.is_file()));
-    let tokenizer = found.as_deref().map(Tokenizer::load).transpose()?;
+    let mut warnings = Vec::new();
+    if !ignored.is_empty() {
+        warnings.push(format!("config.json has keys that mean nothing here: {}", ignored.join(", ")));
+    }
+    let tokenizer = find_tokenizer(options, &mut warnings)?;
     let run = RunDir::open(&options.to, Start::Fresh, std::sync::Arc::new(Disk))?;
     let copy = run.file(TOKENIZER);
-    if let Some(found) = &found {
-        run.write(TOKENIZER, &fs::read(found).map_err(Error::io(found, "read"))?)?;
+    if let Some(tokenizer) = &tokenizer {
+        run.write(TOKENIZER, &fs::read(tokenizer.path()).map_err(Error::io(tokenizer.path(), "read"))?)?;
     }
     let config = RunConfig {
         model: config,
         data: DataConfig {
-            tokenizer: if found.is_some() { copy.clone() } else { PathBuf::new() },
+            tokenizer: if tokenizer.is_some() { copy } else { PathBuf::new() },
             ..DataConfig::default()
         },
         train: TrainConfig::default(),
@@ -94,8 +96,27 @@ pub fn import(options: &ImportOptions) -> Result<Imported> {
         optimizer: Vec::new(),
     };
     let checkpoint = checkpoint::save(run.storage(), &run.checkpoints(), &snapshot)?;
-    let parameters = model.params().n_elements();
-    Ok(Imported { checkpoint, family, parameters, ignored, tokenizer: found.map(|_| copy) })
+    Ok(Imported { checkpoint, family, parameters: model.params().n_elements(), warnings })
+}
+
+/// The tokenizer that was asked for, or that of the directory if it can be used.
+fn find_tokenizer(options: &ImportOptions, warnings: &mut Vec<String>) -> Result<Option<Tokenizer>> {
+    const REMEDY: &str = "name one with --tokenizer to evaluate and generate";
+    if let Some(path) = &options.tokenizer {
+        return Ok(Some(Tokenizer::load(path)?));
+    }
+    let path = options.from.join(TOKENIZER);
+    if !path.is_file() {
+        warnings.push(format!("there is no {}: {REMEDY}", path.display()));
+        return Ok(None);
+    }
+    match Tokenizer::load(&path) {
+        Ok(tokenizer) => Ok(Some(tokenizer)),
+        Err(error) => {
+            warnings.push(format!("the tokenizer stays behind: {error}; {REMEDY}"));
+            Ok(None)
+        }
+    }
 }
 
 /// What [`export`] wrote.

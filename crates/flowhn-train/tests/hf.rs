@@ -73,7 +73,8 @@ fn every_family_comes_in_computes_and_goes_out_again() {
         let file = golden(name);
         let from = saved(dir.path(), &file, |_| ());
         let first = imported(&from, &dir.path().join("run")).unwrap();
-        assert_eq!((first.family, first.ignored.as_slice(), &first.tokenizer), (family, &[][..], &None), "{name}");
+        assert_eq!(first.family, family, "{name}");
+        assert!(matches!(first.warnings.as_slice(), [one] if one.contains("tokenizer.json")), "{:?}", first.warnings);
         let model = model_of(&first);
         let logits = no_grad(|| model.forward(&Input::new(&file.tensors["input_ids"]))).unwrap().logits;
         assert_close(name, &logits, &file.tensors["logits"], 1e-5);

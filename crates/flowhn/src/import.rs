@@ -37,19 +37,12 @@ pub fn run(args: &Args) -> Result<ExitCode> {
             PathBuf::from("runs").join(name)
         }
     };
-    let options = ImportOptions {
-        from: args.from.clone(),
-        to,
-        seq_len: args.seq_len,
-        tokenizer: args.tokenizer.clone(),
-    };
+    let options =
+        ImportOptions { from: args.from.clone(), to, seq_len: args.seq_len, tokenizer: args.tokenizer.clone() };
     let imported = import(&options)?;
     let console = Console::new();
-    if !imported.ignored.is_empty() {
-        console.warn(format_args!("config.json has keys that mean nothing here: {}", imported.ignored.join(", ")));
-    }
-    if imported.tokenizer.is_none() {
-        console.warn("there is no tokenizer.json: name one with --tokenizer to evaluate and generate");
+    for warning in &imported.warnings {
+        console.warn(warning);
     }
     let (checkpoint, parameters) = (imported.checkpoint.display(), units::grouped(imported.parameters));
     console::print(&format!("{checkpoint}: a {:?} model of {parameters} parameters\n", imported.family))?;

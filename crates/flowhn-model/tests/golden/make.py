@@ -6,7 +6,8 @@ torch 2.11.0, float32, CPU.
 Without arguments it writes the cases of SHIPPED beside itself; with a folder all cases, or those named, into it.
 
 One safetensors file a case; the metadata key `config` is the model's config.json. Keys: input_ids, logits, loss (mean next-token
-cross-entropy), hidden.i (embeddings, then each block's output, the last after the final norm), w.NAME (weights), g.NAME (gradients of
+cross-entropy), hidden.i (as transformers returns them: what enters each block, in the two Mambas what leaves each block; the last after
+the final norm), w.NAME (weights), g.NAME (gradients of
 the loss), s.NAME (weights after one AdamW step: lr 1e-3, betas 0.9 and 0.95, eps 1e-8, decay 0.1 on every tensor).
 """
 
