@@ -7,7 +7,7 @@ use flowhn_benches::model_config;
 use flowhn_split::{Policy, Routing, SplitSettings};
 
 fn plan(c: &mut Criterion) {
-    let shape = model_config(1, 64).block_shape();
+    let shape = model_config(1, 64).block_shape(0);
     let mut group = c.benchmark_group("plan");
     for policy in Policy::all() {
         for seq_len in [1024usize, 65536] {

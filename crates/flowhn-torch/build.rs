@@ -23,7 +23,14 @@ fn main() {
         .flag("-D_GLIBCXX_USE_CXX11_ABI=1")
         .include(&include)
         .include(include.join("torch/csrc/api/include"))
-        .files(["shim/error.cpp", "shim/autograd.cpp", "shim/cpu.cpp", "shim/device.cpp", "shim/op.cpp"]);
+        .files([
+            "shim/error.cpp",
+            "shim/autograd.cpp",
+            "shim/cpu.cpp",
+            "shim/device.cpp",
+            "shim/observe.cpp",
+            "shim/op.cpp",
+        ]);
 
     let cuda = if lib.join("libtorch_cuda.so").exists() { cuda_include(&lib) } else { None };
     if let Some(cuda) = &cuda {

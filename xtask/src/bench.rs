@@ -8,11 +8,14 @@ use crate::repo::Repo;
 use crate::{cargo, forward, setup};
 
 const HELP: &str = "cargo xtask bench kernels --device cuda\ncargo xtask bench train --device cuda\n\
-                    cargo xtask bench --cpu [arguments of `cargo bench`]";
+                    cargo xtask bench paper --size tiny\ncargo xtask bench --cpu [arguments of `cargo bench`]";
+
+/// What `flowhn bench` measures.
+const MEASURED: [&str; 3] = ["kernels", "train", "paper"];
 
 /// Runs criterion's benchmarks, or has `flowhn bench` measure on a device.
 pub fn command(repo: &Repo, mut args: Vec<OsString>) -> Result<ExitCode> {
-    if args.first().is_some_and(|arg| arg == "kernels" || arg == "train") {
+    if args.first().is_some_and(|arg| MEASURED.iter().any(|name| arg == name)) {
         return forward::exec(repo, "bench", args);
     }
     let Some(place) = args.iter().position(|arg| arg == "--cpu") else {

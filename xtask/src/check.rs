@@ -9,7 +9,7 @@ use std::time::{Duration, Instant};
 use crate::cargo::{cargo, forget_own_package, run, run_unseen, with_libtorch};
 use crate::fail::{Fail, Result};
 use crate::repo::Repo;
-use crate::{commands, outside, setup, tidy};
+use crate::{commands, hf, outside, setup, tidy};
 
 /// One step of the check.
 struct Step {
@@ -26,6 +26,7 @@ const STEPS: &[Step] = &[
     Step { name: "docs", run: docs },
     Step { name: "configs", run: configs },
     Step { name: "outside", run: outside::check },
+    Step { name: "hf", run: hf::check },
 ];
 
 /// Runs every step, or those that are named, and stops at the first that fails.

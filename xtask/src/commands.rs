@@ -29,16 +29,23 @@ enum Action {
 /// Every command, in the order in which `--help` shows them.
 pub const COMMANDS: &[Command] = &[
     Command::flowhn("train", "train a model; configs/tiny.toml unless --config says otherwise"),
-    Command::flowhn("eval", "loss and bits per byte of a checkpoint on a file"),
+    Command::flowhn("eval", "loss of a checkpoint on text, accuracy on zero-shot tasks"),
     Command::flowhn("generate", "continue a prompt with a checkpoint"),
     Command::flowhn("plan", "who reads which token, and what it costs"),
     Command::flowhn("golden", "compare with files of recorded outputs and gradients"),
-    Command::flowhn("data", "prepare data: tokenizer, token shards"),
+    Command::flowhn("import", "make a run of a Hugging Face checkpoint: --from DIR"),
+    Command::flowhn("export", "write a checkpoint for Hugging Face's transformers: --to DIR"),
+    Command::flowhn("data", "prepare data: tokenizer, token shards, samples of items"),
     Command::flowhn("selftest", "every operation, model and run on one device; --device cuda"),
     Command::flowhn("kernels", "registers, shared memory and spills of every kernel"),
     Command::chore("setup", "", "find or install libtorch and link it as .libtorch", setup::command),
     Command::chore("test", "[args]", "every CPU test; arguments go to `cargo test`", cargo::test),
-    Command::chore("check", "[step…]", "what CI runs: tidy, fmt, clippy, test, docs, configs, outside", check::command),
+    Command::chore(
+        "check",
+        "[step…]",
+        "what CI runs: tidy, fmt, clippy, test, docs, configs, outside, hf",
+        check::command,
+    ),
     Command::chore("tidy", "", "the repository's own rules", tidy::command),
     Command::chore(
         "dist",
@@ -49,7 +56,7 @@ pub const COMMANDS: &[Command] = &[
     Command::chore(
         "bench",
         "[what] [args]",
-        "kernels, train: on a device; --cpu: criterion's benchmarks",
+        "kernels, train, paper: on a device; --cpu: criterion's benchmarks",
         bench::command,
     ),
 ];

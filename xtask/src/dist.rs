@@ -19,9 +19,10 @@ const README: &str = include_str!("../dist/README.md");
 const PROGRAMS: [(&str, &str); 2] = [("flowhn", "bin/flowhn"), ("flowhn-replay", "flowhn-replay")];
 
 /// What is copied as it is: from the repository, to the bundle.
-const COPIED: [(&str, &str); 7] = [
+const COPIED: [(&str, &str); 8] = [
     ("configs", "configs"),
     ("data/tiny", "data/tiny"),
+    ("data/eval", "data/eval"),
     ("crates/flowhn-model/tests/golden", "golden"),
     ("benches/peers", "benches/peers"),
     ("LICENSE-MIT", "LICENSE-MIT"),

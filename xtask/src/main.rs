@@ -12,6 +12,7 @@ mod commands;
 mod dist;
 mod fail;
 mod forward;
+mod hf;
 mod libtorch;
 mod machine;
 mod outside;

@@ -41,6 +41,7 @@ pub struct Mask<'a> {
     order: Order<'a>,
     segments: Option<(&'a Tensor, &'a Tensor)>,
     window: Option<usize>,
+    n_sinks: usize,
 }
 
 /// Positions of the queries and of the keys.
@@ -49,7 +50,7 @@ type HostPositions<'a> = (Cow<'a, [i64]>, Cow<'a, [i64]>);
 impl<'a> Mask<'a> {
     /// A mask of this order alone.
     pub fn new(order: Order<'a>) -> Self {
-        Self { order, segments: None, window: None }
+        Self { order, segments: None, window: None, n_sinks: 0 }
     }
 
     /// [`Order::Causal`].
@@ -79,6 +80,12 @@ impl<'a> Mask<'a> {
         Self { window: Some(window), ..self }
     }
 
+    /// With a window, a query also sees the keys before it at positions below `n_sinks`.
+    #[must_use]
+    pub fn with_sinks(self, n_sinks: usize) -> Self {
+        Self { n_sinks, ..self }
+    }
+
     /// What the mask comes to for `n` queries and `m` keys, both not 0, as far as the host can say. Only where `windows` is true does
     /// it answer with [`Pattern::Window`].
     pub(crate) fn resolve(&self, op: &'static str, sizes: [i64; 3], device: Device, windows: bool) -> Result<Visible> {
@@ -87,8 +94,11 @@ impl<'a> Mask<'a> {
         self.check_segments(op, sizes, device)?;
         let (q, k) = self.host_positions(op, n, m)?;
         let (first, last) = (q[0], q[q.len() - 1]);
-        // Positions increase, so the keys that any query sees are neighbours.
-        let start = window.map_or(0, |window| k.partition_point(|&key| key <= first - window));
+        // Positions increase, so the keys that any query sees are neighbours, but for those that every query sees.
+        let start = match window.filter(|_| self.n_sinks == 0) {
+            Some(window) => k.partition_point(|&key| key <= first - window),
+            None => 0,
+        };
         let end = k.partition_point(|&key| key <= last);
         if start >= end {
             return Ok(Visible { keys: start..start, pattern: Pattern::All, sees_itself: false });
@@ -99,7 +109,7 @@ impl<'a> Mask<'a> {
             None if window_is_idle && k[end - 1] <= first => Pattern::All,
             None if window_is_idle && *q == k[keys.clone()] => Pattern::Causal,
             // Without gaps, so many positions are so many keys.
-            None if windows && *q == k[keys.clone()] && last - first == n - 1 => {
+            None if windows && self.n_sinks == 0 && *q == k[keys.clone()] && last - first == n - 1 => {
                 Pattern::Window(window.unwrap_or(last - first + 1))
             }
             _ => Pattern::Dense(self.dense(batch, n, m, &keys, window.filter(|_| !window_is_idle), device)?),
@@ -170,7 +180,9 @@ impl<'a> Mask<'a> {
         let (q_n1, k_1m) = (q_n.f_unsqueeze(1)?, k_m.f_narrow(0, start, len)?.f_unsqueeze(0)?);
         let mut seen_nm = k_1m.f_le_tensor(&q_n1)?;
         if let Some(window) = window {
-            seen_nm = seen_nm.f_logical_and(&k_1m.f_gt_tensor(&q_n1.f_sub_scalar(window)?)?)?;
+            let near_nm = k_1m.f_gt_tensor(&q_n1.f_sub_scalar(window)?)?;
+            let near_nm = near_nm.f_logical_or(&k_1m.f_lt(self.n_sinks as i64)?)?;
+            seen_nm = seen_nm.f_logical_and(&near_nm)?;
         }
         let Some((q_segments_bn, k_segments_bm)) = self.segments else {
             return Ok(seen_nm.f_view([1, 1, n, len])?);

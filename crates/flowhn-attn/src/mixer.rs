@@ -5,7 +5,7 @@
 
 use tch::Tensor;
 
-use flowhn_nn::{Bias, Init, Linear, Path};
+use flowhn_nn::{Bias, Init, Linear, Path, RmsNorm};
 use flowhn_torch::{Error, Result, check, split_features};
 
 use crate::{KvCache, Mask, Positions, attention, rotary};
@@ -43,6 +43,30 @@ pub struct AttnConfig {
     pub bridge: Bridge,
     /// Positions that a query sees, its own included; `None` for all before it.
     pub window: Option<usize>,
+    /// Positions at the start of the sequence that every later query sees, whatever its window.
+    pub n_sinks: usize,
+    /// Whether the projections have biases, zero at first.
+    pub bias: bool,
+    /// With a value, an RMSNorm with this epsilon before the output projection, as in Hymba.
+    pub out_norm_eps: Option<f64>,
+}
+
+impl AttnConfig {
+    /// Plain attention of these sizes: no positions, no bridge, no window, no biases.
+    pub const fn new(d_model: i64, n_heads: i64, n_kv_heads: i64, d_head: i64) -> Self {
+        Self {
+            d_model,
+            n_heads,
+            n_kv_heads,
+            d_head,
+            rope: None,
+            bridge: Bridge::None,
+            window: None,
+            n_sinks: 0,
+            bias: false,
+            out_norm_eps: None,
+        }
+    }
 }
 
 /// How the projections start.
@@ -98,6 +122,7 @@ impl<'a> AttnContext<'a> {
 pub struct AttnMixer {
     config: AttnConfig,
     input: Input,
+    out_norm: Option<RmsNorm>,
     o_proj: Linear,
 }
 
@@ -117,16 +142,14 @@ struct Heads {
 
 impl AttnMixer {
     /// Registers `qkv_proj.weight`, `[(n_heads + 2 n_kv_heads) d_head, d_model]` with rows in the order queries, keys, values,
-    /// or with a bridge `q_proj.weight` and `kv_proj.weight`; and `o_proj.weight`, `[d_model, n_heads d_head]`.
+    /// or with a bridge `q_proj.weight` and `kv_proj.weight`; and `o_proj.weight`, `[d_model, n_heads d_head]`. Where the
+    /// configuration asks for them, each projection has a `bias` too, and `out_norm.weight` is `[n_heads d_head]`.
     ///
     /// ```
-    /// use flowhn_attn::{AttnConfig, AttnContext, AttnInit, AttnMixer, Bridge, Positions, Rope};
+    /// use flowhn_attn::{AttnConfig, AttnContext, AttnInit, AttnMixer, Positions, Rope};
     /// use flowhn_nn::Params;
     /// use tch::{Device, Kind, Tensor};
-    /// let config = AttnConfig {
-    ///     d_model: 16, n_heads: 4, n_kv_heads: 2, d_head: 8,
-    ///     rope: Some(Rope { theta: 10000. }), bridge: Bridge::None, window: None,
-    /// };
+    /// let config = AttnConfig { rope: Some(Rope { theta: 10000. }), ..AttnConfig::new(16, 4, 2, 8) };
     /// let mut params = Params::new(Device::Cpu, 0);
     /// let mixer = AttnMixer::new(&mut params.root().push("attn"), config, AttnInit::normal(0.02))?;
     /// // Attention reads three of a sequence's tokens.
@@ -143,8 +166,9 @@ impl AttnMixer {
         config.check()?;
         let AttnConfig { d_model, n_heads, n_kv_heads, d_head, .. } = config;
         let (q, kv) = (n_heads * d_head, 2 * n_kv_heads * d_head);
-        let mut linear =
-            |name: &str, d_in, d_out, init: &Init| Linear::new(path, name, d_in, d_out, init.clone(), Bias::None);
+        let mut linear = |name: &str, d_in, d_out, init: &Init| {
+            Linear::new(path, name, d_in, d_out, init.clone(), Bias::zeros_if(config.bias))
+        };
         let input = match config.bridge {
             Bridge::None => Input::Window { qkv_proj: linear("qkv_proj", d_model, q + kv, &init.qkv)? },
             Bridge::Kv => Input::Bridge {
@@ -152,7 +176,9 @@ impl AttnMixer {
                 kv_proj: linear("kv_proj", d_model, kv, &init.qkv)?,
             },
         };
-        Ok(Self { config, input, o_proj: linear("o_proj", q, d_model, &init.out)? })
+        let o_proj = linear("o_proj", q, d_model, &init.out)?;
+        let out_norm = config.out_norm_eps.map(|eps| RmsNorm::new(path, "out_norm", q, eps)).transpose()?;
+        Ok(Self { config, input, out_norm, o_proj })
     }
 
     /// The shape of the mixer.
@@ -215,7 +241,10 @@ impl AttnMixer {
             }
         };
         let o_bne = o_bnhp.f_reshape([batch, n, self.config.n_heads * self.config.d_head])?;
-        self.o_proj.forward(&o_bne)
+        match &self.out_norm {
+            Some(norm) => self.o_proj.forward(&norm.forward(&o_bne)?),
+            None => self.o_proj.forward(&o_bne),
+        }
     }
 
     /// Caches keys and values of tokens when none of them is routed to attention, as decoding through a bridge must.
@@ -310,7 +339,7 @@ impl AttnMixer {
             }
         };
         if let Some(window) = self.config.window {
-            mask = mask.with_window(window);
+            mask = mask.with_window(window).with_sinks(self.config.n_sinks);
         }
         attention(q_bnhp, k_bmkp, v_bmkp, &mask)
     }

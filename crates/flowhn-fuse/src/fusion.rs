@@ -3,6 +3,7 @@
 //! | kind | tokens shared out | every token to both | starts as |
 //! |---|---|---|---|
 //! | `none` | merge | `a + s` | the identity |
+//! | `mean` | merge | `(a + s) / 2` | itself |
 //! | `proj` | `W merge(a, s)`, `W: [d, d]` | `W [s, a]`, `W: [d, 2d]` | the identity: `I`, `[I I]` |
 //! | `gated` | `merge(g_a(a) a, g_s(s) s)` | `g_a(a) a + g_s(s) s` | the identity |
 //! | `branch_proj` | as `proj` | as `proj` | a normal draw |
@@ -27,6 +28,8 @@ use crate::{Route, merge, merge_residual, merge_residual_norm};
 pub enum FusionKind {
     /// Nothing learned.
     None,
+    /// Nothing learned: the mean where both branches read a token.
+    Mean,
     /// A linear map that starts as the identity.
     Proj,
     /// A gate on each branch that starts open.
@@ -55,6 +58,11 @@ pub const FUSIONS: &[FusionSpec] = &[
         name: "none",
         summary: "Puts the branches' tokens back in order (or adds the branches where both read every token).",
         kind: FusionKind::None,
+    },
+    FusionSpec {
+        name: "mean",
+        summary: "Puts the branches' tokens back in order, or takes the mean where both read every token.",
+        kind: FusionKind::Mean,
     },
     FusionSpec {
         name: "proj",
@@ -112,6 +120,7 @@ pub struct Fusion {
 #[derive(Debug)]
 enum Form {
     Plain,
+    Mean,
     Proj(Linear),
     Gated { attn: Option<Linear>, ssm: Option<Linear> },
 }
@@ -127,6 +136,7 @@ impl Fusion {
         let mut proj = |init| Linear::new(path, "branch_proj", d_in, d, init, Bias::None).map(Form::Proj);
         let form = match kind {
             FusionKind::None => Form::Plain,
+            FusionKind::Mean => Form::Mean,
             FusionKind::Proj => proj(Init::Eye)?,
             FusionKind::BranchProj { std } => proj(Init::Normal { std })?,
             FusionKind::Gated => {
@@ -189,7 +199,7 @@ impl Fusion {
         let (a_bnd, s_bmd) = self.outputs("fusion", a, s, attn, ssm)?;
         match (&self.form, self.shape.topology) {
             (Form::Proj(_), _) | (_, Topology::Both) => Ok(x_bld.f_add(&self.fuse(&a_bnd, &s_bmd, attn, ssm)?)?),
-            (Form::Plain | Form::Gated { .. }, _) => {
+            (Form::Plain | Form::Mean | Form::Gated { .. }, _) => {
                 let (a_bnd, s_bmd) = self.gated(a_bnd, s_bmd)?;
                 merge_residual(x_bld, &a_bnd, &s_bmd, attn, ssm)
             }
@@ -217,7 +227,7 @@ impl Fusion {
             (Form::Proj(_), _) | (_, Topology::Both) => {
                 norm.forward_residual(x_bld, Some(&self.fuse(&a_bnd, &s_bmd, attn, ssm)?))
             }
-            (Form::Plain | Form::Gated { .. }, _) => {
+            (Form::Plain | Form::Mean | Form::Gated { .. }, _) => {
                 let (a_bnd, s_bmd) = self.gated(a_bnd, s_bmd)?;
                 merge_residual_norm(x_bld, &a_bnd, &s_bmd, attn, ssm, norm)
             }
@@ -229,7 +239,8 @@ impl Fusion {
         match &self.form {
             Form::Proj(proj) if both => proj.forward(&Tensor::f_cat(&[s_bmd, a_bnd], -1)?),
             Form::Proj(proj) => proj.forward(&merge(a_bnd, s_bmd, attn, ssm)?),
-            Form::Plain | Form::Gated { .. } => {
+            Form::Mean if both => Ok(a_bnd.f_add(s_bmd)?.f_mul_scalar(0.5)?),
+            Form::Plain | Form::Mean | Form::Gated { .. } => {
                 let (a_bnd, s_bmd) = self.gated(a_bnd.shallow_clone(), s_bmd.shallow_clone())?;
                 if both { Ok(a_bnd.f_add(&s_bmd)?) } else { merge(&a_bnd, &s_bmd, attn, ssm) }
             }

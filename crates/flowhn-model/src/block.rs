@@ -49,10 +49,10 @@ impl BlockCache {
 }
 
 impl Block {
-    pub fn new(path: &mut Path, config: &ModelConfig, sharing: Sharing) -> Result<Self> {
+    pub fn new(path: &mut Path, config: &ModelConfig, block_idx: usize, sharing: Sharing) -> Result<Self> {
         let released = config.block == BlockKind::Released;
         let attn = match sharing.has(Branch::Attn) {
-            true => Some(AttnBranch::new(&mut path.push("attn"), config, released)?),
+            true => Some(AttnBranch::new(&mut path.push("attn"), config, block_idx, released)?),
             false => None,
         };
         let ssm = match sharing.has(Branch::Ssm) {
@@ -213,6 +213,7 @@ fn fusion_kind(config: &ModelConfig, sharing: Sharing) -> FusionKind {
         (BlockKind::Released, _) => FusionKind::BranchProj { std: init::STD },
         (BlockKind::Flow, _) if one_way => FusionKind::None,
         (BlockKind::Flow, flowhn_split::Fusion::None) => FusionKind::None,
+        (BlockKind::Flow, flowhn_split::Fusion::Mean) => FusionKind::Mean,
         (BlockKind::Flow, flowhn_split::Fusion::Proj) => FusionKind::Proj,
         (BlockKind::Flow, flowhn_split::Fusion::Gated) => FusionKind::Gated,
     }

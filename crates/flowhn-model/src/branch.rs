@@ -1,7 +1,7 @@
 //! One branch of a block: norm, mixer and, in the released block, a residual and an MLP of its own.
 
 use flowhn_attn::{AttnContext, AttnInit, AttnMixer, KvCache};
-use flowhn_nn::{Path, RmsNorm, SwiGluMlp};
+use flowhn_nn::{Bias, Path, RmsNorm, SwiGluMlp};
 use flowhn_ssm::{SsmMixer, SsmState};
 use flowhn_torch::timeline;
 use tch::Tensor;
@@ -16,14 +16,17 @@ pub(crate) struct MlpSublayer {
 }
 
 impl MlpSublayer {
-    /// Registers `norm.weight`, `gate_up_proj.weight` and `down_proj.weight`; there is none for a width of 0.
+    /// Registers `norm.weight`, `gate_up_proj.weight` and `down_proj.weight`, with their biases where the configuration has them;
+    /// there is none for a width of 0.
     pub fn new(path: &mut Path, config: &ModelConfig) -> Result<Option<Self>> {
         if config.d_ff == 0 {
             return Ok(None);
         }
         let (d_model, d_ff) = (config.d_model as i64, config.d_ff as i64);
         let norm = RmsNorm::new(path, "norm", d_model, config.rms_norm_eps)?;
-        let mlp = SwiGluMlp::new(path, d_model, d_ff, init::linear(config, d_model), init::linear(config, d_ff))?;
+        let (init_in, init_out) = (init::linear(config, d_model), init::linear(config, d_ff));
+        let bias = Bias::zeros_if(config.options.mlp_bias);
+        let mlp = SwiGluMlp::new(path, d_model, d_ff, init_in, init_out, &bias)?;
         Ok(Some(Self { norm, mlp }))
     }
 
@@ -104,11 +107,11 @@ pub(crate) struct AttnBranch {
 }
 
 impl AttnBranch {
-    pub fn new(path: &mut Path, config: &ModelConfig, own_residual: bool) -> Result<Self> {
+    pub fn new(path: &mut Path, config: &ModelConfig, block_idx: usize, own_residual: bool) -> Result<Self> {
         let norm = RmsNorm::new(path, "norm", config.d_model as i64, config.rms_norm_eps)?;
         let (d_model, d_q) = (config.d_model as i64, config.attn.d_q() as i64);
         let init = AttnInit { qkv: init::linear(config, d_model), out: init::linear(config, d_q) };
-        let mixer = AttnMixer::new(&mut path.push("mixer"), mixer::attn(config), init)?;
+        let mixer = AttnMixer::new(&mut path.push("mixer"), mixer::attn(config, block_idx), init)?;
         Ok(Self { norm, mixer, tail: tail(path, config, own_residual)? })
     }
 

@@ -1,7 +1,8 @@
-//! Golden files: outputs and gradients of the authors' released model on small random weights, checked against ours.
+//! Golden files: outputs and gradients of public implementations on small random weights, checked against ours.
 //!
 //! A file holds `input_ids`, `logits`, `hidden.i`, weights `w.NAME` and gradients `g.NAME` of the mean next-token loss, under
-//! released names, and the shapes and the mode (A to D) as JSON in its metadata.
+//! the names of who made it, and as JSON in its metadata a `config`: shapes and mode (A to D) of the authors' released model, or the
+//! `config.json` of a model of `transformers`.
 
 use std::collections::HashMap;
 use std::path::{Path, PathBuf};
@@ -11,9 +12,9 @@ use tch::{Device, Kind, Tensor};
 
 use crate::config::{ModelConfig, RawModel, from_table};
 use crate::model::Input;
-use crate::released::{load_released, released_names};
+use crate::names::Family;
 use crate::weights::WeightFile;
-use crate::{Error, Model, Result};
+use crate::{Error, Model, Result, hf};
 
 /// Most that logits and hidden states may differ, relative to the tensor's largest value.
 pub const MAX_REL_OUTPUT: f64 = 1e-5;
@@ -64,7 +65,7 @@ struct GoldenConfig {
 /// Runs the model of a golden file on `device` and compares.
 ///
 /// # Errors
-/// [`Error::Weights`] if the file is not a golden file of the released model; those of the model.
+/// [`Error::Weights`] if the file is not a golden file or of a model that we do not have; those of the model.
 pub fn check_golden(path: &Path, device: Device) -> Result<GoldenReport> {
     check_file(path, &WeightFile::read(path)?, device)
 }
@@ -77,10 +78,8 @@ pub(crate) fn check_golden_bytes(path: &Path, bytes: &[u8], device: Device) -> R
 
 fn check_file(path: &Path, file: &WeightFile, device: Device) -> Result<GoldenReport> {
     let fail = |message: String| Error::Weights { path: path.to_owned(), message };
-    let text = file.metadata.get("config").ok_or_else(|| fail("its metadata has no `config`".to_owned()))?;
-    let config: GoldenConfig = serde_json::from_str(text)
-        .map_err(|error| fail(format!("its `config` is not that of a released FlowHN model: {error}")))?;
-    let model = Model::new(&config.model().map_err(|error| fail(error.to_string()))?, device, 0)?;
+    let subject = Subject::of(file).map_err(|error| fail(error.to_string()))?;
+    let model = Model::new(&subject.config, device, 0)?;
     let tensor = |name: &str| file.tensors.get(name).ok_or_else(|| fail(format!("it has no `{name}`")));
 
     let weights: HashMap<String, Tensor> = file
@@ -88,14 +87,14 @@ fn check_file(path: &Path, file: &WeightFile, device: Device) -> Result<GoldenRe
         .iter()
         .filter_map(|(name, tensor)| Some((name.strip_prefix("w.")?.to_owned(), tensor.shallow_clone())))
         .collect();
-    load_released(&model, &weights).map_err(|error| fail(error.to_string()))?;
+    subject.family.load(&model, &weights).map_err(|error| fail(error.to_string()))?;
 
     let ids = tensor("input_ids")?.to_device(device);
     let output = model.forward(&Input::new(&ids))?;
     let logits = output.logits;
     let max_rel_logits = max_rel(&logits, tensor("logits")?, 0.);
     let mut max_rel_hidden = 0f64;
-    for (i, hidden) in output.hidden.iter().enumerate() {
+    for (i, hidden) in recorded(subject.family, &model, output.hidden)?.iter().enumerate() {
         max_rel_hidden = worst(max_rel_hidden, max_rel(hidden, tensor(&format!("hidden.{i}"))?, 0.));
     }
 
@@ -105,23 +104,63 @@ fn check_file(path: &Path, file: &WeightFile, device: Device) -> Result<GoldenRe
     let targets = targets.index_fill(1, &Tensor::from_slice(&[seq_len - 1]).to_device(device), -100);
     model.loss(&ids, &targets, None)?.f_backward()?;
     let mut max_rel_grad = 0f64;
-    let names = released_names(&model)?;
+    let names = subject.family.names(&model)?;
     let mut largest = 0f64;
     for name in &names {
-        largest = largest.max(max_abs(tensor(&format!("g.{}", name.released))?));
+        largest = largest.max(max_abs(tensor(&format!("g.{}", name.theirs))?));
     }
     for name in &names {
-        let want = tensor(&format!("g.{}", name.released))?;
-        let param = model.params().get(&name.ours).ok_or_else(|| fail(format!("no parameter `{}`", name.ours)))?;
-        let grad = param.weight.master().grad();
-        let grad = if grad.defined() { grad } else { param.weight.master().zeros_like() };
-        let piece = name.rows.map_or_else(|| grad.shallow_clone(), |(start, len)| grad.narrow(0, start, len));
+        let want = tensor(&format!("g.{}", name.theirs))?;
+        let grad = name.piece_of(&model, |weight| {
+            let grad = weight.grad();
+            Ok(if grad.defined() { grad } else { weight.f_zeros_like()? })
+        })?;
         let floor = if max_abs(want) <= VANISHING * largest { VANISHING_SCALE * largest } else { 0. };
-        max_rel_grad = worst(max_rel_grad, max_rel(&piece.reshape(want.size()), want, floor));
+        max_rel_grad = worst(max_rel_grad, max_rel(&grad, want, floor));
     }
 
     let pass = max_rel_logits <= MAX_REL_OUTPUT && max_rel_hidden <= MAX_REL_OUTPUT && max_rel_grad <= MAX_REL_GRAD;
     Ok(GoldenReport { file: path.to_owned(), max_rel_logits, max_rel_hidden, max_rel_grad, pass })
+}
+
+/// What a family records of the embeddings and the outputs of the blocks.
+fn recorded(family: Family, model: &Model, mut hidden: Vec<Tensor>) -> Result<Vec<Tensor>> {
+    let Some(last) = hidden.pop() else { return Ok(hidden) };
+    let normed = model.final_norm(&last)?;
+    match family {
+        Family::Released => hidden.push(last),
+        // What enters each block, and what leaves the final norm.
+        Family::Llama | Family::Jamba => hidden.push(normed),
+        // What leaves each block, and what leaves the final norm.
+        Family::Mamba | Family::Mamba2 => {
+            hidden.extend([last, normed]);
+            let _embeddings = hidden.remove(0);
+        }
+    }
+    Ok(hidden)
+}
+
+/// The model that a file is about.
+struct Subject {
+    family: Family,
+    config: ModelConfig,
+}
+
+impl Subject {
+    /// From the `config` in the metadata: that of the released script names a mode, that of transformers a `model_type`.
+    fn of(file: &WeightFile) -> Result<Self> {
+        let text = file.metadata.get("config");
+        let text = text.ok_or_else(|| Error::Input("its metadata has no `config`".to_owned()))?;
+        let seq_len = file.tensors.get("input_ids").and_then(|ids| ids.size().last().copied()).unwrap_or(1);
+        if text.contains("\"model_type\"") {
+            let hf::HfModel { family, config, .. } = hf::read_config(text, seq_len as usize)?;
+            return Ok(Self { family, config });
+        }
+        let config: GoldenConfig = serde_json::from_str(text).map_err(|error| {
+            Error::Input(format!("its `config` is neither of a released FlowHN model nor of transformers: {error}"))
+        })?;
+        Ok(Self { family: Family::Released, config: config.model()? })
+    }
 }
 
 impl GoldenConfig {

@@ -2,12 +2,13 @@
 
 use flowhn_attn::{AttnConfig, Bridge, Rope};
 use flowhn_split::SsmShape;
-use flowhn_ssm::{Mamba1Config, Mamba2Config, SsmConfig};
+use flowhn_ssm::{GroupOrder, Mamba1Config, Mamba2Config, SsmConfig};
 
-use crate::ModelConfig;
+use crate::{ModelConfig, config};
 
-/// The attention mixer.
-pub(crate) fn attn(config: &ModelConfig) -> AttnConfig {
+/// The attention mixer of a block.
+pub(crate) fn attn(config: &ModelConfig, block_idx: usize) -> AttnConfig {
+    let options = config.block_shape(block_idx).options;
     AttnConfig {
         d_model: config.d_model as i64,
         n_heads: config.attn.n_heads as i64,
@@ -18,13 +19,16 @@ pub(crate) fn attn(config: &ModelConfig) -> AttnConfig {
             flowhn_split::Bridge::None => Bridge::None,
             flowhn_split::Bridge::Kv => Bridge::Kv,
         },
-        window: None,
+        window: options.window,
+        n_sinks: options.n_meta,
+        bias: options.attn_bias,
+        out_norm_eps: options.mixer_norms.then_some(config.rms_norm_eps),
     }
 }
 
 /// The state-space mixer.
 pub(crate) fn ssm(config: &ModelConfig) -> SsmConfig {
-    let d_model = config.d_model as i64;
+    let (d_model, options) = (config.d_model as i64, config.options);
     match config.ssm {
         SsmShape::Mamba1 { d_inner, d_state, d_conv, dt_rank, inner_norms } => SsmConfig::Mamba1(Mamba1Config {
             d_model,
@@ -33,6 +37,9 @@ pub(crate) fn ssm(config: &ModelConfig) -> SsmConfig {
             d_conv: d_conv as i64,
             dt_rank: dt_rank as i64,
             inner_norm_eps: inner_norms.then_some(config.rms_norm_eps),
+            conv_bias: options.conv_bias,
+            proj_bias: options.ssm_bias,
+            out_norm_eps: options.mixer_norms.then_some(config.rms_norm_eps),
         }),
         SsmShape::Mamba2 { d_inner, d_state, d_conv, d_head, n_groups } => SsmConfig::Mamba2(Mamba2Config {
             d_model,
@@ -44,6 +51,12 @@ pub(crate) fn ssm(config: &ModelConfig) -> SsmConfig {
             chunk_len: config.ssd_chunk_len,
             norm_groups: 1,
             norm_eps: config.rms_norm_eps,
+            conv_bias: options.conv_bias,
+            proj_bias: options.ssm_bias,
+            group_order: match config.group_order {
+                config::GroupOrder::Contiguous => GroupOrder::Contiguous,
+                config::GroupOrder::Strided => GroupOrder::Strided,
+            },
         }),
     }
 }

@@ -7,7 +7,7 @@ use std::ops::Range;
 use std::rc::Rc;
 
 use flowhn_nn::{
-    Bias, Embedding, Init, Linear, Params, RmsNorm, Weight, check_ids, linear, linear_cross_entropy, token_losses,
+    Bias, Decay, Embedding, Init, Linear, Params, RmsNorm, Weight, check_ids, linear, linear_cross_entropy, token_losses,
 };
 use flowhn_split::{ModelShape, Routing, SplitPlan};
 use flowhn_torch::{catch, timeline};
@@ -47,6 +47,8 @@ pub struct Model {
     params: Params,
     compute_kind: Kind,
     embed: Embedding,
+    /// Learned tokens in front of every sequence, `[n_meta, d_model]`.
+    meta: Option<Weight>,
     blocks: Vec<Block>,
     norm: RmsNorm,
     head: Head,
@@ -127,9 +129,13 @@ impl Model {
         let std = Init::Normal { std: init::STD };
         let padding_idx = config.padding_idx.map(|idx| idx as i64);
         let embed = Embedding::new(&mut root, "embed", vocab_size, d_model, std.clone(), padding_idx)?;
+        let meta = match config.options.n_meta as i64 {
+            0 => None,
+            n_meta => Some(root.weight("meta", &[n_meta, d_model], std.clone(), Decay::Yes)?),
+        };
         let mut blocks = Vec::with_capacity(config.n_layers);
         for (block_idx, route) in routing.blocks().iter().enumerate() {
-            blocks.push(Block::new(&mut root.push("layers").push(block_idx), config, route.sharing())?);
+            blocks.push(Block::new(&mut root.push("layers").push(block_idx), config, block_idx, route.sharing())?);
         }
         let norm = RmsNorm::new(&mut root, "norm", d_model, config.rms_norm_eps)?;
         let head = match config.tie_embeddings {
@@ -146,6 +152,7 @@ impl Model {
             params,
             compute_kind: Kind::Float,
             embed,
+            meta,
             blocks,
             norm,
             head,
@@ -269,6 +276,18 @@ impl Model {
         Ok((x_bld.f_reshape([-1, self.config.d_model as i64])?, targets_t.f_to_device(self.device())?))
     }
 
+    /// The stream before the first block: embeddings, at the start of a sequence with the learned tokens in front.
+    fn entry(&self, ids_bl: &Tensor, n_front: i64) -> Result<Tensor> {
+        let x_bld = self.embed.forward(ids_bl, self.compute_kind)?;
+        match &self.meta {
+            Some(meta) if n_front > 0 => {
+                let meta_bmd = meta.to(self.compute_kind).f_unsqueeze(0)?.f_expand([x_bld.size()[0], -1, -1], false)?;
+                Ok(Tensor::f_cat(&[meta_bmd, x_bld], 1)?)
+            }
+            _ => Ok(x_bld),
+        }
+    }
+
     /// Runs embedding and blocks; `visit` sees the stream before the first and after each block. With caches, goes on from them.
     pub(crate) fn run(
         &self,
@@ -281,27 +300,50 @@ impl Model {
         self.refresh_bf16_copies()?;
         let ids_bl = input.ids_bl.f_to_device(self.device())?;
         let segments_bl = input.segments_bl.map(|segments| segments.f_to_device(self.device())).transpose()?;
-        let layout = self.layout(input.offset..input.offset + seq_len)?;
+        let n_meta = self.config.options.n_meta;
+        if n_meta > 0 && input.offset > 0 && caches.is_none() {
+            let message =
+                "a sequence begins with the learned tokens (model.n_meta), so without a cache it begins at position 0";
+            return Err(Error::Input(message.to_owned()));
+        }
+        // Tokens stand behind the learned ones, which the first piece of a sequence brings along.
+        let n_front = if input.offset == 0 { n_meta as i64 } else { 0 };
+        let end = n_meta + input.offset + seq_len;
+        let layout = self.layout(end - seq_len - n_front as usize..end)?;
+        let of_tokens = |x_bld: &Tensor| -> Result<Tensor> {
+            if n_front == 0 { Ok(x_bld.shallow_clone()) } else { Ok(x_bld.f_narrow(1, n_front, seq_len as i64)?) }
+        };
         let outcome = catch(|| {
             let mut inner = || -> Result<Tensor> {
-                let mut x_bld = self.embed.forward(&ids_bl, self.compute_kind)?;
-                x_bld = timeline::pass(&x_bld, parts::FUSION, parts::EMBEDDING)?;
-                visit(&x_bld);
+                let x_bld = self.entry(&ids_bl, n_front)?;
+                let mut x_bld = timeline::pass(&x_bld, parts::FUSION, parts::EMBEDDING)?;
+                visit(&of_tokens(&x_bld)?);
                 for (block_idx, block) in self.blocks.iter().enumerate() {
                     let cache = caches.as_deref_mut().map(|caches| &mut caches[block_idx]);
                     x_bld = block.forward(&x_bld, block_idx, &layout, segments_bl.as_ref(), cache)?;
-                    visit(&x_bld);
+                    visit(&of_tokens(&x_bld)?);
                 }
-                Ok(x_bld)
+                of_tokens(&x_bld)
             };
             Ok(inner())
         });
         outcome?
     }
 
+    /// Final norm and cross-entropy in f32 of some rows of the stream, `[rows, d_model]`; no gradient.
+    pub(crate) fn losses_of_rows(&self, x_td: &Tensor, targets_t: &Tensor) -> Result<Tensor> {
+        let x_td = self.norm.forward(&x_td.f_to_kind(Kind::Float)?)?;
+        catch(|| token_losses(&x_td, self.head.weight().master(), targets_t, IGNORE_INDEX)).map_err(Error::from)
+    }
+
     pub(crate) fn logits_of(&self, x_bld: &Tensor) -> Result<Tensor> {
         let x_bld = self.norm.forward(x_bld)?;
         Ok(linear(&x_bld, self.head.weight())?)
+    }
+
+    /// The norm before the head.
+    pub(crate) fn final_norm(&self, x_bld: &Tensor) -> Result<Tensor> {
+        Ok(self.norm.forward(x_bld)?)
     }
 
     /// Empty caches for a batch.
@@ -319,6 +361,11 @@ impl Model {
         }
         if let Some(segments) = input.segments_bl.filter(|segments| segments.size() != size) {
             return Err(Error::Input(format!("segments have shape {:?}, the ids {size:?}", segments.size())));
+        }
+        if input.segments_bl.is_some() && self.config.options.n_meta > 0 {
+            let message = "a model with learned tokens (model.n_meta) reads one document a sequence: set \
+                           data.reset_documents = false, or model.n_meta = 0";
+            return Err(Error::Input(message.to_owned()));
         }
         // On an accelerator the check would make the host wait; there, data is checked when it is read.
         if input.ids_bl.device() == Device::Cpu {

@@ -4,6 +4,7 @@ mod causality;
 mod decode;
 mod golden;
 mod gradients;
+mod rows;
 pub mod small;
 
 use flowhn_torch::testing::Case;
@@ -13,7 +14,8 @@ use crate::{Error, Result};
 
 /// Every check of this crate.
 pub fn cases() -> Vec<Case> {
-    [golden::cases(), causality::cases(), decode::cases(), gradients::cases()].into_iter().flatten().collect()
+    let lists = [golden::cases(), causality::cases(), decode::cases(), gradients::cases(), rows::cases()];
+    lists.into_iter().flatten().collect()
 }
 
 /// A check in the words of this crate's error.

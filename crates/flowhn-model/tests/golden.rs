@@ -22,6 +22,41 @@ fn edited(name: &str, from: &str, to: &str) -> tempfile::NamedTempFile {
 }
 
 #[test]
+fn the_models_of_transformers_pass() {
+    for name in ["llama", "mamba1", "mamba2", "jamba_seq"] {
+        let report = check_golden(&golden(&format!("{name}.safetensors")), Device::Cpu).unwrap();
+        assert!(report.pass, "{report:?}");
+    }
+}
+
+#[test]
+fn what_transformers_has_and_we_do_not_is_refused_by_name() {
+    for (file, from, to, want) in [
+        ("llama", r#"\"hidden_act\": \"silu\""#, r#"\"hidden_act\": \"gelu\""#, "`hidden_act` is \"gelu\""),
+        ("jamba_seq", r#"\"num_experts\": 1"#, r#"\"num_experts\": 2"#, "`num_experts` is 2"),
+        ("jamba_seq", r#"\"sliding_window\": null"#, r#"\"sliding_window\": 4096"#, "`sliding_window` is 4096"),
+        ("mamba2", "[0.0, Infinity]", "[0.1, Infinity]", "`time_step_limit` is [0.1,null]"),
+        ("mamba1", r#"\"model_type\": \"mamba\""#, r#"\"model_type\": \"bamba\""#, "is for `bamba`"),
+        ("mamba2", r#"\"head_dim\": 16"#, r#"\"head_dim\": 32"#, "the two must be equal"),
+    ] {
+        let file = edited(&format!("{file}.safetensors"), from, to);
+        let message = check_golden(file.path(), Device::Cpu).unwrap_err().to_string();
+        assert!(message.contains(want), "{message}");
+    }
+}
+
+#[test]
+fn another_order_of_groups_does_not_pass() {
+    let file = edited(
+        "mamba2.safetensors",
+        r#"\"transformers_version\": \"4.49.0\""#,
+        r#"\"transformers_version\": \"4.52.0\""#,
+    );
+    let report = check_golden(file.path(), Device::Cpu).unwrap();
+    assert!(!report.pass && report.max_rel_logits > 1e-3, "{report:?}");
+}
+
+#[test]
 fn another_mode_does_not_pass() {
     let file = edited("flowhn_ae_split.safetensors", r#"\"mode\": \"B\""#, r#"\"mode\": \"C\""#);
     let report = check_golden(file.path(), Device::Cpu).unwrap();

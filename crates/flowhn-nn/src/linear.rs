@@ -26,6 +26,13 @@ pub struct Linear {
     bias: Option<Weight>,
 }
 
+impl Bias {
+    /// A bias of zeros where `there` is true.
+    pub fn zeros_if(there: bool) -> Self {
+        if there { Self::Init(Init::Zeros) } else { Self::None }
+    }
+}
+
 impl Linear {
     /// Registers `name.weight`, and `name.bias` if there is one; the bias is not decayed.
     ///

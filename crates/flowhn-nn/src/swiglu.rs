@@ -55,14 +55,14 @@ pub struct SwiGluMlp {
 
 impl SwiGluMlp {
     /// Registers `gate_up_proj.weight`, `[2 d_ff, d_model]` with the gate's rows first, and `down_proj.weight`,
-    /// `[d_model, d_ff]`.
+    /// `[d_model, d_ff]`; with a bias also `gate_up_proj.bias` and `down_proj.bias`.
     ///
     /// ```
-    /// use flowhn_nn::{Init, Params, SwiGluMlp};
+    /// use flowhn_nn::{Bias, Init, Params, SwiGluMlp};
     /// use tch::{Device, Kind, Tensor};
     /// let mut params = Params::new(Device::Cpu, 0);
     /// let init = Init::Normal { std: 0.02 };
-    /// let mlp = SwiGluMlp::new(&mut params.root().push("mlp"), 8, 24, init.clone(), init)?;
+    /// let mlp = SwiGluMlp::new(&mut params.root().push("mlp"), 8, 24, init.clone(), init, &Bias::None)?;
     /// assert_eq!(mlp.forward(&Tensor::randn([2, 5, 8], (Kind::Float, Device::Cpu)))?.size(), [2, 5, 8]);
     /// assert!(params.get("mlp.gate_up_proj.weight").is_some());
     /// # Ok::<(), flowhn_nn::Error>(())
@@ -70,10 +70,10 @@ impl SwiGluMlp {
     ///
     /// # Errors
     /// [`Error::Invalid`] if a name is taken or the initial values do not fit.
-    pub fn new(path: &mut Path, d_model: i64, d_ff: i64, init_in: Init, init_out: Init) -> Result<Self> {
+    pub fn new(path: &mut Path, d_model: i64, d_ff: i64, init_in: Init, init_out: Init, bias: &Bias) -> Result<Self> {
         Ok(Self {
-            gate_up_proj: Linear::new(path, "gate_up_proj", d_model, 2 * d_ff, init_in, Bias::None)?,
-            down_proj: Linear::new(path, "down_proj", d_ff, d_model, init_out, Bias::None)?,
+            gate_up_proj: Linear::new(path, "gate_up_proj", d_model, 2 * d_ff, init_in, bias.clone())?,
+            down_proj: Linear::new(path, "down_proj", d_ff, d_model, init_out, bias.clone())?,
         })
     }
 

@@ -12,6 +12,7 @@ fn main() -> std::result::Result<(), Box<dyn std::error::Error>> {
         ssm: SsmShape::Mamba1 { d_inner: 1536, d_state: 16, d_conv: 4, dt_rank: 48, inner_norms: true },
         mlp: MlpShape { d_ff: 2048 },
         form: BlockForm::Released,
+        options: BlockOptions::default(),
     };
     let model = ModelShape { vocab_size: 65536, d_model: 768, tie_embeddings: false, blocks: vec![block; 2] };
     for policy in Policy::all() {

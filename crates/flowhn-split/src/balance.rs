@@ -32,6 +32,7 @@ pub enum Placement {
 ///     ssm: SsmShape::Mamba1 { d_inner: 1536, d_state: 16, d_conv: 4, dt_rank: 48, inner_norms: true },
 ///     mlp: MlpShape { d_ff: 2048 },
 ///     form: BlockForm::Released,
+///     options: BlockOptions::default(),
 /// };
 /// let balance = Balance::new(&block, 1024, Placement::Last, ScoreCount::Causal);
 /// assert_eq!(balance.solve(), 576);

@@ -144,7 +144,7 @@ impl BlockShape {
         let seq_len = plan.seq_len();
         let n_attn = plan.tokens(Branch::Attn);
         let twice_pairs = match self.attn.bridge {
-            Bridge::None => own_pairs(n_attn, count),
+            Bridge::None => self.own_pairs(n_attn, count),
             Bridge::Kv => plan
                 .ranges(Branch::Attn)
                 .iter()
@@ -175,6 +175,18 @@ impl BlockShape {
     /// The whole SSM branch: mixer, and MLP where it belongs to the branch.
     pub(crate) fn ssm_flops(&self, n_ssm: usize) -> Flops {
         self.ssm.flops(self.d_model, n_ssm) + self.own_mlp(n_ssm)
+    }
+
+    /// Twice the pairs of a query and a key that the window shows it among `n_attn` tokens that follow each other.
+    fn own_pairs(&self, n_attn: usize, count: ScoreCount) -> u64 {
+        match (self.options.window, count) {
+            (Some(window), ScoreCount::Causal) => {
+                // The query at position p sees the window and what learned tokens lie before it: min(p + 1, reach) keys.
+                let reach = (window + self.options.n_meta).min(n_attn);
+                product(&[reach, reach + 1]) + product(&[2, reach, n_attn - reach])
+            }
+            _ => own_pairs(n_attn, count),
+        }
     }
 
     fn own_mlp(&self, n_tokens: usize) -> Flops {
@@ -212,14 +224,14 @@ pub struct ModelFlops {
 }
 
 impl ModelFlops {
-    /// Counts the FLOPs of `seq_len` tokens, routed as `routing` does.
+    /// Counts the FLOPs of `seq_len` tokens, routed as `routing` does, and of the learned tokens in front of them.
     ///
     /// # Errors
     /// [`crate::Error::EmptySequence`] for no tokens; [`crate::Error::BlockCount`] when `routing` was made for
     /// another number of blocks.
     pub fn new(model: &ModelShape, routing: &Routing, seq_len: usize, count: ScoreCount) -> Result<Self> {
         routing.check_blocks(&model.blocks)?;
-        let plan = routing.plan(seq_len)?;
+        let plan = routing.plan(seq_len + model.n_meta())?;
         let blocks = model.blocks.iter().zip(routing.blocks()).zip(plan.blocks());
         Ok(Self {
             blocks: blocks.map(|((shape, route), plan)| shape.flops(route.sharing(), plan, count)).collect(),
@@ -277,6 +289,35 @@ mod tests {
         let plan = plan(&[(5, Owner::Both)]);
         let flops = block.flops(Sharing::Parallel, &plan, ScoreCount::Full);
         assert_eq!(flops.attn.scores, 25 * 4 * 768);
+    }
+
+    #[test]
+    fn a_window_shows_a_query_at_most_its_reach() {
+        let mut block = released_135m();
+        block.options.window = Some(3);
+        let scores = |block: &BlockShape, n| {
+            let plan = plan(&[(n, Owner::Attn)]);
+            block.flops(Sharing::AttnOnly, &plan, ScoreCount::Causal).attn.scores / (4 * 768)
+        };
+        assert_eq!(scores(&block, 2), 1 + 2);
+        assert_eq!(scores(&block, 6), 1 + 2 + 3 * 4);
+        block.options.n_meta = 2;
+        assert_eq!(scores(&block, 7), 1 + 2 + 3 + 4 + 5 * 3);
+    }
+
+    #[test]
+    fn learned_tokens_cost_blocks_but_no_head() {
+        let mut block = released_135m();
+        block.form = BlockForm::Flow(Fusion::None);
+        let routing = Routing::new(16, &[crate::SplitSettings::new("no_split".parse().unwrap())], &[block]).unwrap();
+        let flops = |n_meta, seq_len| {
+            let mut block = block;
+            block.options.n_meta = n_meta;
+            let model = ModelShape { vocab_size: 11, d_model: 768, tie_embeddings: true, blocks: vec![block] };
+            ModelFlops::new(&model, &routing, seq_len, ScoreCount::Causal).unwrap()
+        };
+        assert_eq!(flops(4, 16).blocks, flops(0, 20).blocks);
+        assert_eq!(flops(4, 16).head, flops(0, 16).head);
     }
 
     #[test]

@@ -23,6 +23,7 @@ use crate::{AttnFrac, BlockShape, Bridge, Cycle, Error, Result, ScoreCount, Spli
 /// #     ssm: SsmShape::Mamba1 { d_inner: 1536, d_state: 16, d_conv: 4, dt_rank: 48, inner_norms: true },
 /// #     mlp: MlpShape { d_ff: 2048 },
 /// #     form: BlockForm::Released,
+/// #     options: BlockOptions::default(),
 /// # };
 /// let settings = SplitSettings::new("fac_split".parse()?);
 /// let routing = Routing::new(1024, &[settings.clone(), settings], &[block, block])?;

@@ -154,6 +154,67 @@ impl MlpShape {
     }
 }
 
+/// What a block may have beside its sizes. The default is what most models have: a bias in the convolution and nowhere else.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, Serialize, Deserialize)]
+pub struct BlockOptions {
+    /// Biases of attention's q, k, v and o projections.
+    pub attn_bias: bool,
+    /// Biases of the MLP's gate, up and down projections.
+    pub mlp_bias: bool,
+    /// The bias of the SSM's convolution.
+    pub conv_bias: bool,
+    /// Biases of the SSM's input and output projections.
+    pub ssm_bias: bool,
+    /// An RMSNorm with weight before the output projection of attention and of Mamba-1; Mamba-2 always has its own.
+    pub mixer_norms: bool,
+    /// Positions that a query sees, its own included; `None` for all before it.
+    pub window: Option<usize>,
+    /// Learned tokens in front of every sequence, which every query sees whatever its window. All blocks of a model have the same.
+    pub n_meta: usize,
+}
+
+impl Default for BlockOptions {
+    fn default() -> Self {
+        Self {
+            attn_bias: false,
+            mlp_bias: false,
+            conv_bias: true,
+            ssm_bias: false,
+            mixer_norms: false,
+            window: None,
+            n_meta: 0,
+        }
+    }
+}
+
+impl BlockOptions {
+    /// What the options add to attention's parameters.
+    fn attn_params(&self, attn: &AttnShape, d_model: usize) -> u64 {
+        let bias = if self.attn_bias { attn.d_q() + 2 * attn.d_kv() + d_model } else { 0 };
+        let norm = if self.mixer_norms { attn.d_q() } else { 0 };
+        (bias + norm) as u64
+    }
+
+    /// The SSM's parameters with these options.
+    fn ssm_params(&self, ssm: &SsmShape, d_model: usize) -> u64 {
+        let conv = if self.conv_bias { 0 } else { ssm.conv_channels() };
+        let bias = match (self.ssm_bias, ssm.matrices(d_model).first()) {
+            (true, Some(&(_, d_in_proj))) => d_in_proj + d_model,
+            _ => 0,
+        };
+        let norm = match ssm {
+            SsmShape::Mamba1 { d_inner, .. } if self.mixer_norms => *d_inner,
+            _ => 0,
+        };
+        ssm.params(d_model) + (bias + norm) as u64 - conv as u64
+    }
+
+    /// What the options add to the MLP's parameters.
+    fn mlp_params(&self, mlp: MlpShape, d_model: usize) -> u64 {
+        if self.mlp_bias && mlp.d_ff > 0 { (2 * mlp.d_ff + d_model) as u64 } else { 0 }
+    }
+}
+
 /// How the flow block joins the branches' changes.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash, Serialize, Deserialize)]
 #[serde(rename_all = "lowercase")]
@@ -165,6 +226,8 @@ pub enum Fusion {
     Proj,
     /// A gate for each branch, computed from its change by a square matrix with bias.
     Gated,
+    /// Merge by position, or the mean where both branches read a token, as in Hymba.
+    Mean,
 }
 
 /// The form of a block.
@@ -240,6 +303,8 @@ pub struct BlockShape {
     pub mlp: MlpShape,
     /// The form of the block.
     pub form: BlockForm,
+    /// What it has beside.
+    pub options: BlockOptions,
 }
 
 /// Parameters of a block, by part.
@@ -269,7 +334,7 @@ impl BlockShape {
         let join = match self.form {
             BlockForm::Released | BlockForm::Flow(Fusion::Proj) => Join::Proj { n_inputs: inputs },
             BlockForm::Flow(Fusion::Gated) => Join::Gates { n_passed: inputs },
-            BlockForm::Flow(Fusion::None) => Join::Plain,
+            BlockForm::Flow(Fusion::None | Fusion::Mean) => Join::Plain,
         };
         match self.form {
             BlockForm::Released => FuseShape { join, final_proj: true },
@@ -281,7 +346,8 @@ impl BlockShape {
     /// The parameters under this sharing: a branch that the block does not have counts nothing.
     pub fn params(&self, sharing: Sharing) -> BlockParams {
         let d_model = self.d_model;
-        let mlp = self.mlp.params(d_model);
+        let options = &self.options;
+        let mlp = self.mlp.params(d_model) + options.mlp_params(self.mlp, d_model);
         let (own_mlp, shared_mlp) = match self.form {
             BlockForm::Released => (mlp, 0),
             BlockForm::Flow(_) => (0, mlp),
@@ -289,8 +355,8 @@ impl BlockShape {
         let branch = |branch, mixer: u64| {
             if sharing.has(branch) { mixer + d_model as u64 + own_mlp } else { 0 }
         };
-        let attn = branch(Branch::Attn, self.attn.params(d_model));
-        let ssm = branch(Branch::Ssm, self.ssm.params(d_model));
+        let attn = branch(Branch::Attn, self.attn.params(d_model) + options.attn_params(&self.attn, d_model));
+        let ssm = branch(Branch::Ssm, options.ssm_params(&self.ssm, d_model));
         let fuse = self.fuse(sharing).params(d_model);
         BlockParams { attn, ssm, fuse, mlp: shared_mlp, total: attn + ssm + fuse + shared_mlp }
     }
@@ -306,6 +372,9 @@ impl BlockShape {
         positive("model.ssm.d_inner", self.ssm.d_inner())?;
         positive("model.ssm.d_state", self.ssm.d_state())?;
         positive("model.ssm.d_conv", self.ssm.d_conv())?;
+        if let Some(window) = self.options.window {
+            positive("model.attn.window", window)?;
+        }
         let n_heads = self.attn.n_heads;
         divides("model.attn.n_kv_heads", self.attn.n_kv_heads, "model.attn.n_heads", n_heads)?;
         match self.ssm {
@@ -333,11 +402,16 @@ pub struct ModelShape {
 }
 
 impl ModelShape {
-    /// Parameters outside the blocks: embedding, final norm, and the head unless it is tied.
+    /// Parameters outside the blocks: embedding, learned tokens, final norm, and the head unless it is tied.
     pub fn outer_params(&self) -> u64 {
         let table = product(&[self.vocab_size, self.d_model]);
         let tables = if self.tie_embeddings { 1 } else { 2 };
-        tables * table + self.d_model as u64
+        tables * table + product(&[self.n_meta() + 1, self.d_model])
+    }
+
+    /// Learned tokens in front of every sequence: the blocks work on so many more tokens than the head.
+    pub fn n_meta(&self) -> usize {
+        self.blocks.first().map_or(0, |block| block.options.n_meta)
     }
 
     /// Checks that the sizes fit together.
@@ -352,6 +426,10 @@ impl ModelShape {
             if block.d_model != self.d_model {
                 let want = format!("all blocks need the model's d_model of {}", self.d_model);
                 return Err(Error::Shape { name: "model.d_model", got: block.d_model, want });
+            }
+            if block.options.n_meta != self.n_meta() {
+                let want = format!("all blocks need the {} of the first", self.n_meta());
+                return Err(Error::Shape { name: "model.n_meta", got: block.options.n_meta, want });
             }
         }
         Ok(())
@@ -390,6 +468,7 @@ pub(crate) mod tests {
             ssm: SsmShape::Mamba1 { d_inner: 1536, d_state: 16, d_conv: 4, dt_rank: 48, inner_norms: true },
             mlp: MlpShape { d_ff: 2048 },
             form: BlockForm::Released,
+            options: BlockOptions::default(),
         }
     }
 
@@ -431,6 +510,25 @@ pub(crate) mod tests {
         assert_eq!(block.params(Sharing::Split).fuse, 2 * 768 * 769);
         assert_eq!(block.fuse(Sharing::Split).join, Join::Gates { n_passed: 1 });
         assert_eq!(block.fuse(Sharing::AttnOnly).join, Join::Plain);
+    }
+
+    #[test]
+    fn options_by_hand() {
+        let plain = released_135m();
+        let mut block = plain;
+        let d_inner = plain.ssm.d_inner() as u64;
+        block.options = BlockOptions { attn_bias: true, mlp_bias: true, ..BlockOptions::default() };
+        let grown = |part: fn(&BlockParams) -> u64, block: &BlockShape| {
+            part(&block.params(Sharing::Split)) as i64 - part(&plain.params(Sharing::Split)) as i64
+        };
+        assert_eq!(grown(|p| p.attn, &block), 768 + 2 * 192 + 768 + 2 * 2048 + 768);
+        assert_eq!(grown(|p| p.ssm, &block), 2 * 2048 + 768);
+        block.options = BlockOptions { ssm_bias: true, conv_bias: false, ..BlockOptions::default() };
+        assert_eq!(grown(|p| p.ssm, &block), 2 * 1536 + 768 - 1536);
+        block.options = BlockOptions { mixer_norms: true, ..BlockOptions::default() };
+        assert_eq!((grown(|p| p.attn, &block), grown(|p| p.ssm, &block)), (768, d_inner as i64));
+        block.ssm = mamba2(1536);
+        assert_eq!(block.options.ssm_params(&block.ssm, 768), block.ssm.params(768));
     }
 
     #[test]

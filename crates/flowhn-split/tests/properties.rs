@@ -25,7 +25,7 @@ fn shapes() -> impl Strategy<Value = BlockShape> {
         };
         let bridge = if kv_bridge { Bridge::Kv } else { Bridge::None };
         let attn = AttnShape { n_heads: kv * group, n_kv_heads: kv, d_head, bridge };
-        BlockShape { d_model, attn, ssm, mlp: MlpShape { d_ff }, form }
+        BlockShape { d_model, attn, ssm, mlp: MlpShape { d_ff }, form, options: BlockOptions::default() }
     })
 }
 
@@ -261,6 +261,7 @@ fn long_sequences() {
         ssm: SsmShape::Mamba2 { d_inner: 4096, d_state: 128, d_conv: 4, d_head: 64, n_groups: 1 },
         mlp: MlpShape { d_ff: 5632 },
         form: BlockForm::Released,
+        options: BlockOptions::default(),
     };
     for seq_len in [1 << 16, 1 << 20] {
         let balance = Balance::new(&shape, seq_len, Placement::Last, ScoreCount::Causal);

@@ -15,6 +15,7 @@ fn released_block(d_model: usize, d_ff: usize, n_heads: usize, n_kv_heads: usize
         },
         mlp: MlpShape { d_ff },
         form: BlockForm::Released,
+        options: BlockOptions::default(),
     }
 }
 

@@ -7,8 +7,8 @@ use std::time::Instant;
 
 use flowhn_nn::Params;
 use flowhn_ssm::{
-    CausalConv1d, Mamba1Config, Mamba2Config, Result, SelectiveScan, Ssd, SsmConfig, SsmInit, SsmMixer, causal_conv1d,
-    selective_scan, ssd,
+    CausalConv1d, GroupOrder, Mamba1Config, Mamba2Config, Result, SelectiveScan, Ssd, SsmConfig, SsmInit, SsmMixer,
+    causal_conv1d, selective_scan, ssd,
 };
 use tch::{Device, Kind, Tensor};
 
@@ -47,12 +47,8 @@ fn main() -> Result<()> {
 
     let configs = [
         SsmConfig::Mamba1(Mamba1Config {
-            d_model: D_MODEL,
-            d_inner: D_INNER,
-            d_state: D_STATE,
-            d_conv: D_CONV,
-            dt_rank: D_MODEL / 16,
             inner_norm_eps: Some(1e-6),
+            ..Mamba1Config::new(D_MODEL, D_INNER, D_STATE, D_CONV, D_MODEL / 16)
         }),
         SsmConfig::Mamba2(Mamba2Config {
             d_model: D_MODEL,
@@ -64,6 +60,9 @@ fn main() -> Result<()> {
             chunk_len: 64,
             norm_eps: 1e-6,
             norm_groups: 1,
+            conv_bias: true,
+            proj_bias: false,
+            group_order: GroupOrder::Contiguous,
         }),
     ];
     let x_bld = leaf(&[BATCH, SEQ_LEN, D_MODEL]);

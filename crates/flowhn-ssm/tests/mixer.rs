@@ -6,12 +6,11 @@ use std::collections::HashMap;
 
 use common::{normal, resets, same_bits};
 use flowhn_nn::{Decay, Params};
-use flowhn_ssm::{Mamba1Config, Mamba2Config, SsmConfig, SsmInit, SsmMixer, SsmState};
+use flowhn_ssm::{GroupOrder, Mamba1Config, Mamba2Config, SsmConfig, SsmInit, SsmMixer, SsmState};
 use flowhn_torch::testing::assert_close;
 use tch::{Device, Kind, Tensor};
 
-const MAMBA1: Mamba1Config =
-    Mamba1Config { d_model: 16, d_inner: 24, d_state: 8, d_conv: 4, dt_rank: 3, inner_norm_eps: None };
+const MAMBA1: Mamba1Config = Mamba1Config::new(16, 24, 8, 4, 3);
 
 const MAMBA2: Mamba2Config = Mamba2Config {
     d_model: 16,
@@ -23,6 +22,9 @@ const MAMBA2: Mamba2Config = Mamba2Config {
     chunk_len: 8,
     norm_eps: 1e-5,
     norm_groups: 1,
+    conv_bias: true,
+    proj_bias: false,
+    group_order: GroupOrder::Contiguous,
 };
 
 fn configs() -> [SsmConfig; 3] {

@@ -14,6 +14,7 @@ use std::path::{Path, PathBuf};
 
 pub use read::{Checkpoint, Latest, latest_valid, resolve};
 pub use state::{FORMAT, FileEntry, Progress, State, VERSION};
+pub(crate) use write::write_tensors;
 pub use write::{Snapshot, prune, remove_stale, save};
 
 use crate::{Error, Result};

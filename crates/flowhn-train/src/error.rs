@@ -142,6 +142,30 @@ pub enum Error {
         /// The newest checkpoint, whose weights are finite.
         last_good: Option<PathBuf>,
     },
+    /// A file of evaluation items that cannot be used.
+    #[error("{path}: {at}{message}", path = path.display(), at = if *line > 0 { format!("line {line}: ") } else { String::new() })]
+    Item {
+        /// The file.
+        path: PathBuf,
+        /// The line, from 1; 0 for the file as a whole.
+        line: u64,
+        /// What is wrong.
+        message: String,
+    },
+    /// An evaluation task that is not there.
+    #[error(
+        "there is no task `{name}` in {dir} (it holds: {known}); name a file of items (.jsonl, .jsonl.gz, .jsonl.zst), or another \
+         folder with --eval-data",
+        dir = dir.display(), known = if known.is_empty() { "none" } else { known }
+    )]
+    NoTask {
+        /// What was asked for.
+        name: String,
+        /// Where it was looked for.
+        dir: PathBuf,
+        /// The tasks that are there.
+        known: String,
+    },
     /// The loss plot could not be drawn.
     #[error("{path}: cannot draw the plot: {message}", path = path.display())]
     Plot {

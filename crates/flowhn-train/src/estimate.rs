@@ -94,9 +94,9 @@ impl MemoryEstimate {
             Dtype::Bf16 => (Element::Bf16, 2),
         };
         let routing = model.routing()?;
-        let plan = routing.plan(model.seq_len).map_err(|error| Error::Model(error.into()))?;
-        let shape = model.block_shape();
-        let blocks = routing.blocks().iter().zip(plan.blocks()).map(|(route, plan)| {
+        let plan = routing.plan(model.seq_len + model.options.n_meta).map_err(|error| Error::Model(error.into()))?;
+        let shape = model.shape();
+        let blocks = shape.blocks.iter().zip(routing.blocks()).zip(plan.blocks()).map(|((shape, route), plan)| {
             let sharing: Sharing = route.sharing();
             let weights = element.size_bytes() * shape.params(sharing).total;
             shape.bytes(sharing, plan, element).total.saturating_sub(weights) / 2

@@ -1,10 +1,13 @@
-//! The loss plot.
+//! The plots: losses over the steps, and bars.
+
+mod bars;
 
 use std::path::Path;
 
 use plotters::coord::Shift;
 use plotters::prelude::*;
 
+pub use self::bars::{BarPanel, bars_svg};
 use crate::metrics::{StepRecord, ValidRecord};
 use crate::{Error, Result};
 

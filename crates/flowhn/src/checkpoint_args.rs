@@ -8,6 +8,7 @@ use flowhn_train::RunConfig;
 use flowhn_train::checkpoint::{self, Checkpoint};
 use flowhn_train::data::Tokenizer;
 use flowhn_train::run_dir::TOKENIZER;
+use tch::Device;
 
 use crate::console::Console;
 use crate::device::DeviceArgs;
@@ -43,26 +44,32 @@ impl CheckpointArgs {
     /// # Errors
     /// Where there is none, or the tokenizer at hand is another than the model's.
     pub fn load(&self, console: &Console) -> Result<Trained> {
-        let device = self.device.device()?;
-        let latest = checkpoint::resolve(&self.checkpoint)?;
-        for skipped in &latest.skipped {
-            console.warn(format_args!("{skipped}"));
-        }
-        let checkpoint =
-            latest.checkpoint.ok_or_else(|| anyhow!("{}: no usable checkpoint", self.checkpoint.display()))?;
-        let config = checkpoint.config().with_context(|| format!("checkpoint {}", checkpoint.path().display()))?;
-
-        let path = self.tokenizer.clone().unwrap_or_else(|| tokenizer_of(&checkpoint, &config));
-        let tokenizer = Tokenizer::load(&path)
-            .with_context(|| "the checkpoint's tokenizer is needed; name it with --tokenizer FILE".to_owned())?;
-        let whose = format!("checkpoint {}", checkpoint.path().display());
-        tokenizer.check_fingerprint(checkpoint.progress().tokenizer, &whose)?;
-
-        let mut model = Model::new(&config.model, device, config.train.seed)?;
-        model.set_compute_kind(config.train.dtype.kind());
-        checkpoint.load_into(model.params())?;
-        Ok(Trained { checkpoint, config, model, tokenizer })
+        load(&self.checkpoint, self.tokenizer.as_deref(), self.device.device()?, console)
     }
+}
+
+/// Loads the newest undamaged checkpoint that `path` means; damaged ones are warned of.
+///
+/// # Errors
+/// As [`CheckpointArgs::load`].
+pub fn load(path: &Path, tokenizer: Option<&Path>, device: Device, console: &Console) -> Result<Trained> {
+    let latest = checkpoint::resolve(path)?;
+    for skipped in &latest.skipped {
+        console.warn(format_args!("{skipped}"));
+    }
+    let checkpoint = latest.checkpoint.ok_or_else(|| anyhow!("{}: no usable checkpoint", path.display()))?;
+    let config = checkpoint.config().with_context(|| format!("checkpoint {}", checkpoint.path().display()))?;
+
+    let path = tokenizer.map_or_else(|| tokenizer_of(&checkpoint, &config), Path::to_owned);
+    let tokenizer = Tokenizer::load(&path)
+        .with_context(|| "the checkpoint's tokenizer is needed; name it with --tokenizer FILE".to_owned())?;
+    let whose = format!("checkpoint {}", checkpoint.path().display());
+    tokenizer.check_fingerprint(checkpoint.progress().tokenizer, &whose)?;
+
+    let mut model = Model::new(&config.model, device, config.train.seed)?;
+    model.set_compute_kind(config.train.dtype.kind());
+    checkpoint.load_into(model.params())?;
+    Ok(Trained { checkpoint, config, model, tokenizer })
 }
 
 /// The copy in the run's directory, or else the file that the run was started with.

@@ -4,7 +4,7 @@ use std::sync::LazyLock;
 
 use clap::{Parser, Subcommand};
 
-use crate::{bench, data, eval, generate, golden, kernels, plan, selftest, train};
+use crate::{bench, data, eval, export, generate, golden, import, kernels, plan, selftest, train};
 
 const AFTER_HELP: &str = "\
 Results go to standard output, progress and warnings to standard error.
@@ -32,6 +32,10 @@ pub enum Command {
     Plan(plan::Args),
     /// Compare models with files of recorded outputs and gradients.
     Golden(golden::Args),
+    /// Make a run of a checkpoint of transformers: Llama, Mamba, Mamba-2, Jamba.
+    Import(import::Args),
+    /// Write a checkpoint as transformers reads it.
+    Export(export::Args),
     /// Check every operation, model and run on this machine's devices.
     Selftest(selftest::Args),
     /// Show what every kernel takes of a GPU: registers, shared memory, spills.

@@ -1,11 +1,13 @@
 //! `flowhn data`.
 
+use std::fs;
 use std::path::PathBuf;
 use std::process::ExitCode;
 
-use anyhow::{Result, bail};
+use anyhow::{Context, Result, bail};
 use clap::Subcommand;
 use flowhn_train::data::{Dataset, PrepareOptions, ReadOptions, Tokenizer, prepare, train_tokenizer};
+use flowhn_train::tasks::sample_items;
 
 use crate::config_args::ConfigArgs;
 use crate::console::{self, Console};
@@ -25,6 +27,24 @@ enum Command {
     Tokenizer(TokenizerArgs),
     /// Make the token shards of a configuration ahead of training.
     Build(ConfigArgs),
+    /// Draw a small part of files of evaluation items, as data/eval was.
+    Sample(SampleArgs),
+}
+
+#[derive(Debug, clap::Args)]
+struct SampleArgs {
+    /// Files of items: .jsonl, .jsonl.gz or .jsonl.zst
+    #[arg(long, required = true, num_args = 1.., value_name = "FILE")]
+    input: Vec<PathBuf>,
+    /// Items to draw of each file
+    #[arg(long, value_name = "N", default_value_t = 100)]
+    items: usize,
+    /// Seed of the draw
+    #[arg(long, value_name = "N", default_value_t = 0)]
+    seed: u64,
+    /// The folder that gets a .jsonl.gz file for each
+    #[arg(long, value_name = "DIR")]
+    out: PathBuf,
 }
 
 #[derive(Debug, clap::Args)]
@@ -45,6 +65,7 @@ pub fn run(args: &Args) -> Result<ExitCode> {
     match &args.command {
         Command::Tokenizer(args) => tokenizer(args)?,
         Command::Build(args) => build(args)?,
+        Command::Sample(args) => sample(args)?,
     }
     Ok(ExitCode::SUCCESS)
 }
@@ -67,6 +88,18 @@ fn tokenizer(args: &TokenizerArgs) -> Result<()> {
         grouped(trained.n_documents),
         bytes(trained.text_bytes),
     ))
+}
+
+fn sample(args: &SampleArgs) -> Result<()> {
+    fs::create_dir_all(&args.out).with_context(|| format!("{}: cannot be made", args.out.display()))?;
+    for input in &args.input {
+        let name = input.file_name().unwrap_or_default().to_string_lossy();
+        let stem = name.split_once(".jsonl").map_or(&*name, |(stem, _)| stem);
+        let out = args.out.join(format!("{stem}.jsonl.gz"));
+        let n_items = sample_items(input, args.items, args.seed, &out)?;
+        console::print(&format!("{}: {} of {n_items} items\n", out.display(), args.items.min(n_items)))?;
+    }
+    Ok(())
 }
 
 fn build(args: &ConfigArgs) -> Result<()> {

@@ -6,6 +6,7 @@ use std::process::ExitCode;
 use anyhow::{Result, bail};
 use flowhn_model::{GoldenReport, MAX_REL_GRAD, MAX_REL_OUTPUT, check_golden};
 use flowhn_torch::catch;
+use flowhn_train::{MAX_REL_STEP, check_golden_step};
 use serde::Serialize;
 use tch::Device;
 
@@ -32,6 +33,9 @@ struct Row {
     max_rel_logits: Option<f64>,
     max_rel_hidden: Option<f64>,
     max_rel_grad: Option<f64>,
+    /// Absent where the file records no step.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    max_rel_step: Option<f64>,
     pass: bool,
     #[serde(skip_serializing_if = "Option::is_none")]
     error: Option<String>,
@@ -58,15 +62,19 @@ pub fn run(args: &Args) -> Result<ExitCode> {
 fn check(file: &Path, device: Device) -> Row {
     let name = file.to_string_lossy().into_owned();
     // A panic of libtorch over one file must not keep the others from being checked.
-    let outcome = catch(|| Ok(check_golden(file, device)));
-    let outcome = outcome.map_err(|error| error.to_string()).and_then(|inner| inner.map_err(|error| error.to_string()));
+    let outcome = catch(|| {
+        let report = check_golden(file, device).map_err(|error| error.to_string());
+        Ok(report.and_then(|report| Ok((report, check_golden_step(file).map_err(|error| error.to_string())?))))
+    });
+    let outcome = outcome.map_err(|error| error.to_string()).and_then(|inner| inner);
     match outcome {
-        Ok(GoldenReport { max_rel_logits, max_rel_hidden, max_rel_grad, pass, .. }) => Row {
+        Ok((GoldenReport { max_rel_logits, max_rel_hidden, max_rel_grad, pass, .. }, max_rel_step)) => Row {
             file: name,
             max_rel_logits: Some(max_rel_logits),
             max_rel_hidden: Some(max_rel_hidden),
             max_rel_grad: Some(max_rel_grad),
-            pass,
+            max_rel_step,
+            pass: pass && max_rel_step.is_none_or(|error| error <= MAX_REL_STEP),
             error: None,
         },
         Err(message) => {
@@ -76,6 +84,7 @@ fn check(file: &Path, device: Device) -> Row {
                 max_rel_logits: None,
                 max_rel_hidden: None,
                 max_rel_grad: None,
+                max_rel_step: None,
                 pass: false,
                 error: Some(error),
             }
@@ -85,15 +94,16 @@ fn check(file: &Path, device: Device) -> Row {
 
 fn table(rows: &[Row]) -> String {
     let width = rows.iter().map(|row| row.file.chars().count()).max().unwrap_or(0).max("limit".len());
-    let line = |name: &str, numbers: [&str; 3], verdict: &str| {
-        let [logits, hidden, grad] = numbers;
-        format!("{name:<width$}  {logits:>9}  {hidden:>9}  {grad:>9}  {verdict}").trim_end().to_owned() + "\n"
+    let line = |name: &str, numbers: [&str; 4], verdict: &str| {
+        let [logits, hidden, grad, step] = numbers;
+        format!("{name:<width$}  {logits:>9}  {hidden:>9}  {grad:>9}  {step:>9}  {verdict}").trim_end().to_owned()
+            + "\n"
     };
-    let mut text = line("largest relative error", ["logits", "hidden", "gradients"], "");
-    let limits = [MAX_REL_OUTPUT, MAX_REL_OUTPUT, MAX_REL_GRAD].map(|limit| format!("{limit:.0e}"));
+    let mut text = line("largest relative error", ["logits", "hidden", "gradients", "step"], "");
+    let limits = [MAX_REL_OUTPUT, MAX_REL_OUTPUT, MAX_REL_GRAD, MAX_REL_STEP].map(|limit| format!("{limit:.0e}"));
     text += &line("limit", limits.each_ref().map(String::as_str), "");
     for row in rows {
-        let numbers = [row.max_rel_logits, row.max_rel_hidden, row.max_rel_grad]
+        let numbers = [row.max_rel_logits, row.max_rel_hidden, row.max_rel_grad, row.max_rel_step]
             .map(|number| number.map_or("-".to_owned(), |number| format!("{number:.1e}")));
         let verdict = match (row.pass, &row.error) {
             (true, _) => "pass",

@@ -10,9 +10,11 @@ mod console;
 mod data;
 mod device;
 mod eval;
+mod export;
 mod fail;
 mod generate;
 mod golden;
+mod import;
 mod interrupt;
 mod kernels;
 mod plan;
@@ -37,6 +39,8 @@ fn main() -> ExitCode {
         Command::Generate(args) => generate::run(args),
         Command::Plan(args) => plan::run(args),
         Command::Golden(args) => golden::run(args),
+        Command::Import(args) => import::run(args),
+        Command::Export(args) => export::run(args),
         Command::Selftest(args) => selftest::run(args),
         Command::Kernels(args) => kernels::run(args),
         Command::Bench(args) => bench::run(args),

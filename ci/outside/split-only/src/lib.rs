@@ -3,8 +3,8 @@
 #![forbid(unsafe_code)]
 
 use flowhn_split::{
-    AttnShape, BlockForm, BlockShape, Bridge, Error, MlpShape, ModelFlops, ModelShape, Routing, ScoreCount,
-    SplitSettings, SsmShape,
+    AttnShape, BlockForm, BlockOptions, BlockShape, Bridge, Error, MlpShape, ModelFlops, ModelShape, Routing,
+    ScoreCount, SplitSettings, SsmShape,
 };
 
 /// Forward FLOPs of one token in a hybrid of two blocks of 768 features, trained at `seq_len`.
@@ -18,6 +18,7 @@ pub fn flops_per_token(policy: &str, seq_len: usize) -> Result<u64, Error> {
         ssm: SsmShape::Mamba1 { d_inner: 1536, d_state: 16, d_conv: 4, dt_rank: 48, inner_norms: true },
         mlp: MlpShape { d_ff: 2048 },
         form: BlockForm::Released,
+        options: BlockOptions::default(),
     };
     let settings = SplitSettings::new(policy.parse()?);
     let routing = Routing::new(seq_len, &[settings.clone(), settings], &[block, block])?;

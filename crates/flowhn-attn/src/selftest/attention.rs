@@ -16,6 +16,7 @@ struct Pattern {
     k: Vec<i64>,
     document_len: Option<i64>,
     window: Option<usize>,
+    n_sinks: usize,
 }
 
 /// Sizes: query heads, key heads, width of a head.
@@ -37,7 +38,7 @@ pub(super) fn cases() -> Vec<Case> {
 }
 
 fn patterns() -> Vec<Pattern> {
-    let plain = |name, q: Vec<i64>, k: Vec<i64>| Pattern { name, q, k, document_len: None, window: None };
+    let plain = |name, q: Vec<i64>, k: Vec<i64>| Pattern { name, q, k, document_len: None, window: None, n_sinks: 0 };
     let causal = |name, n: i64| plain(name, (0..n).collect(), (0..n).collect());
     vec![
         causal("causal, 1 token", 1),
@@ -50,6 +51,7 @@ fn patterns() -> Vec<Pattern> {
         plain("first query sees nothing", vec![1, 6, 9], vec![3, 4, 8, 30]),
         Pattern { window: Some(17), ..causal("window of 17", 100) },
         Pattern { window: Some(1), ..causal("window of 1", 70) },
+        Pattern { window: Some(17), n_sinks: 5, ..causal("window of 17 and 5 sinks", 100) },
         Pattern { document_len: Some(13), ..causal("documents", 100) },
         Pattern { document_len: Some(23), window: Some(9), ..causal("documents and window", 90) },
     ]
@@ -64,7 +66,7 @@ impl Pattern {
     fn sees(&self, batch_idx: i64, q: i64, k: i64) -> bool {
         k <= q
             && self.document(batch_idx, q) == self.document(batch_idx, k)
-            && self.window.is_none_or(|window| k > q - window as i64)
+            && self.window.is_none_or(|window| k > q - window as i64 || k < self.n_sinks as i64)
     }
 
     /// `[batch, 1, n, m]`.
@@ -102,7 +104,7 @@ fn check(pattern: &Pattern, shape: (i64, i64, i64), kind: Kind, device: Device) 
             mask = mask.with_segments(&q_documents, &k_documents);
         }
         if let Some(window) = pattern.window {
-            mask = mask.with_window(window);
+            mask = mask.with_window(window).with_sinks(pattern.n_sinks);
         }
         Ok(vec![attention(&x[0], &x[1], &x[2], &mask)?])
     };

@@ -14,6 +14,7 @@ struct Case {
     k: Vec<i64>,
     documents: Option<fn(batch: i64, position: i64) -> i64>,
     window: Option<usize>,
+    n_sinks: usize,
 }
 
 #[derive(Clone, Copy, PartialEq)]
@@ -31,10 +32,16 @@ fn packed(batch: i64, position: i64) -> i64 {
 fn cases() -> Vec<Case> {
     let mut cases = Vec::new();
     let mut add = |name, order, q: Vec<i64>, k: Vec<i64>| {
-        for (documents, window) in
-            [(None, None), (Some(packed as fn(i64, i64) -> i64), None), (None, Some(3)), (Some(packed as _), Some(4))]
-        {
-            cases.push(Case { name, order, q: q.clone(), k: k.clone(), documents, window });
+        let documents: Option<fn(i64, i64) -> i64> = Some(packed);
+        for (documents, window, n_sinks) in [
+            (None, None, 0),
+            (documents, None, 0),
+            (None, Some(3), 0),
+            (documents, Some(4), 0),
+            (None, Some(3), 2),
+            (documents, Some(2), 9),
+        ] {
+            cases.push(Case { name, order, q: q.clone(), k: k.clone(), documents, window, n_sinks });
         }
     };
     for n in [1, 2, 5, 37, 70] {
@@ -73,7 +80,7 @@ impl Case {
     fn sees(&self, batch: i64, query: i64, key: i64) -> bool {
         key <= query
             && self.documents.is_none_or(|document| document(batch, query) == document(batch, key))
-            && self.window.is_none_or(|window| key > query - window as i64)
+            && self.window.is_none_or(|window| key > query - window as i64 || key < self.n_sinks as i64)
     }
 
     fn run(&self, x: &Inputs) -> Tensor {
@@ -94,7 +101,7 @@ impl Case {
             mask = mask.with_segments(&q_segments, &k_segments);
         }
         if let Some(window) = self.window {
-            mask = mask.with_window(window);
+            mask = mask.with_window(window).with_sinks(self.n_sinks);
         }
         attention(&x.q, &x.k, &x.v, &mask).unwrap()
     }
@@ -119,8 +126,8 @@ impl Case {
     fn label(&self, heads: (i64, i64), d_head: i64) -> String {
         let (n, m, documents) = (self.q.len(), self.k.len(), self.documents.is_some());
         format!(
-            "{}: {n} of {m}, heads {heads:?} of {d_head}, documents {documents}, window {:?}",
-            self.name, self.window
+            "{}: {n} of {m}, heads {heads:?} of {d_head}, documents {documents}, window {:?}, sinks {}",
+            self.name, self.window, self.n_sinks
         )
     }
 }

@@ -17,7 +17,8 @@ fn configs() -> Vec<AttnConfig> {
         for rope in [None, Some(Rope { theta: 10000. })] {
             for window in [None, Some(6)] {
                 for (n_heads, n_kv_heads, d_head) in [(4, 2, 8), (3, 1, 6)] {
-                    configs.push(AttnConfig { d_model: D, n_heads, n_kv_heads, d_head, rope, bridge, window });
+                    let sizes = AttnConfig::new(D, n_heads, n_kv_heads, d_head);
+                    configs.push(AttnConfig { rope, bridge, window, ..sizes });
                 }
             }
         }

@@ -4,11 +4,11 @@ mod raw;
 mod strict;
 
 use flowhn_split::{
-    AttnShape, BlockForm, BlockShape, Bridge, Fusion, MlpShape, ModelShape, Policy, Routing, Sharing, SplitSettings,
-    SsmShape, policy_per_block,
+    AttnShape, BlockForm, BlockOptions, BlockShape, Branch, Bridge, Fusion, MlpShape, ModelShape, Policy, Routing,
+    Sharing, SplitSettings, SsmShape, policy_per_block,
 };
 
-pub use raw::{BlockKind, InitKind, Mixer, PolicyList, RawModel};
+pub use raw::{BlockKind, GroupOrder, InitKind, Mixer, PolicyList, RawModel};
 pub use strict::{from_table, load_table};
 
 use crate::{Error, Result};
@@ -45,8 +45,14 @@ pub struct ModelConfig {
     pub rope_theta: Option<f64>,
     /// The state-space mixer.
     pub ssm: SsmShape,
+    /// Which group of B and C a head of Mamba-2 reads.
+    pub group_order: GroupOrder,
     /// Tokens of a chunk of the SSD algorithm; no effect on what Mamba-2 computes.
     pub ssd_chunk_len: usize,
+    /// What blocks have beside their sizes; the window is that of the blocks that are not in `global_blocks`.
+    pub options: BlockOptions,
+    /// Blocks whose attention has no window.
+    pub global_blocks: Vec<usize>,
     /// Policies of the first blocks.
     pub first_blocks: Vec<Policy>,
     /// The policy of the rest, or one for each block.
@@ -62,7 +68,12 @@ impl ModelConfig {
     /// [`Error::Value`] or [`Error::Split`], naming the key at fault and what would be right.
     pub fn check(raw: RawModel) -> Result<Self> {
         let d_model = raw.d_model;
-        let attn = check_attn(&raw.attn, d_model)?;
+        if raw.split.policy.0.is_empty() {
+            return Err(Error::value("model.split.policy", "the list is empty: name at least one policy"));
+        }
+        let policies = raw.split.first_blocks.iter().chain(&raw.split.policy.0);
+        let has_attn = policies.into_iter().any(|policy| policy.sharing().has(Branch::Attn));
+        let attn = check_attn(&raw.attn, d_model, has_attn)?;
         let (ssm, ssd_chunk_len) = check_ssm(&raw.ssm, d_model)?;
         if raw.fusion.is_some() && raw.block == BlockKind::Released {
             let message = "the released block always projects: drop the key or use block = \"flow\"";
@@ -79,9 +90,6 @@ impl ModelConfig {
             let message = format!("{idx} is not below model.vocab_size, which is {}", raw.vocab_size);
             return Err(Error::value("model.padding_idx", message));
         }
-        if raw.split.policy.0.is_empty() {
-            return Err(Error::value("model.split.policy", "the list is empty: name at least one policy"));
-        }
         let mut config = Self {
             vocab_size: raw.vocab_size,
             d_model,
@@ -97,7 +105,18 @@ impl ModelConfig {
             attn,
             rope_theta: raw.attn.rope.then_some(raw.attn.rope_theta),
             ssm,
+            group_order: raw.ssm.group_order.unwrap_or_default(),
             ssd_chunk_len,
+            options: BlockOptions {
+                attn_bias: raw.attn.bias,
+                mlp_bias: raw.mlp_bias,
+                conv_bias: raw.ssm.conv_bias.unwrap_or(true),
+                ssm_bias: raw.ssm.proj_bias,
+                mixer_norms: raw.mixer_norms,
+                window: raw.attn.window,
+                n_meta: raw.n_meta,
+            },
+            global_blocks: raw.attn.global_blocks,
             first_blocks: raw.split.first_blocks,
             split: SplitSettings {
                 policy: raw.split.policy.0[0],
@@ -111,6 +130,7 @@ impl ModelConfig {
             policy: raw.split.policy.0,
         };
         config.shape().check()?;
+        config.check_options()?;
         // A cycle solved now is written down, so that it stays the same at every other length.
         config.split.cycle = config.routing()?.cycle();
         Ok(config)
@@ -138,23 +158,32 @@ impl ModelConfig {
             tie_embeddings: self.tie_embeddings,
             init: self.init,
             padding_idx: self.padding_idx,
+            mlp_bias: self.options.mlp_bias,
+            mixer_norms: self.options.mixer_norms,
+            n_meta: self.options.n_meta,
             attn: RawAttn {
-                n_heads: self.attn.n_heads,
+                n_heads: Some(self.attn.n_heads),
                 n_kv_heads: Some(self.attn.n_kv_heads),
                 d_head: Some(self.attn.d_head),
                 rope: self.rope_theta.is_some(),
                 rope_theta: self.rope_theta.unwrap_or(10_000.),
                 bridge: self.attn.bridge,
+                bias: self.options.attn_bias,
+                window: self.options.window,
+                global_blocks: self.global_blocks.clone(),
             },
             ssm: RawSsm {
                 mixer,
                 d_inner: Some(self.ssm.d_inner()),
                 d_state: Some(self.ssm.d_state()),
                 d_conv: Some(self.ssm.d_conv()),
+                conv_bias: Some(self.options.conv_bias),
+                proj_bias: self.options.ssm_bias,
                 dt_rank,
                 inner_norms,
                 d_head,
                 n_groups,
+                group_order: (mixer == Mixer::Mamba2).then_some(self.group_order),
                 chunk_len,
             },
             split: RawSplit {
@@ -170,13 +199,21 @@ impl ModelConfig {
         }
     }
 
-    /// The shape that all blocks share; what a block really has follows from its policy.
-    pub fn block_shape(&self) -> BlockShape {
+    /// The shape of a block; what it really has follows from its policy.
+    pub fn block_shape(&self, block_idx: usize) -> BlockShape {
         let form = match self.block {
             BlockKind::Released => BlockForm::Released,
             BlockKind::Flow => BlockForm::Flow(self.fusion),
         };
-        BlockShape { d_model: self.d_model, attn: self.attn, ssm: self.ssm, mlp: MlpShape { d_ff: self.d_ff }, form }
+        let window = self.options.window.filter(|_| !self.global_blocks.contains(&block_idx));
+        BlockShape {
+            d_model: self.d_model,
+            attn: self.attn,
+            ssm: self.ssm,
+            mlp: MlpShape { d_ff: self.d_ff },
+            form,
+            options: BlockOptions { window, ..self.options },
+        }
     }
 
     /// The shape of the whole model, for costs and plans.
@@ -185,7 +222,7 @@ impl ModelConfig {
             vocab_size: self.vocab_size,
             d_model: self.d_model,
             tie_embeddings: self.tie_embeddings,
-            blocks: vec![self.block_shape(); self.n_layers],
+            blocks: (0..self.n_layers).map(|block_idx| self.block_shape(block_idx)).collect(),
         }
     }
 
@@ -203,17 +240,52 @@ impl ModelConfig {
                 SplitSettings { policy, released: self.split.released && !one_way, ..self.split.clone() }
             })
             .collect();
-        Ok(Routing::new(self.seq_len, &settings, &vec![self.block_shape(); self.n_layers])?)
+        Ok(Routing::new(self.seq_len, &settings, &self.shape().blocks)?)
+    }
+
+    /// Checks that windows and learned tokens meet blocks that can have them.
+    fn check_options(&self) -> Result<()> {
+        let BlockOptions { window, n_meta, .. } = self.options;
+        if let Some(idx) = self.global_blocks.iter().find(|&&idx| idx >= self.n_layers) {
+            let message = format!("there is no block {idx} among {}, which are counted from 0", self.n_layers);
+            return Err(Error::value("model.attn.global_blocks", message));
+        }
+        if window.is_none() && !self.global_blocks.is_empty() {
+            let message = "without model.attn.window every block sees everything: drop the key or set a window";
+            return Err(Error::value("model.attn.global_blocks", message));
+        }
+        let policies = policy_per_block(&self.first_blocks, &self.policy, self.n_layers)?;
+        let split = policies.iter().find(|policy| policy.sharing() == Sharing::Split);
+        for (key, given) in [("model.attn.window", window.is_some()), ("model.n_meta", n_meta > 0)] {
+            if let Some(policy) = split.filter(|_| given) {
+                let message = format!(
+                    "policy {policy} shares out the tokens, and the balance of the branches does not count it: use no_split, \
+                     attn_all or ssm_all in every block, or drop the key"
+                );
+                return Err(Error::value(key, message));
+            }
+            if given && self.attn.bridge == Bridge::Kv {
+                return Err(Error::value(key, "it does not go with model.attn.bridge = \"kv\": drop one of the two"));
+            }
+        }
+        Ok(())
     }
 }
 
-fn check_attn(raw: &RawAttn, d_model: usize) -> Result<AttnShape> {
+/// Attention's shape; a model without attention need not name any.
+fn check_attn(raw: &RawAttn, d_model: usize, has_attn: bool) -> Result<AttnShape> {
+    let n_heads = match raw.n_heads {
+        Some(n_heads) => n_heads,
+        None if has_attn => {
+            return Err(Error::value("model.attn", "missing field `n_heads`: the number of query heads"));
+        }
+        None => 1,
+    };
     let d_head = match raw.d_head {
         Some(d_head) => d_head,
-        None if raw.n_heads > 0 && d_model.is_multiple_of(raw.n_heads) => d_model / raw.n_heads,
+        None if n_heads > 0 && d_model.is_multiple_of(n_heads) => d_model / n_heads,
         None => {
-            let message =
-                format!("{} heads do not divide model.d_model = {d_model}: set model.attn.d_head", raw.n_heads);
+            let message = format!("{n_heads} heads do not divide model.d_model = {d_model}: set model.attn.d_head");
             return Err(Error::value("model.attn.n_heads", message));
         }
     };
@@ -224,12 +296,7 @@ fn check_attn(raw: &RawAttn, d_model: usize) -> Result<AttnShape> {
     if raw.rope && (raw.rope_theta.is_nan() || raw.rope_theta <= 1.) {
         return Err(Error::value("model.attn.rope_theta", format!("{} is not above 1", raw.rope_theta)));
     }
-    Ok(AttnShape {
-        n_heads: raw.n_heads,
-        n_kv_heads: raw.n_kv_heads.unwrap_or(raw.n_heads),
-        d_head,
-        bridge: raw.bridge,
-    })
+    Ok(AttnShape { n_heads, n_kv_heads: raw.n_kv_heads.unwrap_or(n_heads), d_head, bridge: raw.bridge })
 }
 
 /// The mixer's shape and the chunk length of its algorithm.
@@ -239,8 +306,11 @@ fn check_ssm(raw: &RawSsm, d_model: usize) -> Result<(SsmShape, usize)> {
             ("d_head", raw.d_head.is_some()),
             ("n_groups", raw.n_groups.is_some()),
             ("chunk_len", raw.chunk_len.is_some()),
+            ("group_order", raw.group_order.is_some()),
         ],
-        Mixer::Mamba2 => [("dt_rank", raw.dt_rank.is_some()), ("inner_norms", raw.inner_norms.is_some()), ("", false)],
+        Mixer::Mamba2 => {
+            [("dt_rank", raw.dt_rank.is_some()), ("inner_norms", raw.inner_norms.is_some()), ("", false), ("", false)]
+        }
     };
     if let Some((key, _)) = foreign.into_iter().find(|&(_, given)| given) {
         let (own, other) = match raw.mixer {
@@ -340,6 +410,11 @@ mod tests {
             ("seq_len = 256", "seq_len = 256\nrms_norm_eps = 0.0", "model.rms_norm_eps"),
             ("seq_len = 256", "seq_len = 256\npadding_idx = 97", "model.padding_idx"),
             ("vocab_size = 97", "vocab_sice = 97", "did you mean `vocab_size`"),
+            ("n_heads = 4", "n_heads = 4\nwindow = 8", "`model.attn.window`: policy cyclic_split"),
+            ("seq_len = 256", "seq_len = 256\nn_meta = 8", "`model.n_meta`: policy cyclic_split"),
+            ("n_heads = 4", "n_heads = 4\nglobal_blocks = [0]", "model.attn.global_blocks"),
+            ("n_heads = 4", "n_heads = 4\nwindow = 8\nglobal_blocks = [3]", "there is no block 3 among 3"),
+            ("[split]", "[ssm]\ngroup_order = \"strided\"\n[split]", "model.ssm.group_order"),
         ] {
             let error = read(&[(from, to)]).unwrap_err().to_string();
             assert!(error.contains(want), "{to}: {error}");

@@ -27,6 +27,17 @@ pub enum Mixer {
     Mamba2,
 }
 
+/// Which group of B and C a head of Mamba-2 reads.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum GroupOrder {
+    /// Neighbouring heads share a group, as in `mamba_ssm`.
+    #[default]
+    Contiguous,
+    /// Head `h` reads group `h % n_groups`, as `transformers` up to 4.51 computes without CUDA kernels.
+    Strided,
+}
+
 /// How weights start.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "lowercase")]
@@ -61,6 +72,13 @@ pub struct RawModel {
     #[serde(default)]
     pub(super) init: InitKind,
     pub(super) padding_idx: Option<usize>,
+    #[serde(default)]
+    pub(super) mlp_bias: bool,
+    #[serde(default)]
+    pub(super) mixer_norms: bool,
+    #[serde(default)]
+    pub(super) n_meta: usize,
+    #[serde(default)]
     pub(super) attn: RawAttn,
     #[serde(default)]
     pub(super) ssm: RawSsm,
@@ -69,17 +87,34 @@ pub struct RawModel {
 }
 
 #[derive(Clone, Debug, Serialize, Deserialize)]
-#[serde(deny_unknown_fields)]
+#[serde(deny_unknown_fields, default)]
 pub(super) struct RawAttn {
-    pub(super) n_heads: usize,
+    pub(super) n_heads: Option<usize>,
     pub(super) n_kv_heads: Option<usize>,
     pub(super) d_head: Option<usize>,
-    #[serde(default)]
     pub(super) rope: bool,
-    #[serde(default = "rope_theta")]
     pub(super) rope_theta: f64,
-    #[serde(default)]
     pub(super) bridge: Bridge,
+    pub(super) bias: bool,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub(super) window: Option<usize>,
+    pub(super) global_blocks: Vec<usize>,
+}
+
+impl Default for RawAttn {
+    fn default() -> Self {
+        Self {
+            n_heads: None,
+            n_kv_heads: None,
+            d_head: None,
+            rope: false,
+            rope_theta: 10_000.,
+            bridge: Bridge::None,
+            bias: false,
+            window: None,
+            global_blocks: Vec::new(),
+        }
+    }
 }
 
 #[derive(Clone, Debug, Default, Serialize, Deserialize)]
@@ -90,10 +125,14 @@ pub(super) struct RawSsm {
     pub(super) d_inner: Option<usize>,
     pub(super) d_state: Option<usize>,
     pub(super) d_conv: Option<usize>,
+    pub(super) conv_bias: Option<bool>,
+    #[serde(default)]
+    pub(super) proj_bias: bool,
     pub(super) dt_rank: Option<usize>,
     pub(super) inner_norms: Option<bool>,
     pub(super) d_head: Option<usize>,
     pub(super) n_groups: Option<usize>,
+    pub(super) group_order: Option<GroupOrder>,
     pub(super) chunk_len: Option<usize>,
 }
 
@@ -128,10 +167,6 @@ impl Default for RawSplit {
 
 fn rms_norm_eps() -> f64 {
     1e-6
-}
-
-fn rope_theta() -> f64 {
-    10_000.
 }
 
 impl Serialize for PolicyList {

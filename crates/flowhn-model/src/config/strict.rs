@@ -8,19 +8,53 @@ use toml::{Table, Value};
 
 use crate::{Error, Result};
 
+/// Files that may stand on one another by `base`.
+const MAX_BASES: usize = 8;
+
 /// Reads a TOML file and applies overrides of the form `a.b=c`, where `c` is a TOML value or, failing that, a string.
+///
+/// A key `base = "other.toml"` at the top of the file stands for all that the other file says, whose path starts at this one's
+/// folder; what this file says itself goes before.
 ///
 /// # Errors
 /// [`Error::Read`], [`Error::Toml`], or [`Error::Override`] with the override at fault.
 pub fn load_table(path: &Path, sets: &[String]) -> Result<Table> {
-    let text = fs::read_to_string(path).map_err(|source| Error::Read { path: path.to_owned(), source })?;
-    let mut table: Table = text
-        .parse()
-        .map_err(|error: toml::de::Error| Error::Toml { path: path.to_owned(), message: error.to_string() })?;
+    let mut table = with_base(path, MAX_BASES)?;
     for set in sets {
         apply_override(&mut table, set)?;
     }
     Ok(table)
+}
+
+/// A file over its base, of which there may be `depth` more.
+fn with_base(path: &Path, depth: usize) -> Result<Table> {
+    let text = fs::read_to_string(path).map_err(|source| Error::Read { path: path.to_owned(), source })?;
+    let invalid = |message: String| Error::Toml { path: path.to_owned(), message };
+    let own: Table = text.parse().map_err(|error: toml::de::Error| invalid(error.to_string()))?;
+    let base = match own.get("base") {
+        None => return Ok(own),
+        Some(Value::String(base)) => path.parent().unwrap_or(Path::new("")).join(base),
+        Some(other) => return Err(invalid(format!("base is {other}, expected the name of a file"))),
+    };
+    if depth == 0 {
+        return Err(invalid(format!("more than {MAX_BASES} files stand on one another by `base`, or in a circle")));
+    }
+    let mut table = with_base(&base, depth - 1)?;
+    lay_over(&mut table, own);
+    table.remove("base");
+    Ok(table)
+}
+
+/// Puts the values of `over` in the place of those of `table`, section by section.
+fn lay_over(table: &mut Table, over: Table) {
+    for (key, value) in over {
+        match (table.get_mut(&key), value) {
+            (Some(Value::Table(below)), Value::Table(above)) => lay_over(below, above),
+            (_, value) => {
+                table.insert(key, value);
+            }
+        }
+    }
 }
 
 /// Reads a table into `T`, which should deny unknown fields.
@@ -142,6 +176,23 @@ mod tests {
         assert_eq!(outer, Outer { inner: Inner { n_heads: 4, name: Some("runs/a b".into()) } });
         let quoted = read("[inner]\nn_heads = 1", &["inner.name=\"4\""]).unwrap();
         assert_eq!(quoted.inner.name.as_deref(), Some("4"));
+    }
+
+    #[test]
+    fn a_file_may_stand_on_another() {
+        let dir = tempfile::tempdir().unwrap();
+        let file = |name: &str, text: &str| fs::write(dir.path().join(name), text).unwrap();
+        file("base.toml", "[inner]\nn_heads = 1\nname = \"a\"");
+        file("top.toml", "base = \"base.toml\"\n[inner]\nn_heads = 2");
+        let read = |sets: &[String]| from_table::<Outer>(load_table(&dir.path().join("top.toml"), sets)?);
+        assert_eq!(read(&[]).unwrap().inner, Inner { n_heads: 2, name: Some("a".into()) });
+        assert_eq!(read(&["inner.n_heads=3".to_owned()]).unwrap().inner.n_heads, 3);
+        file("base.toml", "base = \"top.toml\"");
+        assert!(read(&[]).unwrap_err().to_string().contains("in a circle"));
+        file("base.toml", "base = 3");
+        assert!(read(&[]).unwrap_err().to_string().contains("base is 3"));
+        file("top.toml", "base = \"nowhere.toml\"");
+        assert!(read(&[]).unwrap_err().to_string().contains("nowhere.toml"));
     }
 
     #[test]

@@ -32,7 +32,7 @@ pub(super) fn cases() -> Vec<Case> {
     cases
 }
 
-fn later_tokens_do_not_matter(model: &Model, device: Device) -> Result<()> {
+pub(super) fn later_tokens_do_not_matter(model: &Model, device: Device) -> Result<()> {
     let before = ids(2, SEQ_LEN, 1, device);
     let want = no_grad(|| model.logits(&before, None))?;
     for pos in [1, 16, 30, SEQ_LEN as i64 - 1] {
@@ -47,7 +47,7 @@ fn later_tokens_do_not_matter(model: &Model, device: Device) -> Result<()> {
     Ok(())
 }
 
-fn documents_do_not_matter(model: &Model, device: Device) -> Result<()> {
+pub(super) fn documents_do_not_matter(model: &Model, device: Device) -> Result<()> {
     let lengths = [13i64, 1, 20, 11];
     let documents = (0i64..).zip(lengths).map(|(i, n)| Tensor::full([n], i, (Kind::Int64, device)));
     let segments = Tensor::cat(&documents.collect::<Vec<_>>(), 0).unsqueeze(0);

@@ -14,7 +14,7 @@ pub(super) fn cases() -> Vec<Case> {
     let mut cases = Vec::new();
     for variant in VARIANTS {
         let name = |kind: &str| format!("decode: {} {kind}", variant.name());
-        cases.push(case(name("Float"), move |device| equals_the_full_forward(&variant, device)));
+        cases.push(case(name("Float"), move |device| policies_equal_the_full_forward(&variant, device)));
         cases.push(case(name("BFloat16"), move |device| is_as_exact_as_the_full_forward(&variant, device)));
     }
     cases.push(case("decode: a prompt in pieces equals the prompt at once".to_owned(), pieces));
@@ -34,23 +34,30 @@ fn decoded(model: &Model, ids: &Tensor, prompt: usize) -> Result<Tensor> {
 }
 
 /// Past the training length, where plans repeat.
-fn long_ids(device: Device) -> Tensor {
+pub(super) fn long_ids(device: Device) -> Tensor {
     ids(2, SEQ_LEN + 20, 3, device)
 }
 
-fn equals_the_full_forward(variant: &Variant, device: Device) -> Result<String> {
+fn policies_equal_the_full_forward(variant: &Variant, device: Device) -> Result<String> {
     let mut worst = 0f64;
     for split in POLICIES {
         let model = variant.model(split, device)?;
-        let ids = long_ids(device);
-        let want = no_grad(|| model.logits(&ids, None))?;
-        for prompt in [1, 17, SEQ_LEN - 1, SEQ_LEN + 7] {
-            let error = max_rel(&decoded(&model, &ids, prompt)?, &want)?;
-            ensure(error <= MAX_REL, || format!("{split}, prompt {prompt}: off by {error:.2e}"))?;
-            worst = worst.max(error);
-        }
+        let named = |error| Error::Input(format!("{split}: {error}"));
+        worst = worst.max(equals_the_full_forward(&model, &long_ids(device)).map_err(named)?);
     }
     Ok(format!("{} policies, {worst:.0e}", POLICIES.len()))
+}
+
+/// The largest error of decoding with prompts of several lengths.
+pub(super) fn equals_the_full_forward(model: &Model, ids: &Tensor) -> Result<f64> {
+    let want = no_grad(|| model.logits(ids, None))?;
+    let mut worst = 0f64;
+    for prompt in [1, 17, SEQ_LEN - 1, SEQ_LEN + 7] {
+        let error = max_rel(&decoded(model, ids, prompt)?, &want)?;
+        ensure(error <= MAX_REL, || format!("prompt {prompt}: off by {error:.2e}"))?;
+        worst = worst.max(error);
+    }
+    Ok(worst)
 }
 
 /// In bf16 the two round differently; decoding may lose at most twice what the whole sequence loses against f32.

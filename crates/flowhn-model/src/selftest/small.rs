@@ -77,13 +77,23 @@ impl Variant {
     /// As [`Model::new`].
     pub fn model(&self, split: &str, device: Device) -> Result<Model> {
         let model = Model::new(&self.config(split)?, device, 11)?;
-        for param in model.params().iter() {
-            if param.name.ends_with("proj.weight") || param.name.ends_with("embed.weight") {
-                model.params().assign(&param.name, &(param.weight.master().detach() * 3.))?;
-            }
-        }
+        enlarge_weights(&model)?;
         Ok(model)
     }
+}
+
+/// Makes matrices larger than they start, and biases other than zero, so that differences show.
+pub(super) fn enlarge_weights(model: &Model) -> Result<()> {
+    for param in model.params().iter() {
+        let weight = param.weight.master().detach();
+        if ["proj.weight", "embed.weight", "meta"].iter().any(|name| param.name.ends_with(name)) {
+            model.params().assign(&param.name, &(weight * 3.))?;
+        } else if param.name.ends_with("proj.bias") && !param.name.ends_with("dt_proj.bias") {
+            let noise = Tensor::arange(weight.numel() as i64, (Kind::Float, weight.device())).sin();
+            model.params().assign(&param.name, &(noise * 0.3))?;
+        }
+    }
+    Ok(())
 }
 
 /// Pseudo-random ids `[batch, len]`.

@@ -61,7 +61,8 @@ fn bad_arguments_are_named() {
 fn the_mlp_is_its_formula() {
     let mut params = Params::new(Device::Cpu, 5);
     let init = Init::Normal { std: 0.3 };
-    let mlp = SwiGluMlp::new(&mut params.root().push("mlp"), 6, 10, init.clone(), init).unwrap();
+    let mlp =
+        SwiGluMlp::new(&mut params.root().push("mlp"), 6, 10, init.clone(), init, &flowhn_nn::Bias::None).unwrap();
     assert_eq!(
         params.iter().map(|p| p.name.as_str()).collect::<Vec<_>>(),
         ["mlp.gate_up_proj.weight", "mlp.down_proj.weight"]

@@ -12,7 +12,8 @@ use crate::{
 /// The split of a model at one length: spans, FLOPs, parameters and bytes, one sequence, forward.
 ///
 /// `Serialize` gives the object of `plan --json`; `Display` gives the text. The blocks' `total`s
-/// and `head` add up to `flops_per_token.forward * seq_len`.
+/// and `head` add up to `flops_per_token.forward * seq_len`. Where a model has learned tokens in front of every sequence, the
+/// blocks' spans, tokens and FLOPs include them.
 ///
 /// ```
 /// # use flowhn_split::*;
@@ -22,6 +23,7 @@ use crate::{
 /// #     ssm: SsmShape::Mamba1 { d_inner: 1536, d_state: 16, d_conv: 4, dt_rank: 48, inner_norms: true },
 /// #     mlp: MlpShape { d_ff: 2048 },
 /// #     form: BlockForm::Released,
+/// #     options: BlockOptions::default(),
 /// # };
 /// let blocks = vec![block; 2];
 /// let settings = vec![SplitSettings::new("fac_split".parse()?); 2];
@@ -164,8 +166,11 @@ impl PlanReport {
         model.check()?;
         let flops = ModelFlops::new(model, routing, seq_len, ScoreCount::Causal)?;
         let full = ModelFlops::new(model, routing, seq_len, ScoreCount::Full)?;
-        let plan = routing.plan(seq_len)?;
-        let connected = routing.connected_pairs(seq_len)?;
+        let n_tokens = seq_len + model.n_meta();
+        let plan = routing.plan(n_tokens)?;
+        // What a window hides the plan does not know.
+        let windowed = model.blocks.iter().any(|block| block.options.window.is_some());
+        let connected = if windowed { None } else { routing.connected_pairs(n_tokens)? };
         let mut blocks = Vec::with_capacity(model.blocks.len());
         for (idx, shape) in model.blocks.iter().enumerate() {
             let (route, plan) = (&routing.blocks()[idx], &plan.blocks()[idx]);
@@ -174,7 +179,7 @@ impl PlanReport {
                 spans: plan.spans().to_vec(),
                 attn_tokens: plan.tokens(Branch::Attn),
                 ssm_tokens: plan.tokens(Branch::Ssm),
-                attn_frac: plan.tokens(Branch::Attn) as f64 / seq_len as f64,
+                attn_frac: plan.tokens(Branch::Attn) as f64 / n_tokens as f64,
                 flops: flops.blocks[idx].into(),
                 policy: route.policy(),
                 sharing,

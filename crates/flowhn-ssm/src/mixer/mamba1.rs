@@ -25,6 +25,29 @@ pub struct Mamba1Config {
     pub dt_rank: i64,
     /// With a value, RMSNorms with this epsilon on the low-rank step sizes, B and C, as in Jamba.
     pub inner_norm_eps: Option<f64>,
+    /// Whether the convolution has a bias, as in Mamba.
+    pub conv_bias: bool,
+    /// Whether the input and output projections have biases, zero at first.
+    pub proj_bias: bool,
+    /// With a value, an RMSNorm with this epsilon before the output projection, as in Hymba.
+    pub out_norm_eps: Option<f64>,
+}
+
+impl Mamba1Config {
+    /// Mamba's own: these sizes, a bias in the convolution, and nothing else.
+    pub const fn new(d_model: i64, d_inner: i64, d_state: i64, d_conv: i64, dt_rank: i64) -> Self {
+        Self {
+            d_model,
+            d_inner,
+            d_state,
+            d_conv,
+            dt_rank,
+            inner_norm_eps: None,
+            conv_bias: true,
+            proj_bias: false,
+            out_norm_eps: None,
+        }
+    }
 }
 
 /// `out_proj(scan(silu(conv(u))) silu(z))` with `(u, z) = in_proj(x)` (Gu and Dao, arXiv 2312.00752, section 3.4).
@@ -33,24 +56,27 @@ pub struct Mamba1 {
     config: Mamba1Config,
     in_proj: Linear,
     conv_weight_ek: Weight,
-    conv_bias_e: Weight,
+    conv_bias_e: Option<Weight>,
     x_proj: Linear,
     inner_norms: Option<[RmsNorm; 3]>,
     dt_weight_er: Weight,
     dt_bias_e: Weight,
     a_log_en: Weight,
     d_e: Weight,
+    out_norm: Option<RmsNorm>,
     out_proj: Linear,
 }
 
 impl Mamba1 {
     /// Registers `in_proj.weight conv1d.{weight,bias} x_proj.weight {dt,b,c}_norm.weight dt_proj.{weight,bias} A_log D
-    /// out_proj.weight` under `path`; the inner norms only where the config asks for them.
+    /// out_proj.weight` under `path`; the inner norms, `in_proj.bias`, `out_proj.bias` and `out_norm.weight` only where the config
+    /// asks for them.
     ///
     /// # Errors
     /// [`Error::Invalid`](crate::Error::Invalid) if a size is not positive or a name is taken.
     pub fn new(path: &mut Path, config: &Mamba1Config, init: SsmInit) -> Result<Self> {
-        let Mamba1Config { d_model, d_inner, d_state, d_conv, dt_rank, inner_norm_eps } = *config;
+        let Mamba1Config { d_model, d_inner, d_state, d_conv, dt_rank, inner_norm_eps, .. } = *config;
+        let proj_bias = Bias::zeros_if(config.proj_bias);
         check_sizes(
             "Mamba1",
             &[
@@ -61,10 +87,13 @@ impl Mamba1 {
                 ("dt_rank", dt_rank),
             ],
         )?;
-        let in_proj = Linear::new(path, "in_proj", d_model, 2 * d_inner, init.linear(d_model), Bias::None)?;
+        let in_proj = Linear::new(path, "in_proj", d_model, 2 * d_inner, init.linear(d_model), proj_bias.clone())?;
         let mut conv = path.push("conv1d");
         let conv_weight_ek = conv.weight("weight", &[d_inner, d_conv], init.conv_weight(d_conv), Decay::Yes)?;
-        let conv_bias_e = conv.weight("bias", &[d_inner], init.conv_bias(d_conv), Decay::No)?;
+        let conv_bias_e = match config.conv_bias {
+            true => Some(conv.weight("bias", &[d_inner], init.conv_bias(d_conv), Decay::No)?),
+            false => None,
+        };
         let x_proj = Linear::new(path, "x_proj", d_inner, dt_rank + 2 * d_state, init.linear(d_inner), Bias::None)?;
         let inner_norms = match inner_norm_eps {
             None => None,
@@ -90,7 +119,8 @@ impl Mamba1 {
             dt_bias_e,
             a_log_en: path.weight("A_log", &[d_inner, d_state], Init::Values(a_log), Decay::No)?,
             d_e: path.weight("D", &[d_inner], Init::Ones, Decay::No)?,
-            out_proj: Linear::new(path, "out_proj", d_inner, d_model, init.linear(d_inner), Bias::None)?,
+            out_norm: config.out_norm_eps.map(|eps| RmsNorm::new(path, "out_norm", d_inner, eps)).transpose()?,
+            out_proj: Linear::new(path, "out_proj", d_inner, d_model, init.linear(d_inner), proj_bias)?,
         })
     }
 
@@ -119,7 +149,7 @@ impl Mamba1 {
         let [u_ble, z_ble] = &pieces[..] else { unreachable!("two pieces") };
         let window = state.as_ref().map(|state| state.conv_bje.to_kind(state_kind));
         let conv = causal_conv1d(&CausalConv1d {
-            bias_e: Some(&self.conv_bias_e.to(state_kind)),
+            bias_e: self.conv_bias_e.as_ref().map(|bias| bias.to(state_kind)).as_ref(),
             initial_state_bje: window.as_ref(),
             reset_bl,
             ..CausalConv1d::new(u_ble, &self.conv_weight_ek.to(state_kind))
@@ -151,6 +181,9 @@ impl Mamba1 {
             state.conv_bje = conv.final_state_bje;
             state.scan = scan.final_state_ben;
         }
-        self.out_proj.forward(&scan.y_ble)
+        match &self.out_norm {
+            Some(norm) => self.out_proj.forward(&norm.forward(&scan.y_ble)?),
+            None => self.out_proj.forward(&scan.y_ble),
+        }
     }
 }

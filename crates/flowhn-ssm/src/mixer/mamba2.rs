@@ -31,6 +31,23 @@ pub struct Mamba2Config {
     pub norm_eps: f64,
     /// Equal groups of channels that the gated norm normalises apart: 1 as in `transformers`, `n_groups` as in `mamba_ssm`.
     pub norm_groups: i64,
+    /// Whether the convolution has a bias, as in Mamba-2.
+    pub conv_bias: bool,
+    /// Whether the input and output projections have biases, zero at first.
+    pub proj_bias: bool,
+    /// Which heads share a group.
+    pub group_order: GroupOrder,
+}
+
+/// Which group of B and C a head of Mamba-2 reads.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum GroupOrder {
+    /// Head `h` group `h / (n_heads / n_groups)`: neighbours share, as in `mamba_ssm`.
+    #[default]
+    Contiguous,
+    /// Head `h` group `h % n_groups`, as the plain path of `transformers` 4.49 computes; it works on a copy of B and C for each
+    /// head.
+    Strided,
 }
 
 impl Mamba2Config {
@@ -52,7 +69,7 @@ pub struct Mamba2 {
     config: Mamba2Config,
     in_proj: Linear,
     conv_weight_ek: Weight,
-    conv_bias_e: Weight,
+    conv_bias_e: Option<Weight>,
     dt_bias_h: Weight,
     a_log_h: Weight,
     d_h: Weight,
@@ -61,7 +78,8 @@ pub struct Mamba2 {
 }
 
 impl Mamba2 {
-    /// Registers `in_proj.weight conv1d.{weight,bias} dt_bias A_log D norm.weight out_proj.weight` under `path`.
+    /// Registers `in_proj.weight conv1d.{weight,bias} dt_bias A_log D norm.weight out_proj.weight` under `path`, and the
+    /// projections' biases where the config asks for them.
     ///
     /// # Errors
     /// [`Error::Invalid`] if a size is not positive, groups do not divide what they group, or a name is taken.
@@ -89,10 +107,14 @@ impl Mamba2 {
             return Err(Error::invalid("Mamba2", message));
         }
         let in_width = d_inner + conv_channels + n_heads;
-        let in_proj = Linear::new(path, "in_proj", d_model, in_width, init.linear(d_model), Bias::None)?;
+        let proj_bias = Bias::zeros_if(config.proj_bias);
+        let in_proj = Linear::new(path, "in_proj", d_model, in_width, init.linear(d_model), proj_bias.clone())?;
         let mut conv = path.push("conv1d");
         let conv_weight_ek = conv.weight("weight", &[conv_channels, d_conv], init.conv_weight(d_conv), Decay::Yes)?;
-        let conv_bias_e = conv.weight("bias", &[conv_channels], init.conv_bias(d_conv), Decay::No)?;
+        let conv_bias_e = match config.conv_bias {
+            true => Some(conv.weight("bias", &[conv_channels], init.conv_bias(d_conv), Decay::No)?),
+            false => None,
+        };
         let dt_bias = init.dt_bias(path, "dt_bias", n_heads)?;
         let a_log = (1..=n_heads).map(|h| (h as f32).ln()).collect();
         Ok(Self {
@@ -104,7 +126,7 @@ impl Mamba2 {
             a_log_h: path.weight("A_log", &[n_heads], Init::Values(a_log), Decay::No)?,
             d_h: path.weight("D", &[n_heads], Init::Ones, Decay::No)?,
             norm: RmsNorm::new(path, "norm", d_inner, config.norm_eps)?,
-            out_proj: Linear::new(path, "out_proj", d_inner, d_model, init.linear(d_inner), Bias::None)?,
+            out_proj: Linear::new(path, "out_proj", d_inner, d_model, init.linear(d_inner), proj_bias)?,
         })
     }
 
@@ -134,14 +156,19 @@ impl Mamba2 {
         let [z_ble, xbc_ble, dt_blh] = &pieces[..] else { unreachable!("three pieces") };
         let window = state.as_ref().map(|state| state.conv_bje.to_kind(state_kind));
         let conv = causal_conv1d(&CausalConv1d {
-            bias_e: Some(&self.conv_bias_e.to(state_kind)),
+            bias_e: self.conv_bias_e.as_ref().map(|bias| bias.to(state_kind)).as_ref(),
             initial_state_bje: window.as_ref(),
             reset_bl,
             ..CausalConv1d::new(xbc_ble, &self.conv_weight_ek.to(state_kind))
         })?;
 
         let group = [n_groups, d_state];
-        let pieces = split_features(&conv.y_ble, &[&[n_heads, d_head], &group, &group])?;
+        let mut pieces = split_features(&conv.y_ble, &[&[n_heads, d_head], &group, &group])?;
+        if self.config.group_order == GroupOrder::Strided && n_groups > 1 {
+            for piece in &mut pieces[1..] {
+                *piece = piece.repeat([1, 1, n_heads / n_groups, 1]);
+            }
+        }
         let [x_blhp, b_blgn, c_blgn] = &pieces[..] else { unreachable!("three pieces") };
         let before = state.as_ref().map(|state| state.scan.to_kind(state_kind));
         let out = ssd(&Ssd {

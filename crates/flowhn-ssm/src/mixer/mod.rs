@@ -12,7 +12,7 @@ use tch::Tensor;
 
 pub use init::SsmInit;
 pub use mamba1::{Mamba1, Mamba1Config};
-pub use mamba2::{Mamba2, Mamba2Config};
+pub use mamba2::{GroupOrder, Mamba2, Mamba2Config};
 pub use state::SsmState;
 
 /// Which mixer, and its sizes.
@@ -47,9 +47,7 @@ impl SsmConfig {
 /// use flowhn_ssm::{Mamba1Config, SsmConfig, SsmInit, SsmMixer, SsmState};
 /// use tch::{Device, Kind, Tensor};
 ///
-/// let config = SsmConfig::Mamba1(Mamba1Config {
-///     d_model: 8, d_inner: 16, d_state: 4, d_conv: 4, dt_rank: 2, inner_norm_eps: Some(1e-6),
-/// });
+/// let config = SsmConfig::Mamba1(Mamba1Config { inner_norm_eps: Some(1e-6), ..Mamba1Config::new(8, 16, 4, 4, 2) });
 /// let mut params = Params::new(Device::Cpu, 0);
 /// let mixer = SsmMixer::new(&mut params.root(), &config, SsmInit::Mamba)?;
 ///

@@ -1,10 +1,12 @@
 //! Helpers for tests of differentiable operations (feature `testing`).
 
 mod case;
+mod flops;
 mod kernels;
 mod rule;
 
 pub use case::{Case, Outcome, run_on_cpu};
+pub use flops::count_matmul_flops;
 pub use kernels::{CompiledEntry, check_kernels, compile_all};
 pub use rule::{Rule, noise, same_bits};
 

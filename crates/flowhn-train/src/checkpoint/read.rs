@@ -49,6 +49,11 @@ impl Checkpoint {
         &self.state.progress
     }
 
+    /// The hash of its weights' file, which tells them from all others.
+    pub fn weights_hash(&self) -> &str {
+        self.state.files.get(MODEL_FILE).map_or("", |entry| &entry.xxh3)
+    }
+
     /// The configuration that it was trained with.
     ///
     /// # Errors

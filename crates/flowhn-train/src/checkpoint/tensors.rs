@@ -1,5 +1,6 @@
 //! Named tensors as a safetensors file, written through a seam and one tensor at a time.
 
+use std::collections::HashMap;
 use std::io::{self, Write};
 
 use flowhn_torch::cpu;
@@ -13,6 +14,15 @@ pub(super) fn data_bytes(tensors: &[(String, Tensor)]) -> u64 {
 
 /// Writes the tensors, wherever they live; a tensor on a device is copied to the host when its turn comes.
 pub(super) fn write(out: &mut dyn Write, tensors: &[(String, Tensor)]) -> io::Result<()> {
+    write_with(out, tensors, None)
+}
+
+/// [`write`], with words about the file in its header.
+pub(super) fn write_with(
+    out: &mut dyn Write,
+    tensors: &[(String, Tensor)],
+    words: Option<HashMap<String, String>>,
+) -> io::Result<()> {
     // Wide elements first, so that every tensor is aligned in the file.
     let mut sorted: Vec<&(String, Tensor)> = tensors.iter().collect();
     sorted.sort_by_key(|(_, tensor)| std::cmp::Reverse(tensor.kind().elt_size_in_bytes()));
@@ -25,7 +35,7 @@ pub(super) fn write(out: &mut dyn Write, tensors: &[(String, Tensor)]) -> io::Re
         let shape = tensor.size().into_iter().map(|size| size as usize).collect();
         infos.push((name.clone(), TensorInfo { dtype: dtype(tensor.kind())?, shape, data_offsets: (start, end) }));
     }
-    let metadata = Metadata::new(None, infos).map_err(io::Error::other)?;
+    let metadata = Metadata::new(words, infos).map_err(io::Error::other)?;
     let mut header = serde_json::to_vec(&metadata)?;
     // The format asks for elements that start at a multiple of 8.
     header.resize(header.len().next_multiple_of(8), b' ');

@@ -1,6 +1,6 @@
 //! Writing a checkpoint so that it exists whole or not at all.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, HashMap};
 use std::io::{self, Write};
 use std::path::{Path, PathBuf};
 
@@ -9,7 +9,7 @@ use xxhash_rust::xxh3::Xxh3;
 
 use super::state::{FORMAT, FileEntry, Progress, State, VERSION};
 use super::{CONFIG_FILE, MODEL_FILE, OPTIMIZER_FILE, STATE_FILE, list, step_dir, tensors};
-use crate::storage::{DurableFile, Storage};
+use crate::storage::{DurableFile, Storage, write_atomically};
 use crate::{Error, Result};
 
 /// Everything that a checkpoint holds.
@@ -70,6 +70,21 @@ fn write_files(storage: &dyn Storage, temp: &Path, snapshot: &Snapshot) -> Resul
     let write_state = |out: &mut dyn Write| serde_json::to_writer_pretty(out, &state).map_err(io::Error::from);
     write_hashed(storage, &path, &write_state).map_err(|e| Error::writing(storage, &path, needed, e))?;
     storage.sync_dir(temp).map_err(Error::io(temp, "make durable"))
+}
+
+/// Writes a safetensors file of its own, whole or not at all, with words about it in its header.
+///
+/// # Errors
+/// [`Error::DiskFull`] or [`Error::Io`], naming the file.
+pub(crate) fn write_tensors(
+    storage: &dyn Storage,
+    path: &Path,
+    tensors: &[(String, Tensor)],
+    words: Option<HashMap<String, String>>,
+) -> Result<()> {
+    let mut bytes = Vec::new();
+    tensors::write_with(&mut bytes, tensors, words).map_err(Error::io(path, "write"))?;
+    write_atomically(storage, path, &bytes)
 }
 
 /// Gives the finished directory its name. A directory that has the name, such as a torn checkpoint of the same step, makes

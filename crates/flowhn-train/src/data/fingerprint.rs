@@ -11,6 +11,9 @@ use xxhash_rust::xxh3::Xxh3;
 pub struct Fingerprint(pub(super) [u8; 16]);
 
 impl Fingerprint {
+    /// Of nothing: a model that came without tokenizer or text.
+    pub(crate) const NONE: Self = Self([0; 16]);
+
     /// Hashes bytes.
     pub(crate) fn of_bytes(bytes: &[u8]) -> Self {
         let mut hasher = Xxh3::new();

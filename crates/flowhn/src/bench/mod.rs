@@ -3,6 +3,7 @@
 mod context;
 mod decode;
 mod kernels;
+mod paper;
 mod train;
 
 use std::process::ExitCode;
@@ -28,6 +29,8 @@ enum What {
     Decode(decode::Args),
     /// Every operation with a kernel, beside its floor and the best public programs.
     Kernels(kernels::Args),
+    /// The paper's table: speed, training and accuracy of its ten models, beside the published numbers.
+    Paper(paper::Args),
 }
 
 /// Measures.
@@ -37,5 +40,6 @@ pub fn run(args: &Args) -> Result<ExitCode> {
         What::Context(args) => context::run(args),
         What::Decode(args) => decode::run(args),
         What::Kernels(args) => kernels::run(args),
+        What::Paper(args) => paper::run(args),
     }
 }

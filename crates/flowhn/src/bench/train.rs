@@ -7,7 +7,7 @@ use anyhow::Result;
 use clap::builder::RangedU64ValueParser;
 use flowhn_train::bench::{PartTime, StepSpeed, time_steps};
 use flowhn_train::config::Dtype;
-use serde::Serialize;
+use serde::{Deserialize, Serialize};
 use tch::Device;
 
 use crate::config_args::{self, SetArgs};
@@ -62,10 +62,10 @@ struct Report {
 }
 
 /// A rate that MFU refers to.
-#[derive(Clone, Debug, PartialEq, Serialize)]
-struct Peak {
-    name: String,
-    flops_per_s: f64,
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub(super) struct Peak {
+    pub(super) name: String,
+    pub(super) flops_per_s: f64,
 }
 
 #[derive(Debug, Serialize)]
@@ -141,7 +141,7 @@ fn files(args: &Args) -> Vec<(String, String, PathBuf)> {
 }
 
 /// The data sheet's dense bf16 rate where we know it, else what was measured.
-fn peak(speed: &StepSpeed, dtype: Dtype, device: Device) -> Peak {
+pub(super) fn peak(speed: &StepSpeed, dtype: Dtype, device: Device) -> Peak {
     let hopper = ["H100", "H200"].iter().any(|name| speed.device.contains(name));
     match device.is_cuda() && hopper && dtype == Dtype::Bf16 {
         true => Peak { name: "989 TFLOP/s, dense bf16 of the data sheet".to_owned(), flops_per_s: 989e12 },

@@ -1,7 +1,7 @@
 //! `flowhn train`.
 
 mod report;
-mod watch;
+pub mod watch;
 
 use std::ffi::OsString;
 use std::path::PathBuf;

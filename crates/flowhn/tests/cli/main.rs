@@ -6,5 +6,6 @@ mod bench;
 mod contract;
 mod interrupted;
 mod refused;
+mod tasks;
 mod tiny;
 mod trained;

@@ -61,12 +61,20 @@ pub struct Encoded {
 }
 
 impl Tokenizer {
-    /// Loads a tokenizer whose end-of-text token is `<|endoftext|>`.
+    /// Loads a tokenizer whose end-of-text token is `<|endoftext|>`, or where it has none that of Llama 3 (`<|end_of_text|>`) or Llama 2
+    /// (`</s>`).
     ///
     /// # Errors
     /// [`Error::Missing`], [`Error::Tokenizer`] where the file does not load, [`Error::NoEndOfText`].
     pub fn load(path: &Path) -> Result<Self> {
-        Self::load_with_eot(path, END_OF_TEXT)
+        let ours = Self::load_with_eot(path, END_OF_TEXT);
+        let others = ["<|end_of_text|>", "</s>"].into_iter();
+        match ours {
+            Err(Error::NoEndOfText { .. }) => {
+                others.map(|eot| Self::load_with_eot(path, eot)).find(Result::is_ok).unwrap_or(ours)
+            }
+            ours => ours,
+        }
     }
 
     /// Loads a tokenizer and takes the token `eot` as its end of text.
@@ -162,7 +170,7 @@ impl Tokenizer {
     /// # Errors
     /// [`Error::TokenizerMismatch`].
     pub fn check_fingerprint(&self, stored: Fingerprint, whose: &str) -> Result<()> {
-        if stored == self.fingerprint {
+        if stored == self.fingerprint || stored == Fingerprint::NONE {
             return Ok(());
         }
         let (loaded, path) = (self.fingerprint, self.path.clone());

@@ -1,0 +1,133 @@
+"""Writes golden files of Llama, Mamba, Mamba-2 and Jamba models with uncommon shapes: tiny random models run by transformers 4.49.0 on
+torch 2.11.0, float32, CPU.
+
+    pip install torch==2.11.0 transformers==4.49.0 safetensors && python make.py [FOLDER [CASE...]]
+
+Without arguments it writes the cases of SHIPPED beside itself; with a folder all cases, or those named, into it.
+
+One safetensors file a case; the metadata key `config` is the model's config.json. Keys: input_ids, logits, loss (mean next-token
+cross-entropy), hidden.i (as transformers returns them: what enters each block, in the two Mambas what leaves each block; the last after
+the final norm), w.NAME (weights), g.NAME (gradients of
+the loss), s.NAME (weights after one AdamW step: lr 1e-3, betas 0.9 and 0.95, eps 1e-8, decay 0.1 on every tensor).
+"""
+
+import json
+import sys
+from pathlib import Path
+
+import torch
+import transformers
+from safetensors.torch import save_file
+from transformers import (
+    JambaConfig,
+    JambaForCausalLM,
+    LlamaConfig,
+    LlamaForCausalLM,
+    Mamba2Config,
+    Mamba2ForCausalLM,
+    MambaConfig,
+    MambaForCausalLM,
+)
+
+# Small enough to ship: each is below 100 KB.
+SHIPPED = ["llama_biases_mqa", "mamba_untied_biases", "mamba2_one_group_tied", "mamba2_strided_biases", "jamba_offset_biases"]
+
+
+def llama(**sizes):
+    small = dict(vocab_size=53, hidden_size=12, intermediate_size=20, num_hidden_layers=2, num_attention_heads=3, num_key_value_heads=1)
+    return LlamaForCausalLM(LlamaConfig(**{**small, **sizes}))
+
+
+def mamba(**sizes):
+    small = dict(vocab_size=53, hidden_size=12, state_size=5, num_hidden_layers=2, conv_kernel=4, expand=2, use_cache=False)
+    return MambaForCausalLM(MambaConfig(**{**small, **sizes}))
+
+
+def mamba2(**sizes):
+    small = dict(
+        vocab_size=53, hidden_size=12, state_size=6, num_hidden_layers=2, conv_kernel=4, expand=2, num_heads=6, head_dim=4, n_groups=1,
+        chunk_size=8, use_cache=False,
+    )
+    return Mamba2ForCausalLM(Mamba2Config(**{**small, **sizes}))
+
+
+def jamba(**sizes):
+    small = dict(
+        vocab_size=53, hidden_size=12, intermediate_size=20, num_hidden_layers=3, num_attention_heads=3, num_key_value_heads=1,
+        num_experts=1, num_experts_per_tok=1, attn_layer_period=3, attn_layer_offset=0, mamba_d_state=5, mamba_d_conv=4, mamba_expand=2,
+        mamba_dt_rank=3, use_mamba_kernels=False,
+    )
+    return JambaForCausalLM(JambaConfig(**{**small, **sizes}))
+
+
+# Case: the model and the shape of its input.
+CASES = {
+    "llama_biases_mqa": (lambda: llama(attention_bias=True, mlp_bias=True, rope_theta=500.0), (2, 13)),
+    "llama_tied": (lambda: llama(tie_word_embeddings=True, num_attention_heads=2, num_key_value_heads=2, pad_token_id=3), (1, 17)),
+    "llama_wide_heads": (lambda: llama(head_dim=10, num_hidden_layers=3, rms_norm_eps=1e-5), (3, 7)),
+    "llama_heads_of_two": (lambda: llama(hidden_size=24, num_attention_heads=6, num_key_value_heads=3, head_dim=2), (2, 1 + 64)),
+    "mamba_untied_biases": (lambda: mamba(use_bias=True, tie_word_embeddings=False, conv_kernel=3, time_step_rank=2), (2, 13)),
+    "mamba_no_conv_bias": (lambda: mamba(use_conv_bias=False, state_size=16, time_step_rank=5, conv_kernel=2), (1, 31)),
+    "mamba_expand": (lambda: mamba(expand=1.5, layer_norm_epsilon=1e-6, conv_kernel=5, hidden_size=20), (3, 5)),
+    "mamba_auto_rank": (lambda: mamba(hidden_size=40, state_size=1), (2, 11)),
+    "mamba2_one_group_tied": (lambda: mamba2(tie_word_embeddings=True), (2, 13)),
+    "mamba2_strided_biases": (lambda: mamba2(n_groups=2, use_bias=True, conv_kernel=3), (2, 21)),
+    "mamba2_three_groups": (lambda: mamba2(n_groups=3, num_heads=6, use_conv_bias=False, state_size=3), (1, 29)),
+    "mamba2_group_a_head": (lambda: mamba2(n_groups=4, num_heads=4, head_dim=6, chunk_size=64), (2, 7)),
+    "mamba2_one_head": (lambda: mamba2(num_heads=1, head_dim=24, conv_kernel=2, expand=2), (3, 16)),
+    "jamba_offset_biases": (lambda: jamba(mamba_proj_bias=True, attn_layer_offset=1, num_hidden_layers=2, hidden_size=9), (2, 13)),
+    "jamba_period_four": (
+        lambda: jamba(num_hidden_layers=6, attn_layer_period=4, attn_layer_offset=2, mamba_conv_bias=False, tie_word_embeddings=True),
+        (1, 19),
+    ),
+    "jamba_attention_only": (lambda: jamba(attn_layer_period=1, attn_layer_offset=0, num_key_value_heads=3), (2, 9)),
+    "jamba_experts_elsewhere": (
+        lambda: jamba(num_experts=4, expert_layer_period=9, expert_layer_offset=8, mamba_expand=3, mamba_d_conv=2, mamba_dt_rank="auto"),
+        (2, 33),
+    ),
+    "jamba_scan_only": (lambda: jamba(attn_layer_period=9, attn_layer_offset=8, mamba_d_state=16, pad_token_id=7), (1, 12)),
+}
+
+
+def random_model(name):
+    """The model of a case, with weights that leave nothing near 0 or 1."""
+    torch.manual_seed(sum(map(ord, name)))
+    model = CASES[name][0]().train()
+    for key, weight in model.named_parameters():
+        if weight.dim() > 1 and not key.endswith("A_log"):
+            torch.nn.init.normal_(weight, std=0.15 if "embed" in key or "lm_head" in key else 0.3)
+        elif "norm" in key or key.endswith(".D"):
+            torch.nn.init.normal_(weight, mean=1.0, std=0.2)
+        elif "bias" in key:
+            torch.nn.init.normal_(weight, mean=-1.0 if "dt" in key else 0.0, std=0.3)
+    return model
+
+
+def record(model, shape, file):
+    """Runs the model on random ids and writes a golden file. Its weights move by one step."""
+    ids = torch.randint(0, model.config.vocab_size, shape)
+    ids[0, 0] = model.config.pad_token_id or 0
+    outputs = model(input_ids=ids, labels=ids, output_hidden_states=True, use_cache=False)
+    outputs.loss.backward()
+    tensors = {"input_ids": ids, "logits": outputs.logits, "loss": outputs.loss.reshape(1)}
+    tensors |= {f"hidden.{i}": hidden for i, hidden in enumerate(outputs.hidden_states)}
+    weights = dict(model.named_parameters())
+    tensors |= {f"w.{key}": weight.clone() for key, weight in weights.items()}
+    tensors |= {f"g.{key}": weight.grad.clone() for key, weight in weights.items()}
+    torch.optim.AdamW(weights.values(), lr=1e-3, betas=(0.9, 0.95), eps=1e-8, weight_decay=0.1).step()
+    tensors |= {f"s.{key}": weight for key, weight in weights.items()}
+    tensors = {key: value.detach().clone().contiguous() for key, value in tensors.items()}
+    metadata = {
+        "config": json.dumps(model.config.to_dict()),
+        "made_by": "crates/flowhn-model/tests/golden/make.py",
+        "torch": torch.__version__,
+        "transformers": transformers.__version__,
+    }
+    save_file(tensors, file, metadata)
+    print(f"{file.name}: loss {outputs.loss.item():.4f}, {file.stat().st_size} bytes", flush=True)
+
+
+if __name__ == "__main__":
+    folder = Path(sys.argv[1]) if len(sys.argv) > 1 else Path(__file__).parent
+    for case in sys.argv[2:] or (CASES if len(sys.argv) > 1 else SHIPPED):
+        record(random_model(case), CASES[case][1], folder / f"{case}.safetensors")
