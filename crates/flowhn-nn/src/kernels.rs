@@ -4,7 +4,7 @@ use flowhn_torch::kernel::rows::RowForm;
 use flowhn_torch::kernel::{KernelSource, KernelSpec};
 
 use crate::cuda::embedding;
-use crate::cuda::head::RowVariant;
+use crate::cuda::head::{ProductVariant, RowVariant};
 
 /// [`rms_norm`](crate::rms_norm), also after a residual addition.
 pub(crate) static RMS_NORM: KernelSource =
@@ -24,6 +24,30 @@ pub(crate) const SWIGLU_ROWS: u32 = 2;
 /// The softmax, loss and gradient between the products of [`linear_cross_entropy`](crate::linear_cross_entropy).
 pub(crate) static CROSS_ENTROPY: KernelSource =
     KernelSource { name: "cross_entropy.cu", text: include_str!("../kernels/cross_entropy.cu"), headers: &[] };
+
+/// The tiles in which [`LM_HEAD_PRODUCT`] takes its factors.
+const LM_HEAD_HEADERS: &[(&str, &str)] = &[("lm_head_tiles.cuh", include_str!("../kernels/lm_head_tiles.cuh"))];
+
+/// What precedes [`LM_HEAD_PRODUCT`].
+pub(crate) static LM_HEAD_PACK: KernelSource = KernelSource {
+    name: "lm_head_pack.cu",
+    text: include_str!("../kernels/lm_head_pack.cu"),
+    headers: LM_HEAD_HEADERS,
+};
+
+/// The first product of [`linear_cross_entropy`](crate::linear_cross_entropy) on Hopper, which leaves exponentials.
+pub(crate) static LM_HEAD_PRODUCT: KernelSource = KernelSource {
+    name: "lm_head_sm90.cu",
+    text: include_str!("../kernels/lm_head_sm90.cu"),
+    headers: LM_HEAD_HEADERS,
+};
+
+/// What follows [`LM_HEAD_PRODUCT`].
+pub(crate) static LM_HEAD_ROWS: KernelSource = KernelSource {
+    name: "lm_head_rows.cu",
+    text: include_str!("../kernels/lm_head_rows.cu"),
+    headers: LM_HEAD_HEADERS,
+};
 
 /// A product with a number on the device, rounded to another type.
 pub(crate) static SCALED_CAST: KernelSource =
@@ -48,6 +72,12 @@ pub const KERNELS: &[KernelSpec] = &[
             &RowVariant::new(0, 65_536, false).defines(),
         ],
     },
+    KernelSpec { source: &LM_HEAD_PACK, variants: &[&[("W_KIND", 0)], &[("W_KIND", 1)]] },
+    KernelSpec {
+        source: &LM_HEAD_PRODUCT,
+        variants: &[&ProductVariant { stores: true }.defines(), &ProductVariant { stores: false }.defines()],
+    },
+    KernelSpec { source: &LM_HEAD_ROWS, variants: &[&[("GRAD", 1)], &[("GRAD", 0)]] },
     KernelSpec {
         source: &SCALED_CAST,
         variants: &[

@@ -309,6 +309,14 @@ __device__ __forceinline__ void bulk_load_multicast(unsigned dst, const void* sr
     asm volatile("cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes.multicast::cluster [%0], [%1], %2, [%3], %4;" ::"r"(dst),
                  "l"(__cvta_generic_to_global(src)), "r"(n_bytes), "r"(barrier), "h"((short)blocks) : "memory");
 }
+// Starts copying from shared memory; what this thread stored there or others published is copied. Groups of copies are a thread's own.
+__device__ __forceinline__ void bulk_store(void* dst, unsigned src, int n_bytes) {
+    asm volatile("cp.async.bulk.global.shared::cta.bulk_group [%0], [%1], %2;" ::"l"(__cvta_generic_to_global(dst)), "r"(src), "r"(n_bytes) : "memory");
+}
+__device__ __forceinline__ void bulk_commit() { asm volatile("cp.async.bulk.commit_group;" ::: "memory"); }
+// Waits until at most `N` of this thread's latest groups are still to be read from shared memory, or to arrive.
+template <int N> __device__ __forceinline__ void bulk_wait_read() { asm volatile("cp.async.bulk.wait_group.read %0;" ::"n"(N) : "memory"); }
+template <int N> __device__ __forceinline__ void bulk_wait() { asm volatile("cp.async.bulk.wait_group %0;" ::"n"(N) : "memory"); }
 // The number of this block in its cluster, and a barrier of all its threads.
 __device__ __forceinline__ int cluster_rank() {
     unsigned rank;

@@ -1,6 +1,9 @@
-//! [`linear_cross_entropy`](crate::linear_cross_entropy) on CUDA: matrix products by libtorch, what is between them by
-//! one kernel a chunk.
+//! [`linear_cross_entropy`](crate::linear_cross_entropy) on CUDA, chunk by chunk, in one of two ways: `exponentials` on Hopper, where
+//! the first product is ours and leaves nothing to do between the products; `logits` everywhere else.
 // t n_tokens, r rows of a chunk, d d_model, v vocab_size
+
+mod exponentials;
+mod logits;
 
 use std::sync::atomic::{AtomicBool, Ordering};
 
@@ -11,12 +14,20 @@ use flowhn_torch::{BackwardCtx, Error, ForwardCtx, Function, Result, op};
 
 use crate::kernels::{CROSS_ENTROPY, SCALED_CAST};
 
-/// The most that the logits of a chunk take: enough rows for the matrix products to run at full speed and for few
-/// passes over the gradient of the weight, which each chunk adds to.
+use exponentials::Exponentials;
+pub(crate) use exponentials::ProductVariant;
+use logits::Logits;
+pub(crate) use logits::RowVariant;
+
+/// The most that a chunk's logits, or the exponentials in their place, take: enough rows for the matrix products to run at full speed
+/// and for few passes over the gradient of the weight, which each chunk adds to.
 const CHUNK_BYTES: i64 = 512 << 20;
 
 /// Rows of a chunk are a multiple of this, the height of a tile of the matrix products.
 const TILE_ROWS: i64 = 128;
+
+/// The number by which libtorch's dispatcher knows `Kind::Float`.
+const FLOAT: op::Arg<'static> = op::Arg::Int(6);
 
 pub(crate) struct LinearCrossEntropyCuda {
     ignore_index: i64,
@@ -75,10 +86,11 @@ pub(crate) fn token_losses(x: &Tensor, weight: &Tensor, targets: &Tensor, ignore
     Head::new("token_losses", x, weight, targets, ignore_index)?.losses(None)
 }
 
-/// The arguments as the kernels take them.
+/// The arguments as the kernels take them, dense.
 struct Head {
     op: &'static str,
     x: Tensor,
+    /// In the type of x, or f32 beside bf16.
     weight: Tensor,
     targets: Tensor,
     ignore_index: i64,
@@ -102,8 +114,7 @@ impl Head {
                 format!("{n_tokens} tokens and {vocab_size} rows of the weight: the CUDA kernel counts to 2^31 - 1");
             return Err(Error::invalid(op, message));
         }
-        let (x, weight) = (x.f_contiguous()?, weight.f_to_kind(x.kind())?.f_contiguous()?);
-        let targets = targets.f_contiguous()?;
+        let [x, weight, targets] = [x.f_contiguous()?, weight.f_contiguous()?, targets.f_contiguous()?];
         Ok(Self { op, x, weight, targets, ignore_index, n_tokens, vocab_size })
     }
 
@@ -115,7 +126,7 @@ impl Head {
             Arg::Tensor(&scale),
             Arg::I32(self.n_tokens as i32),
         ];
-        let defines = self.variant(false)?.defines();
+        let defines = RowVariant::WITHOUT_ROWS.defines();
         kernel(&CROSS_ENTROPY, "cross_entropy_scale", &defines).launch([1, 1, 1], 1024, 0, &args)?;
         Ok(scale)
     }
@@ -123,62 +134,26 @@ impl Head {
     fn mean(&self, losses: &Tensor, scale: &Tensor) -> Result<Tensor> {
         let loss = self.floats(&[])?;
         let args = [Arg::Tensor(losses), Arg::Tensor(scale), Arg::Tensor(&loss), Arg::I32(self.n_tokens as i32)];
-        let defines = self.variant(false)?.defines();
+        let defines = RowVariant::WITHOUT_ROWS.defines();
         kernel(&CROSS_ENTROPY, "cross_entropy_mean", &defines).launch([1, 1, 1], 1024, 0, &args)?;
         Ok(loss)
     }
 
     /// The loss of each token; fills the gradients on the way.
-    fn losses(&self, mut gradients: Option<&mut Gradients>) -> Result<Tensor> {
-        let losses = self.floats(&[self.n_tokens])?;
-        // Rows begin at 16 bytes, whatever the vocabulary.
-        let row_stride = (self.vocab_size + 7) / 8 * 8;
-        let n_rows = chunk_rows(self.n_tokens, row_stride * self.x.kind().elt_size_in_bytes() as i64);
-        let buffer = Tensor::f_empty([n_rows, row_stride], (self.x.kind(), self.x.device()))?;
-        let weight_t = self.weight.f_tr()?;
-        for start in (0..self.n_tokens).step_by(n_rows as usize) {
-            let n_rows = n_rows.min(self.n_tokens - start);
-            let chunk = |tensor: &Tensor| tensor.f_narrow(0, start, n_rows);
-            let (x, targets, losses) = (chunk(&self.x)?, chunk(&self.targets)?, chunk(&losses)?);
-            let logits = buffer.f_narrow(0, 0, n_rows)?.f_narrow(1, 0, self.vocab_size)?;
-            let _ = x.f_mm_out(&logits, &weight_t)?;
-            self.rows(&logits, &targets, &losses, gradients.as_ref().map(|gradients| &gradients.scale))?;
-            let Some(Gradients { dx, dweight, .. }) = gradients.as_deref_mut() else { continue };
-            if let Some(dx) = dx {
-                let _ = logits.f_mm_out(&chunk(dx)?, &self.weight)?;
-            }
-            if let Some(dweight) = dweight {
-                dweight.add_product(&logits, &x)?;
-            }
+    fn losses(&self, gradients: Option<&mut Gradients>) -> Result<Tensor> {
+        match Exponentials::new(self)? {
+            Some(exponentials) => exponentials.losses(gradients),
+            None => Logits::new(self)?.losses(gradients),
         }
-        Ok(losses)
     }
 
-    /// The losses of a chunk; with a scale, its logits become their gradients.
-    fn rows(&self, logits: &Tensor, targets: &Tensor, losses: &Tensor, scale: Option<&Tensor>) -> Result<()> {
-        let variant = self.variant(scale.is_some())?;
-        kernel(&CROSS_ENTROPY, "cross_entropy_rows", &variant.defines()).launch(
-            [logits.size()[0] as u32, 1, 1],
-            variant.n_threads as u32,
-            0,
-            &[
-                Arg::Tensor(logits),
-                Arg::I64(logits.stride()[0]),
-                Arg::Tensor(targets),
-                Arg::I64(self.ignore_index),
-                Arg::opt(scale),
-                Arg::Tensor(losses),
-                Arg::I32(self.vocab_size as i32),
-            ],
-        )
-    }
-
-    fn variant(&self, with_gradient: bool) -> Result<RowVariant> {
-        Ok(RowVariant::new(kind_define(self.op, "x_td", &self.x)?, self.vocab_size, with_gradient))
+    /// An unwritten tensor.
+    fn empty(&self, shape: &[i64], kind: Kind) -> Result<Tensor> {
+        Ok(Tensor::f_empty(shape, (kind, self.x.device()))?)
     }
 
     fn floats(&self, shape: &[i64]) -> Result<Tensor> {
-        Ok(Tensor::f_empty(shape, (Kind::Float, self.x.device()))?)
+        self.empty(shape, Kind::Float)
     }
 }
 
@@ -203,8 +178,6 @@ impl WeightGrad {
 
     /// Adds `dlogits^T x`, in f32 also where the factors are bf16.
     fn add_product(&mut self, dlogits: &Tensor, x: &Tensor) -> Result<()> {
-        /// The number by which the dispatcher knows `Kind::Float`.
-        const FLOAT: op::Arg<'static> = op::Arg::Int(6);
         let (dlogits_t, sum) = (dlogits.f_tr()?, &self.sum);
         let [factor_a, factor_b, out] = [&dlogits_t, x, sum].map(op::Arg::Tensor);
         match (self.is_empty, x.kind()) {
@@ -246,50 +219,6 @@ fn scaled(tensor: &Tensor, factor: &Tensor, kind: Kind) -> Result<Tensor> {
     Ok(out)
 }
 
-/// The macros of `cross_entropy.cu`.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(crate) struct RowVariant {
-    x_kind: i64,
-    n_threads: i64,
-    /// 16-byte words of a row that a thread holds; 0 where the row is read as a stream.
-    held: i64,
-    with_gradient: bool,
-}
-
-impl RowVariant {
-    /// The variant for rows of this many logits.
-    pub(crate) const fn new(x_kind: i64, vocab_size: i64, with_gradient: bool) -> Self {
-        let word = if x_kind == 1 { 8 } else { 4 };
-        let n_words = (vocab_size + word - 1) / word;
-        let mut variant = Self { x_kind, n_threads: 512, held: 0, with_gradient };
-        if !with_gradient {
-            return variant;
-        }
-        // The smallest block of which each thread holds at most 8 words.
-        let mut n_threads = 128;
-        while n_threads < 1024 && 8 * n_threads < n_words {
-            n_threads *= 2;
-        }
-        if n_words <= 8 * n_threads {
-            let mut held = 1;
-            while held * n_threads < n_words {
-                held *= 2;
-            }
-            (variant.n_threads, variant.held) = (n_threads, held);
-        }
-        variant
-    }
-
-    pub(crate) const fn defines(&self) -> [(&'static str, i64); 4] {
-        [
-            ("X_KIND", self.x_kind),
-            ("N_THREADS", self.n_threads),
-            ("HELD", self.held),
-            ("GRAD", self.with_gradient as i64),
-        ]
-    }
-}
-
 fn kernel<'a>(source: &'static KernelSource, entry: &'static str, defines: &'a [(&'static str, i64)]) -> Kernel<'a> {
     Kernel { source, entry, defines }
 }
@@ -307,19 +236,6 @@ mod tests {
                 assert!(n_rows * row_bytes <= CHUNK_BYTES, "{n_rows} rows of {row_bytes} bytes");
                 let n_chunks = (n_tokens + n_rows - 1) / n_rows;
                 assert!(n_chunks * n_rows - n_tokens < n_chunks * TILE_ROWS, "{n_tokens} tokens in rows of {n_rows}");
-            }
-        }
-    }
-
-    #[test]
-    fn held_rows_fit_their_blocks() {
-        for x_kind in [0, 1] {
-            for vocab_size in [1, 7, 1000, 32_000, 32_769, 50_257, 65_536, 65_537, 200_000] {
-                let variant = RowVariant::new(x_kind, vocab_size, true);
-                let word = if x_kind == 1 { 8 } else { 4 };
-                let holds = variant.held * variant.n_threads * word;
-                assert!(variant.held == 0 || holds >= vocab_size, "{vocab_size}: {variant:?}");
-                assert_eq!(variant.held == 0, vocab_size > 8192 * word, "{vocab_size}: {variant:?}");
             }
         }
     }

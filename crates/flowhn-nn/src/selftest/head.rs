@@ -21,28 +21,47 @@ pub(super) fn cases() -> Vec<Case> {
                 }
             }
         }
-        cases.push(Case::new(format!("linear_cross_entropy: {kind:?}, several chunks"), move |device| {
-            // On the CPU a chunk has 64 rows of this vocabulary, on CUDA 2048 or 4096.
-            let n_tokens = if device == Device::Cpu { 150 } else { 4200 };
-            check(n_tokens, 8, 65_536, kind, device)
-        }));
+        // Rows of a multiple of 64 in bf16 have kernels of their own on Hopper, with tiles of 128 tokens, 256 words and 64 values.
+        for [n_tokens, d_model, vocab_size] in [[1, 64, 1], [31, 64, 257], [300, 384, 1003], [129, 704, 1800]] {
+            let name =
+                format!("linear_cross_entropy: {kind:?}, {n_tokens} tokens x {d_model}, vocabulary of {vocab_size}");
+            cases.push(Case::new(name, move |device| check(n_tokens, d_model, vocab_size, kind, device)));
+        }
+        for d_model in [8, 64] {
+            let name = format!("linear_cross_entropy: {kind:?}, several chunks of rows of {d_model}");
+            cases.push(Case::new(name, move |device| {
+                // On the CPU a chunk has 64 rows of this vocabulary, on CUDA 2048 or 4096.
+                let n_tokens = if device == Device::Cpu { 150 } else { 4200 };
+                check(n_tokens, d_model, 65_536, kind, device)
+            }));
+        }
+        for d_model in [24, 64] {
+            let name = |what| format!("linear_cross_entropy: {kind:?}, rows of {d_model}, {what}");
+            cases.push(Case::new(name("targets far below the largest logit"), move |device| {
+                far_targets(d_model, kind, device)
+            }));
+            cases.push(Case::new(name("targets that are nearly certain"), move |device| {
+                certain_targets(d_model, kind, device)
+            }));
+            cases.push(Case::new(name("one word is every target"), move |device| one_target(d_model, kind, device)));
+            cases.push(Case::new(name("one gradient only"), move |device| one_gradient(d_model, kind, device)));
+            cases.push(Case::new(name("every target ignored"), move |device| all_ignored(d_model, kind, device)));
+            cases
+                .push(Case::new(name("a target outside the vocabulary"), move |device| outside(d_model, kind, device)));
+        }
         cases.push(Case::new(format!("linear_cross_entropy: {kind:?}, rows longer than registers"), move |device| {
             check(5, 8, 100_003, kind, device)
         }));
-        cases.push(Case::new(format!("linear_cross_entropy: {kind:?}, one gradient only"), move |device| {
-            one_gradient(kind, device)
-        }));
-        cases.push(Case::new(format!("linear_cross_entropy: {kind:?}, every target ignored"), move |device| {
-            all_ignored(kind, device)
-        }));
-        cases.push(Case::new(
-            format!("linear_cross_entropy: {kind:?}, a target outside the vocabulary"),
-            move |device| outside(kind, device),
-        ));
-        cases.push(Case::new(format!("token_losses: {kind:?}"), move |device| check_token_losses(kind, device)));
+        for d_model in [16, 128] {
+            let name = format!("token_losses: {kind:?}, rows of {d_model}");
+            cases.push(Case::new(name, move |device| check_token_losses(d_model, kind, device)));
+        }
     }
-    let name = "linear_cross_entropy: BFloat16, weight in f32";
-    cases.push(Case::new(name, |device| check_kinds(70, 24, 300, [Kind::BFloat16, Kind::Float], device)));
+    for d_model in [24, 64] {
+        let name = format!("linear_cross_entropy: BFloat16, rows of {d_model}, weight in f32");
+        let kinds = [Kind::BFloat16, Kind::Float];
+        cases.push(Case::new(name, move |device| check_kinds(70, d_model, 300, kinds, device)));
+    }
     cases
 }
 
@@ -59,11 +78,40 @@ fn check_kinds(
     device: Device,
 ) -> Result<String> {
     let inputs = [noise(&[n_tokens, d_model], 1), noise(&[vocab_size, d_model], 2) * 2., targets(n_tokens, vocab_size)];
+    check_inputs(&inputs, [kind, weight_kind], Rule::floor_of(kind), device)
+}
+
+fn check_inputs(inputs: &[Tensor; 3], [kind, weight_kind]: [Kind; 2], floor: f64, device: Device) -> Result<String> {
     let plain =
         |t: &[Tensor]| Ok(vec![reference::linear_cross_entropy(&t[0], &t[1].to_kind(t[0].kind()), &t[2], IGNORED)]);
     let kernel = |t: &[Tensor]| Ok(vec![linear_cross_entropy(&t[0], &t[1], &t[2], IGNORED)?]);
-    let rule = Rule { kernel: &kernel, plain: &plain, floor: Rule::floor_of(kind) };
-    rule.check(&inputs, &[kind, weight_kind, kind], device)
+    let rule = Rule { kernel: &kernel, plain: &plain, floor };
+    rule.check(inputs, &[kind, weight_kind, kind], device)
+}
+
+/// Logits up to 240 apart, which are whole numbers, so that bf16 holds them and the plain formula rounds nothing but 1 / n. The
+/// floor is what rounding three times to bf16 may do.
+fn far_targets(d_model: i64, kind: Kind, device: Device) -> Result<String> {
+    let (n_tokens, vocab_size) = (40, 300);
+    let x = Tensor::eye(n_tokens, (Kind::Double, Device::Cpu)).narrow(1, 0, n_tokens.min(d_model));
+    let x = x.constant_pad_nd([0, d_model - x.size()[1]]);
+    let weight = (noise(&[vocab_size, d_model], 2) * 120.).round();
+    let floor = if kind == Kind::BFloat16 { 3. / 256. } else { Rule::floor_of(kind) };
+    check_inputs(&[x, weight, targets(n_tokens, vocab_size)], [kind, kind], floor, device)
+}
+
+/// Each token points the way of its target, whose probability is nearly 1.
+fn certain_targets(d_model: i64, kind: Kind, device: Device) -> Result<String> {
+    let targets = targets(200, 500);
+    let weight = noise(&[500, d_model], 2);
+    let x = weight.index_select(0, &targets.clamp_min(0)) * (45. / d_model as f64);
+    check_inputs(&[x, weight, targets], [kind, kind], Rule::floor_of(kind), device)
+}
+
+fn one_target(d_model: i64, kind: Kind, device: Device) -> Result<String> {
+    let targets = Tensor::full([150], 699, (Kind::Int64, Device::Cpu));
+    let inputs = [noise(&[150, d_model], 1), noise(&[700, d_model], 2), targets];
+    check_inputs(&inputs, [kind, kind], Rule::floor_of(kind), device)
 }
 
 /// Every third target is ignored; the first is not.
@@ -74,9 +122,10 @@ fn targets(n_tokens: i64, vocab_size: i64) -> Tensor {
 }
 
 /// Where only one gradient is wanted, it is the one found together with the other.
-fn one_gradient(kind: Kind, device: Device) -> Result<String> {
+fn one_gradient(d_model: i64, kind: Kind, device: Device) -> Result<String> {
     let on = |t: Tensor| t.to_kind(kind).to_device(device);
-    let (x, weight, targets) = (on(noise(&[40, 16], 4)), on(noise(&[90, 16], 5)), targets(40, 90).to_device(device));
+    let (x, weight, targets) =
+        (on(noise(&[40, d_model], 4)), on(noise(&[90, d_model], 5)), targets(40, 90).to_device(device));
     let grads = |wanted: [bool; 2]| -> Result<[Tensor; 2]> {
         let leaf = |t: &Tensor, wanted| t.detach().set_requires_grad(wanted);
         let leaves = [leaf(&x, wanted[0]), leaf(&weight, wanted[1])];
@@ -89,9 +138,9 @@ fn one_gradient(kind: Kind, device: Device) -> Result<String> {
     Ok("the same bits".to_owned())
 }
 
-fn all_ignored(kind: Kind, device: Device) -> Result<String> {
+fn all_ignored(d_model: i64, kind: Kind, device: Device) -> Result<String> {
     let leaf = |shape: &[i64], seed| noise(shape, seed).to_kind(kind).to_device(device).set_requires_grad(true);
-    let (x, weight) = (leaf(&[5, 8], 6), leaf(&[11, 8], 7));
+    let (x, weight) = (leaf(&[5, d_model], 6), leaf(&[11, d_model], 7));
     let targets = Tensor::full([5], IGNORED, (Kind::Int64, device));
     let loss = linear_cross_entropy(&x, &weight, &targets, IGNORED)?;
     loss.f_backward()?;
@@ -102,9 +151,9 @@ fn all_ignored(kind: Kind, device: Device) -> Result<String> {
 }
 
 /// On the CPU an error that names it; on CUDA, which reports nothing without waiting, NaN.
-fn outside(kind: Kind, device: Device) -> Result<String> {
-    let (x, weight) =
-        (noise(&[3, 8], 8).to_kind(kind).to_device(device), noise(&[11, 8], 9).to_kind(kind).to_device(device));
+fn outside(d_model: i64, kind: Kind, device: Device) -> Result<String> {
+    let on = |shape: &[i64], seed| noise(shape, seed).to_kind(kind).to_device(device);
+    let (x, weight) = (on(&[3, d_model], 8), on(&[11, d_model], 9));
     let targets = Tensor::from_slice(&[4i64, 11, 2]).to_device(device);
     match linear_cross_entropy(&x.set_requires_grad(true), &weight, &targets, IGNORED) {
         Ok(loss) => expect(device != Device::Cpu && loss.double_value(&[]).is_nan(), "the loss is not NaN")?,
@@ -113,8 +162,8 @@ fn outside(kind: Kind, device: Device) -> Result<String> {
     Ok(if device == Device::Cpu { "an error" } else { "NaN" }.to_owned())
 }
 
-fn check_token_losses(kind: Kind, device: Device) -> Result<String> {
-    let inputs = [noise(&[130, 16], 10), noise(&[1003, 16], 11) * 2., targets(130, 1003)];
+fn check_token_losses(d_model: i64, kind: Kind, device: Device) -> Result<String> {
+    let inputs = [noise(&[130, d_model], 10), noise(&[1003, d_model], 11) * 2., targets(130, 1003)];
     let plain = |t: &[Tensor]| Ok(vec![tch::no_grad(|| reference::token_losses(&t[0], &t[1], &t[2], IGNORED))]);
     let kernel = |t: &[Tensor]| Ok(vec![token_losses(&t[0], &t[1], &t[2], IGNORED)?]);
     Rule { kernel: &kernel, plain: &plain, floor: Rule::floor_of(kind) }.check(&inputs, &[kind; 3], device)
