@@ -135,7 +135,13 @@ pub struct Exported {
 /// [`Error::Model`] that says what no family of `transformers` has; [`Error::Io`] and its kin for files.
 pub fn export(model: &Model, tokenizer: Option<&Path>, to: &Path) -> Result<Exported> {
     let (family, json) = hf::write_config(model.config())?;
-    let tensors = family.export(model)?;
+    let mut tensors = family.export(model)?;
+    if family == Family::Mamba2 && model.config().tie_embeddings {
+        // transformers 4.49 does not know that this family's head may be tied, and would start it at random.
+        let embed = tensors.iter().find(|(name, _)| name == "backbone.embeddings.weight");
+        let head = embed.map(|(_, embed)| ("lm_head.weight".to_owned(), embed.shallow_clone()));
+        tensors.extend(head);
+    }
     fs::create_dir_all(to).map_err(Error::io(to, "create the directory"))?;
     let text =
         serde_json::to_string_pretty(&json).map_err(|error| Error::setting("config.json", "", error.to_string()))?;

@@ -86,7 +86,9 @@ fn every_family_comes_in_computes_and_goes_out_again() {
         let back = WeightFile::read(&to.join("model.safetensors")).unwrap();
         assert_eq!(back.metadata["format"], "pt");
         let want = weights(&file);
-        assert_eq!(back.tensors.len(), want.len(), "{name}");
+        // transformers 4.49 wants the tied head of a Mamba-2 spelled out.
+        let repeated = usize::from(family == Family::Mamba2 && model.config().tie_embeddings);
+        assert_eq!(back.tensors.len(), want.len() + repeated, "{name}");
         assert!(want.iter().all(|(name, tensor)| back.tensors[name].equal(tensor)), "{name}");
         let second = imported(&to, &dir.path().join("again")).unwrap();
         let again = no_grad(|| model_of(&second).forward(&Input::new(&file.tensors["input_ids"]))).unwrap().logits;

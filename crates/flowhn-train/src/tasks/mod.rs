@@ -23,6 +23,8 @@
 //! text, and the continuation is what follows as many tokens as the context has alone. Nothing stands before the context, unless
 //! [`TaskOptions::eot_first`] asks for the end-of-text token that opens every document in training; it also stands for an empty
 //! context. What exceeds the model's length is cut on the left: the last `seq_len + 1` tokens remain, of which the last is only predicted.
+//! A continuation that is longer than the model's length, which the harness refuses, is scored in pieces of half that length, each
+//! after as much of what is before it as fits.
 //!
 //! # Neither batching nor padding changes a score
 //!
@@ -46,7 +48,7 @@ use rayon::prelude::*;
 
 pub use self::item::{Item, Task};
 pub use self::partial::Partial;
-use self::request::{Encoder, Requests};
+use self::request::{Encoded, Encoder, Requests};
 pub use self::result::{ItemScore, TaskResult, TaskScore};
 pub use self::sample::sample_items;
 use crate::data::Tokenizer;
@@ -107,13 +109,16 @@ fn task_name(path: &Path) -> Option<String> {
     ENDINGS.iter().find_map(|ending| name.strip_suffix(ending)).map(str::to_owned)
 }
 
+/// Where the requests of an item are, for each choice: more than one where it is long.
+type Places = Vec<Vec<usize>>;
+
 /// Scores tasks, all together so that few rows are computed in vain.
 ///
 /// `partial` keeps what is done and gives what was done before. `on_progress` hears after each computation how many of all requests
 /// are scored, and may break off; the result is then `None`.
 ///
 /// # Errors
-/// [`Error::Item`] for an item whose continuation is empty or longer than the model reads; [`Error::Data`] from the tokenizer;
+/// [`Error::Item`] for an item whose continuation has no tokens of its own; [`Error::Data`] from the tokenizer;
 /// [`Error::Model`]; [`Error::Io`] from `partial`.
 pub fn evaluate_tasks(
     model: &Model,
@@ -130,12 +135,13 @@ pub fn evaluate_tasks(
     for task in tasks {
         // Tokenising is what takes long here, and every item is its own.
         let encoded: Vec<_> = task.items().par_iter().map(|item| encoder.item(task, item)).collect::<Result<_>>()?;
-        let of_items = encoded.into_iter().map(|item| item.into_iter().map(|one| requests.add(one)).collect());
-        of_tasks.push(of_items.collect::<Vec<Vec<usize>>>());
+        let mut place = |pieces: Vec<Encoded>| pieces.into_iter().map(|piece| requests.add(piece)).collect();
+        let of_items = encoded.into_iter().map(|choices| choices.into_iter().map(&mut place).collect());
+        of_tasks.push(of_items.collect::<Vec<Places>>());
     }
     let Some(scores) = tiles::run(model, &requests, options, partial.as_deref_mut(), on_progress)? else {
         return Ok(None);
     };
-    let result = |(task, of_items): (&Task, &Vec<Vec<usize>>)| TaskResult::new(task, of_items, &requests, &scores);
+    let result = |(task, of_items): (&Task, &Vec<Places>)| TaskResult::new(task, of_items, &requests, &scores);
     Ok(Some(tasks.iter().zip(&of_tasks).map(result).collect()))
 }

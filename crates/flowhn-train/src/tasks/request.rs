@@ -1,7 +1,6 @@
 //! What is asked of the model: token ids, and from where on they are scored.
 
 use std::collections::HashMap;
-use std::path::PathBuf;
 
 use super::{Item, Task};
 use crate::data::Tokenizer;
@@ -75,8 +74,8 @@ impl<'a> Encoder<'a> {
         Self { tokenizer, seq_len, eot_first }
     }
 
-    /// The request of each choice.
-    pub(super) fn item(&self, task: &Task, item: &Item) -> Result<Vec<Encoded>> {
+    /// The requests of each choice: one, or several where what is scored is longer than the model reads.
+    pub(super) fn item(&self, task: &Task, item: &Item) -> Result<Vec<Vec<Encoded>>> {
         let pairs = item.choices.iter().map(|choice| match &item.suffix {
             Some(suffix) => (format!("{}{choice}", item.context), suffix.clone()),
             None => (item.context.clone(), choice.clone()),
@@ -84,10 +83,11 @@ impl<'a> Encoder<'a> {
         pairs
             .map(|(context, continuation)| {
                 let (ids, n_context) = self.pair(&context, &continuation)?;
-                self.cut(ids, n_context, !task.is_choice()).map_err(|message| {
-                    let path: PathBuf = task.path().to_owned();
-                    Error::Item { path, line: item.line, message }
-                })
+                if ids.len() == n_context {
+                    let message = "after the tokens of its context alone, nothing is left to score".to_owned();
+                    return Err(Error::Item { path: task.path().to_owned(), line: item.line, message });
+                }
+                Ok(self.pieces(&ids, n_context, !task.is_choice()))
             })
             .collect()
     }
@@ -105,17 +105,20 @@ impl<'a> Encoder<'a> {
         Ok((ids, n_context))
     }
 
-    fn cut(&self, mut ids: Vec<i64>, n_context: usize, likeliest: bool) -> std::result::Result<Encoded, String> {
+    /// The scored tokens as one piece if the model reads that many at once, else in pieces of half its length, each after as much of
+    /// what is before it as fits.
+    fn pieces(&self, ids: &[i64], n_context: usize, likeliest: bool) -> Vec<Encoded> {
         let n_scored = ids.len() - n_context;
-        if n_scored == 0 {
-            return Err("after the tokens of its context alone, nothing is left to score".to_owned());
-        }
-        if n_scored > self.seq_len {
-            return Err(format!("{n_scored} tokens are to be scored, and the model reads {} at once", self.seq_len));
-        }
-        let n_cut = ids.len().saturating_sub(self.seq_len + 1);
-        ids.drain(..n_cut);
-        Ok(Encoded { request: Request { ids, n_context: n_context - n_cut, likeliest }, cut: n_cut > 0 })
+        let most = if n_scored > self.seq_len { (self.seq_len / 2).max(1) } else { n_scored };
+        let starts = (n_context..ids.len()).step_by(most);
+        starts
+            .map(|start| {
+                let end = (start + most).min(ids.len());
+                let n_cut = end.saturating_sub(self.seq_len + 1);
+                let request = Request { ids: ids[n_cut..end].to_vec(), n_context: start - n_cut, likeliest };
+                Encoded { request, cut: n_cut > 0 }
+            })
+            .collect()
     }
 }
 
@@ -136,7 +139,9 @@ mod tests {
 
     fn encoded(encoder: &Encoder, context: &str, continuation: &str) -> Encoded {
         let (ids, n_context) = encoder.pair(context, continuation).unwrap();
-        encoder.cut(ids, n_context, false).unwrap()
+        let mut pieces = encoder.pieces(&ids, n_context, false);
+        assert_eq!(pieces.len(), 1);
+        pieces.swap_remove(0)
     }
 
     #[test]
@@ -173,8 +178,18 @@ mod tests {
         assert_eq!(long.request.ids, whole.request.ids[whole.request.ids.len() - 9..]);
         assert_eq!(long.request.ids.len() - long.request.n_context, whole.request.ids.len() - whole.request.n_context);
         assert_eq!(long.request.inputs().len(), 8);
+    }
+
+    #[test]
+    fn every_token_of_a_long_continuation_is_scored_once() {
+        let tokenizer = tokenizer();
+        let encoder = Encoder::new(&tokenizer, 8, false);
         let (ids, n_context) = encoder.pair("Once", &" upon a time".repeat(9)).unwrap();
-        assert!(encoder.cut(ids, n_context, false).err().unwrap().contains("reads 8 at once"));
+        let pieces = encoder.pieces(&ids, n_context, false);
+        let scored = pieces.iter().flat_map(|piece| piece.request.ids[piece.request.n_context..].iter().copied());
+        assert_eq!(scored.collect::<Vec<_>>(), ids[n_context..]);
+        assert!(pieces.iter().all(|piece| piece.request.n_context > 0 && piece.request.inputs().len() <= 8));
+        assert!(pieces.len() > 1 && pieces[1..].iter().all(|piece| piece.cut || piece.request.n_context > 4));
     }
 
     #[test]

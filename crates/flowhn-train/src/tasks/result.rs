@@ -5,7 +5,7 @@ use serde_json::Value;
 
 use super::request::Requests;
 use super::tiles::Score;
-use super::{Item, Task};
+use super::{Item, Places, Task};
 
 /// What a model says of an item.
 #[derive(Clone, Debug, PartialEq, Serialize)]
@@ -68,18 +68,19 @@ pub struct TaskResult {
 
 impl TaskResult {
     /// Judges the items of a task; `of_items` holds the places of their requests.
-    pub(super) fn new(task: &Task, of_items: &[Vec<usize>], requests: &Requests, scores: &[Score]) -> Self {
+    pub(super) fn new(task: &Task, of_items: &[Places], requests: &Requests, scores: &[Score]) -> Self {
         let mut items = Vec::with_capacity(of_items.len());
         let (mut tied, mut cut) = (0, 0);
         for (item, places) in task.items().iter().zip(of_items) {
-            let log_likelihoods: Vec<f64> = places.iter().map(|&place| scores[place].log_likelihood).collect();
+            let sum = |pieces: &Vec<usize>| pieces.iter().map(|&place| scores[place].log_likelihood).sum();
+            let log_likelihoods: Vec<f64> = places.iter().map(sum).collect();
             let (acc, ties) = match task.is_choice() {
                 true => share(&log_likelihoods, item.answer),
-                false => (f64::from(u8::from(scores[places[0]].likeliest)), 1),
+                false => (f64::from(u8::from(places[0].iter().all(|&place| scores[place].likeliest))), 1),
             };
             let acc_norm = task.has_norm().then(|| share(&by_character(&log_likelihoods, item), item.answer).0);
             tied += usize::from(ties > 1);
-            cut += usize::from(places.iter().any(|&place| requests.is_cut(place)));
+            cut += usize::from(places.iter().flatten().any(|&place| requests.is_cut(place)));
             items.push(ItemScore { id: item.id.clone(), log_likelihoods, acc, acc_norm });
         }
         let acc = Mean::of(items.iter().map(|item| item.acc));

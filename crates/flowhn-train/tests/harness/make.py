@@ -5,8 +5,12 @@
 
 The model is a Llama of transformers whose weights follow from a formula that the test computes as well, so that no weights
 are kept. Items go through the harness's own task classes, as local files: it tokenises, batches, scores and judges them.
+
+With `--model DIR --out FILE` the harness scores a model that `flowhn export` wrote, for a comparison with what `flowhn eval
+--samples` says of the checkpoint that it came from.
 """
 
+import argparse
 import gzip
 import json
 import sys
@@ -101,21 +105,34 @@ def for_harness(item):
     return {"context": item["context"], "choices": [bare(choice) for choice in item["choices"]], "answer": item["answer"]}
 
 
-def main():
-    model = transformers.LlamaForCausalLM(transformers.LlamaConfig(**CONFIG)).eval()
+def formula():
+    model = transformers.LlamaForCausalLM(transformers.LlamaConfig(**CONFIG))
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             parameter.copy_(weight(name, tuple(parameter.shape)))
-    tokenizer = transformers.PreTrainedTokenizerFast(
-        tokenizer_file=str(ROOT / "data/tiny/tokenizer.json"), eos_token="<|endoftext|>"
-    )
-    harness = HFLM(pretrained=model, tokenizer=tokenizer, max_length=SEQ_LEN, batch_size=4, device="cpu")
+    return model
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", type=Path, help="a folder of transformers instead of the formula's model")
+    parser.add_argument("--out", type=Path, default=HERE / "llama.json")
+    parser.add_argument("--limit", type=int, default=LIMIT, help="items of each task")
+    parser.add_argument("--seq-len", type=int, default=SEQ_LEN, help="tokens that the model reads at once")
+    args = parser.parse_args()
+    if args.model and args.out == HERE / "llama.json":
+        parser.error("--model needs --out: the fixture is of the formula's model")
+    model = transformers.AutoModelForCausalLM.from_pretrained(args.model) if args.model else formula()
+    file = args.model / "tokenizer.json" if args.model else ROOT / "data/tiny/tokenizer.json"
+    tokenizer = transformers.PreTrainedTokenizerFast(tokenizer_file=str(file), eos_token="<|endoftext|>")
+    model = model.float().eval()
+    harness = HFLM(pretrained=model, tokenizer=tokenizer, max_length=args.seq_len, batch_size=4, device="cpu")
     tasks = {}
     with tempfile.TemporaryDirectory() as folder:
         for path in sorted((ROOT / "data/eval").glob("*.jsonl.gz")):
             name = path.name.removesuffix(".jsonl.gz")
             with gzip.open(path, "rt", encoding="utf-8") as lines:
-                items = [json.loads(line) for line, _ in zip(lines, range(LIMIT))]
+                items = [json.loads(line) for line, _ in zip(lines, range(args.limit))]
             local = Path(folder) / f"{name}.jsonl"
             local.write_text("".join(json.dumps(for_harness(item)) + "\n" for item in items))
             tasks[name] = score(harness, task_config(name, local, items))
@@ -123,10 +140,10 @@ def main():
         "made_by": f"lm-eval {lm_eval.__version__}, transformers {transformers.__version__}, "
         f"torch {torch.__version__.split('+')[0]}, python {sys.version.split()[0]}",
         "config": json.loads(model.config.to_json_string()),
-        "limit": LIMIT,
+        "limit": args.limit,
         "tasks": tasks,
     }
-    (HERE / "llama.json").write_text(json.dumps(fixture) + "\n")
+    args.out.write_text(json.dumps(fixture) + "\n")
 
 
 def score(harness, config):

@@ -58,7 +58,13 @@ def saved_by_transformers(name, folder):
     model = make.random_model(name)
     ids = torch.randint(0, model.config.vocab_size, (2, 11))
     shards = {"max_shard_size": "8KB"} if name.startswith("jamba") else {}
-    model.save_pretrained(folder / "theirs", **shards)
+    if name == "mamba2_one_group_tied":
+        # This version refuses to save a Mamba-2 whose head is tied, though it makes one.
+        model.config.save_pretrained(folder / "theirs")
+        weights = {key: weight.clone() for key, weight in model.state_dict().items()}
+        save_file(weights, folder / "theirs/model.safetensors", {"format": "pt"})
+    else:
+        model.save_pretrained(folder / "theirs", **shards)
     assert (folder / "theirs/model.safetensors.index.json").exists() == bool(shards)
     flowhn("import", "--from", folder / "theirs", "--out", folder / "run")
     flowhn("export", "--checkpoint", folder / "run", "--to", folder / "back")
@@ -127,4 +133,5 @@ def main():
         print(f"ok: {title}", flush=True)
 
 
-main()
+if __name__ == "__main__":
+    main()

@@ -6,11 +6,11 @@ use std::path::Path;
 use anyhow::Result;
 use flowhn_train::plot::{BarPanel, bars_svg};
 use flowhn_train::storage::{Disk, write_atomically};
-use flowhn_train::tasks::Task;
+use flowhn_train::tasks::{Task, TaskScore};
 use serde::ser::{Serialize, Serializer};
 use serde_json::{Map, Value, json};
 
-use super::row::Row;
+use super::row::{Row, Speed};
 use crate::bench::train::Peak;
 use crate::eval::write_json;
 use crate::units::{count, grouped};
@@ -100,7 +100,7 @@ impl Report {
                 published.map(|row| grouped(row.tokens_per_s as u64)),
             ));
             cells.push(beside(
-                row.speed.as_ref().map(|speed| format!("{:.2}", 100. * speed.mfu)),
+                row.speed.as_ref().map(|speed| format!("{:.2}", 100. * self.mfu(speed))),
                 published.map(|row| format!("{:.2}", row.mfu_percent)),
             ));
             if evaluated {
@@ -148,7 +148,7 @@ impl Report {
                 speed.map_or(String::new(), |speed| speed.parameters.to_string()),
                 number(speed.map(|speed| speed.tokens_per_s)),
                 number(published.map(|row| row.tokens_per_s)),
-                percent(speed.map(|speed| speed.mfu)),
+                percent(speed.map(|speed| self.mfu(speed))),
                 number(published.map(|row| row.mfu_percent)),
                 trained.map_or(String::new(), |trained| trained.trained_tokens.to_string()),
                 number(trained.map(|trained| trained.epochs)),
@@ -169,9 +169,8 @@ impl Report {
     /// Tokens a second here, and MFU here and as published.
     fn figure(&self, path: &Path) -> Result<String> {
         let names: Vec<&str> = self.rows.iter().map(|row| row.title.as_str()).collect();
-        let speeds =
-            |of: &dyn Fn(&super::row::Speed) -> f64| self.rows.iter().map(|row| row.speed.as_ref().map(of)).collect();
-        let mut mfu = vec![("here", speeds(&|speed| 100. * speed.mfu))];
+        let speeds = |of: &dyn Fn(&Speed) -> f64| self.rows.iter().map(|row| row.speed.as_ref().map(of)).collect();
+        let mut mfu = vec![("here", speeds(&|speed| 100. * self.mfu(speed)))];
         if self.rows.iter().any(|row| row.published.is_some()) {
             let published = self.rows.iter().map(|row| row.published.as_ref().map(|row| row.mfu_percent));
             mfu.push(("published", published.collect()));
@@ -188,8 +187,42 @@ impl Report {
         Ok(bars_svg(path, &title, &names, &panels)?)
     }
 
+    /// One peak for all rows: what was measured varies from row to row, and its largest value is nearest to what the device can do.
     fn peak(&self) -> Option<&Peak> {
-        self.rows.iter().find_map(|row| row.speed.as_ref()).map(|speed| &speed.peak)
+        let peaks = self.rows.iter().filter_map(|row| row.speed.as_ref()).map(|speed| &speed.peak);
+        peaks.max_by(|a, b| a.flops_per_s.total_cmp(&b.flops_per_s))
+    }
+
+    fn mfu(&self, speed: &Speed) -> f64 {
+        speed.flops_per_s / self.peak().map_or(f64::NAN, |peak| peak.flops_per_s)
+    }
+
+    fn row_json(&self, row: &Row) -> Value {
+        let by_task = |of: &dyn Fn(&TaskScore) -> Option<f64>| -> Map<String, Value> {
+            row.answers.iter().flatten().map(|score| (score.task.clone(), json!(of(score)))).collect()
+        };
+        let mut fields = json!({
+            "model": row.model,
+            "title": row.title,
+            "tokens_per_s": row.speed.as_ref().map(|speed| speed.tokens_per_s),
+            "mfu": row.speed.as_ref().map(|speed| self.mfu(speed)),
+            "mfu_full_scores": row.speed.as_ref().map(|it| self.mfu(it) * it.flops_per_s_full_scores / it.flops_per_s),
+            "accuracy": by_task(&|score| Some(score.accuracy)),
+            "stderr": by_task(&|score| score.stderr),
+            "average": average(row),
+            "acc": by_task(&|score| Some(score.acc)),
+            "acc_norm": by_task(&|score| score.acc_norm),
+        });
+        // What the phases found stands beside it under its own names.
+        let found = [json!(row.speed), json!(row.trained)];
+        if let Value::Object(fields) = &mut fields {
+            for (key, value) in found.into_iter().filter_map(|found| found.as_object().cloned()).flatten() {
+                fields.entry(key).or_insert(value);
+            }
+            fields.insert("tasks".to_owned(), json!(row.answers));
+            fields.insert("published".to_owned(), json!(row.published));
+        }
+        fields
     }
 
     fn peak_name(&self) -> &str {
@@ -206,7 +239,7 @@ impl Report {
 
 impl Serialize for Report {
     fn serialize<S: Serializer>(&self, serializer: S) -> Result<S::Ok, S::Error> {
-        let rows: Vec<Value> = self.rows.iter().map(row_json).collect();
+        let rows: Vec<Value> = self.rows.iter().map(|row| self.row_json(row)).collect();
         let report = json!({
             "definition": DEFINITION,
             "device": self.device,
@@ -218,33 +251,6 @@ impl Serialize for Report {
         });
         report.serialize(serializer)
     }
-}
-
-fn row_json(row: &Row) -> Value {
-    let by_task = |of: &dyn Fn(&flowhn_train::tasks::TaskScore) -> Option<f64>| -> Map<String, Value> {
-        row.answers.iter().flatten().map(|score| (score.task.clone(), json!(of(score)))).collect()
-    };
-    let mut fields = json!({
-        "model": row.model,
-        "title": row.title,
-        "tokens_per_s": row.speed.as_ref().map(|speed| speed.tokens_per_s),
-        "mfu": row.speed.as_ref().map(|speed| speed.mfu),
-        "accuracy": by_task(&|score| Some(score.accuracy)),
-        "stderr": by_task(&|score| score.stderr),
-        "average": average(row),
-        "acc": by_task(&|score| Some(score.acc)),
-        "acc_norm": by_task(&|score| score.acc_norm),
-    });
-    // What the phases found stands beside it under its own names.
-    let found = [json!(row.speed), json!(row.trained)];
-    if let Value::Object(fields) = &mut fields {
-        for (key, value) in found.into_iter().filter_map(|found| found.as_object().cloned()).flatten() {
-            fields.entry(key).or_insert(value);
-        }
-        fields.insert("tasks".to_owned(), json!(row.answers));
-        fields.insert("published".to_owned(), json!(row.published));
-    }
-    fields
 }
 
 /// The mean of the six accuracies of the published table, where all of them are there.

@@ -48,9 +48,12 @@ pub struct Speed {
     pub tokens_per_step: u64,
     pub tokens_per_s: f64,
     pub step_ms: f64,
-    pub mfu: f64,
-    pub mfu_full_scores: f64,
+    /// Of the model, forward and backward, with attention's causal half.
+    pub flops_per_s: f64,
+    /// The same with the whole square of the scores.
+    pub flops_per_s_full_scores: f64,
     pub max_memory_bytes: u64,
+    /// The rate of the device in its type: the data sheet's where we know it, else what was measured just before.
     pub peak: Peak,
 }
 
@@ -115,14 +118,13 @@ impl RowContext<'_> {
             let found = time_steps(&timed, self.device, self.steps)?;
             let peak = peak(&found, config.train.dtype, self.device);
             let full = found.flops_per_step_full_scores as f64 / found.flops_per_step as f64;
-            let mfu = found.flops_per_s / peak.flops_per_s;
             let speed = Speed {
                 parameters: found.parameters,
                 tokens_per_step: found.tokens_per_step,
                 tokens_per_s: found.tokens_per_s,
                 step_ms: found.median_ms,
-                mfu,
-                mfu_full_scores: mfu * full,
+                flops_per_s: found.flops_per_s,
+                flops_per_s_full_scores: found.flops_per_s * full,
                 max_memory_bytes: found.max_memory_bytes,
                 peak,
             };
@@ -131,7 +133,7 @@ impl RowContext<'_> {
         }
         if let Some(speed) = &row.speed {
             let rate = grouped(speed.tokens_per_s as u64);
-            self.console.line(format_args!("{rate} tokens/s, MFU {:.1} %", 100. * speed.mfu));
+            self.console.line(format_args!("{rate} tokens/s, {:.2} ms a step", speed.step_ms));
         }
         Ok(!self.interrupt.stop_flag().is_requested())
     }
