@@ -1,6 +1,6 @@
 //! bf16 copies of weights that live as long as the weights: a forward pass then need not round every weight anew.
 
-use std::cell::{Cell, RefCell};
+use std::cell::{Cell, OnceCell, RefCell};
 
 use tch::{Kind, Tensor};
 
@@ -17,6 +17,8 @@ use crate::Weight;
 pub(crate) struct Bf16Copy {
     is_wanted: Cell<bool>,
     made: RefCell<Option<Made>>,
+    /// A view of none of the master's elements: writing to it moves no byte and counts as a write to the master.
+    no_elements: OnceCell<Tensor>,
 }
 
 #[derive(Debug)]
@@ -24,8 +26,8 @@ struct Made {
     values: Tensor,
     /// The master's count when the values were made.
     version: i64,
-    /// Views without elements of master and copy: writing to them moves no byte and counts as a write.
-    views: [Tensor; 2],
+    /// As that of the master.
+    no_elements: Tensor,
 }
 
 impl Weight {
@@ -57,7 +59,7 @@ impl Weight {
         let version = self.master().f_internal_version()?;
         if made.version != version {
             refuse_in_capture("is out of date")?;
-            let _ = tch::no_grad(|| made.values.f_copy_(self.master()))?;
+            tch::no_grad(|| made.values.f_copy_(self.master()))?;
             made.version = version;
         }
         Ok(Some(made.values.shallow_clone()))
@@ -69,8 +71,8 @@ impl Weight {
             refuse_in_capture("has not been made")?;
             let version = self.master().f_internal_version()?;
             let values = tch::no_grad(|| self.master().f_to_kind(Kind::BFloat16))?;
-            let views = [no_elements(self.master())?, no_elements(&values)?];
-            *self.copy.made.borrow_mut() = Some(Made { values, version, views });
+            let no_elements = no_elements(&values)?;
+            *self.copy.made.borrow_mut() = Some(Made { values, version, no_elements });
         }
         self.bf16_copy().map(drop)
     }
@@ -95,19 +97,27 @@ pub enum Written {
 /// [`Error::Invalid`] for a copy that there is none of; [`Error::Torch`] if libtorch refuses.
 pub fn mark_written<'a>(weights: impl IntoIterator<Item = (&'a Weight, Written)>) -> Result<()> {
     let weights: Vec<(&Weight, Written)> = weights.into_iter().collect();
-    let mut views = Vec::with_capacity(2 * weights.len());
+    let (mut masters, mut copies) = (Vec::with_capacity(weights.len()), Vec::with_capacity(weights.len()));
     for (weight, written) in &weights {
+        let view = match weight.copy.no_elements.get() {
+            Some(view) => view.shallow_clone(),
+            None => {
+                let view = no_elements(weight.master())?;
+                weight.copy.no_elements.get_or_init(|| view).shallow_clone()
+            }
+        };
+        masters.push(view);
         match (weight.copy.made.borrow().as_ref(), written) {
-            (Some(made), Written::MasterAndCopy) => views.extend(made.views.iter().map(Tensor::shallow_clone)),
+            (Some(made), Written::MasterAndCopy) => copies.push(made.no_elements.shallow_clone()),
             (None, Written::MasterAndCopy) => return Err(Error::invalid("mark_written", "a weight has no bf16 copy")),
-            (_, Written::Master) => views.push(no_elements(weight.master())?),
+            (_, Written::Master) => {}
         }
     }
-    if views.is_empty() {
-        return Ok(());
+    // One type a call: libtorch then looks at the whole list at once.
+    for views in [masters, copies].iter().filter(|views| !views.is_empty()) {
+        let views: Vec<&Tensor> = views.iter().collect();
+        tch::no_grad(|| call("aten::_foreach_zero_", "", &[Arg::Tensors(&views)]))?;
     }
-    let views: Vec<&Tensor> = views.iter().collect();
-    tch::no_grad(|| call("aten::_foreach_zero_", "", &[Arg::Tensors(&views)]))?;
     for (weight, written) in weights {
         if let (Some(made), Written::MasterAndCopy) = (weight.copy.made.borrow_mut().as_mut(), written) {
             made.version = weight.master().f_internal_version()?;

@@ -55,20 +55,22 @@ extern "C" __global__ void adamw_addresses(const float** table, int first, int n
 
 // ---- vectors ----------------------------------------------------------------------------------------------------------------
 
-// The chunk of a block: `n` elements from element `start` of a slot on.
+// What a block works on: an item's `n` elements from element `start` of its slot on.
 struct Chunk {
     const Slot& slot;
-    const float* g;
     i64 start;
     int n;
-    __device__ __forceinline__ Chunk(const float* const* grads, const Slot* slots, int2 item)
-        : slot(slots[item.x]), g(grads[item.x]), start((i64)item.y * CHUNK) {
+    const float* g;  // its first element; null where there is no gradient
+    __device__ __forceinline__ Chunk(const float* const* grads, const Slot* slots, int2 item) : slot(slots[item.x]), start((i64)item.y * CHUNK) {
         i64 left = slot.n - start;
         n = left < CHUNK ? (int)left : CHUNK;
+        g = at(grads[item.x]);
     }
+    // The chunk's first element in an array of the slot, null where there is none.
+    template <class T> __device__ __forceinline__ T* at(T* array) const { return array ? array + start : nullptr; }
 };
 
-__device__ __forceinline__ bool is_aligned(const void* p, unsigned n_bytes) { return (i64)p % n_bytes == 0; }
+__device__ __forceinline__ bool is_aligned(const void* p, int n_bytes) { return ((i64)p & (n_bytes - 1)) == 0; }
 
 // Reads the first `n` of 4 elements, zeros behind them; at once where all are there and aligned.
 template <bool FAST> __device__ __forceinline__ void load(float (&x)[VEC], const float* p, int n) {
@@ -77,16 +79,6 @@ template <bool FAST> __device__ __forceinline__ void load(float (&x)[VEC], const
     } else {
         #pragma unroll
         for (int i = 0; i < VEC; i++) x[i] = i < n ? p[i] : 0.f;
-    }
-}
-
-template <bool FAST, class T> __device__ __forceinline__ void store(T* p, const float (&x)[VEC], int n) {
-    if constexpr (FAST) {
-        store_vec(p, x);
-    } else {
-        #pragma unroll
-        for (int i = 0; i < VEC; i++)
-            if (i < n) p[i] = from_f32<T>(x[i]);
     }
 }
 
@@ -111,6 +103,7 @@ __device__ __forceinline__ double block_sum(double x) {
 // The sum of squares of a chunk: thread t takes the vectors t, t + THREADS, ... and adds each place of a vector by itself.
 template <bool FAST> __device__ __forceinline__ double sum_of_squares(const float* g, int n) {
     double sums[VEC] = {0., 0., 0., 0.};
+    g = to_device_memory(g);
     #pragma unroll 8
     for (int i = threadIdx.x * VEC; i < n; i += THREADS * VEC) {
         float x[VEC];
@@ -125,9 +118,9 @@ template <bool FAST> __device__ __forceinline__ double sum_of_squares(const floa
 extern "C" __global__ void __launch_bounds__(THREADS)
 adamw_squares(const float* const* grads, const Slot* slots, const int2* items, double* partials) {
     Chunk chunk(grads, slots, items[blockIdx.x]);
-    const float* g = chunk.g + chunk.start;
+    const float* g = chunk.g;
     double sum = 0.;
-    if (chunk.g) sum = is_aligned(g, 16) && chunk.n % VEC == 0 ? sum_of_squares<true>(g, chunk.n) : sum_of_squares<false>(g, chunk.n);
+    if (g) sum = is_aligned(g, 16) && chunk.n % VEC == 0 ? sum_of_squares<true>(g, chunk.n) : sum_of_squares<false>(g, chunk.n);
     sum = block_sum(sum);
     if (threadIdx.x == 0) partials[blockIdx.x] = sum;
 }
@@ -162,68 +155,61 @@ adamw_factors(const double* partials, int n, const Settings* settings, const flo
 
 // ---- update -----------------------------------------------------------------------------------------------------------------
 
-struct Element {
-    float p[VEC], g[VEC], m[VEC], v[VEC];
-};
+// Elements that the block takes at a time where all are there and aligned.
+constexpr int TILE = THREADS * VEC * VECS;
 
-__device__ __forceinline__ void update(Element& x, const Factors& f, float decay) {
-    #pragma unroll
-    for (int k = 0; k < VEC; k++) {
-        float g = f.clip * x.g[k];
-        x.m[k] = f.beta1 * x.m[k] + f.rest1 * g;
-        x.v[k] = f.beta2 * x.v[k] + f.rest2 * g * g;
-        float p = x.p[k] - decay * x.p[k];
-        x.p[k] = p - f.step_size * x.m[k] / (sqrtf(x.v[k]) * f.root_scale + f.eps);
+// One element. The step is a small part of p, so a few ulp of it are none of p; without the exact root and quotient, which branch
+// for extreme values, there is no branch between loads and stores.
+__device__ __forceinline__ void update(float& p, float& m, float& v, float g, const Factors& f, float decay) {
+    g *= f.clip;
+    m = f.beta1 * m + f.rest1 * g;
+    v = f.beta2 * v + f.rest2 * g * g;
+    p = p - decay * p;
+    p = p - f.step_size * m * rcp(sqrt_approx(v) * f.root_scale + f.eps);
+}
+
+// A chunk of whole tiles, aligned to 16 bytes (8 in the copy), that has a gradient.
+template <bool COPY>
+__device__ __forceinline__ void update_tiles(float* p, float* m, float* v, const float* g, bf16* copy, int n, const Factors& f, float decay) {
+    p = to_device_memory(p), m = to_device_memory(m), v = to_device_memory(v), g = to_device_memory(g);
+    if constexpr (COPY) copy = to_device_memory(copy);
+    for (int first = threadIdx.x * VEC; first < n; first += TILE) {
+        float ps[VECS][VEC], ms[VECS][VEC], vs[VECS][VEC], gs[VECS][VEC];
+        #pragma unroll
+        for (int u = 0; u < VECS; u++) {
+            int i = first + u * THREADS * VEC;
+            load_vec(ps[u], p + i), load_vec(gs[u], g + i), load_vec(ms[u], m + i), load_vec(vs[u], v + i);
+        }
+        #pragma unroll
+        for (int u = 0; u < VECS; u++) {
+            int i = first + u * THREADS * VEC;
+            #pragma unroll
+            for (int k = 0; k < VEC; k++) update(ps[u][k], ms[u][k], vs[u][k], gs[u][k], f, decay);
+            store_vec(p + i, ps[u]), store_vec(m + i, ms[u]), store_vec(v + i, vs[u]);
+            if constexpr (COPY) store_vec(copy + i, ps[u]);
+        }
     }
 }
 
-// FAST: whole vectors, aligned to 16 bytes (8 in the copy). GRAD, COPY: whether there is one.
-template <bool FAST, bool GRAD, bool COPY>
-__device__ __forceinline__ void update_chunk(const Chunk& chunk, const Factors& f, float decay) {
-    float *p = chunk.slot.p + chunk.start, *m = chunk.slot.m + chunk.start, *v = chunk.slot.v + chunk.start;
-    const float* g = chunk.g + chunk.start;
-    bf16* copy = chunk.slot.copy + chunk.start;
-    int n = chunk.n;
-    for (int first = threadIdx.x * VEC; first < n; first += THREADS * VEC * VECS) {
-        Element x[VECS];
-        #pragma unroll
-        for (int u = 0; u < VECS; u++) {
-            int i = first + u * THREADS * VEC;
-            if (i >= n) break;
-            load<FAST>(x[u].p, p + i, n - i);
-            if constexpr (GRAD) load<FAST>(x[u].g, g + i, n - i);
-            else x[u].g[0] = x[u].g[1] = x[u].g[2] = x[u].g[3] = 0.f;
-            load<FAST>(x[u].m, m + i, n - i);
-            load<FAST>(x[u].v, v + i, n - i);
-        }
-        #pragma unroll
-        for (int u = 0; u < VECS; u++) {
-            int i = first + u * THREADS * VEC;
-            if (i >= n) break;
-            update(x[u], f, decay);
-            store<FAST>(p + i, x[u].p, n - i);
-            store<FAST>(m + i, x[u].m, n - i);
-            store<FAST>(v + i, x[u].v, n - i);
-            if constexpr (COPY) store<FAST>(copy + i, x[u].p, n - i);
-        }
+// Any other.
+__device__ __forceinline__ void update_elements(float* p, float* m, float* v, const float* g, bf16* copy, int n, const Factors& f, float decay) {
+    for (int i = threadIdx.x; i < n; i += THREADS) {
+        update(p[i], m[i], v[i], g ? g[i] : 0.f, f, decay);
+        if (copy) copy[i] = from_f32<bf16>(p[i]);
     }
 }
 
 extern "C" __global__ void __launch_bounds__(THREADS)
 adamw_update(const float* const* grads, const Slot* slots, const int2* items, const Factors* factors, int n_items) {
     Chunk chunk(grads, slots, items[n_items - 1 - (int)blockIdx.x]);
+    Slot slot = chunk.slot;
     Factors f = *factors;
-    float decay = chunk.slot.decays ? f.decay : 0.f;
-    const Slot& slot = chunk.slot;
-    bool fast = chunk.n % VEC == 0 && is_aligned(slot.p, 16) && is_aligned(slot.m, 16) && is_aligned(slot.v, 16) &&
-                is_aligned(chunk.g, 16) && is_aligned(slot.copy, 8);
-    if (!fast) {
-        if (chunk.g && slot.copy) update_chunk<false, true, true>(chunk, f, decay);
-        else if (chunk.g) update_chunk<false, true, false>(chunk, f, decay);
-        else if (slot.copy) update_chunk<false, false, true>(chunk, f, decay);
-        else update_chunk<false, false, false>(chunk, f, decay);
-    } else if (chunk.g && slot.copy) update_chunk<true, true, true>(chunk, f, decay);
-    else if (chunk.g) update_chunk<true, true, false>(chunk, f, decay);
-    else if (slot.copy) update_chunk<true, false, true>(chunk, f, decay);
-    else update_chunk<true, false, false>(chunk, f, decay);
+    float *p = chunk.at(slot.p), *m = chunk.at(slot.m), *v = chunk.at(slot.v), decay = slot.decays ? f.decay : 0.f;
+    const float* g = chunk.g;
+    bf16* copy = chunk.at(slot.copy);
+    int n = chunk.n;
+    bool whole = g && n % TILE == 0 && is_aligned(p, 16) && is_aligned(m, 16) && is_aligned(v, 16) && is_aligned(g, 16) && is_aligned(copy, 8);
+    if (!whole) update_elements(p, m, v, g, copy, n, f, decay);
+    else if (copy) update_tiles<true>(p, m, v, g, copy, n, f, decay);
+    else update_tiles<false>(p, m, v, g, copy, n, f, decay);
 }

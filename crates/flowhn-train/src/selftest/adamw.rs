@@ -35,7 +35,7 @@ fn params(device: Device) -> Result<Vec<Param>> {
         let (n, offset) = (LENGTHS[idx % LENGTHS.len()], if idx % 3 == 2 { 1 + idx as i64 % 4 } else { 0 });
         let values = noise(&[n + offset], idx as i64).to_kind(Kind::Float).to_device(device);
         let leaf = values.narrow(0, offset, n).set_requires_grad(true);
-        let decay = if idx % 2 == 0 { Decay::Yes } else { Decay::No };
+        let decay = if idx % 2 == 1 { Decay::No } else { Decay::Yes };
         Ok(Param { name: format!("p{idx}"), weight: Weight::new(leaf), decay })
     };
     (0..N_PARAMS).map(param).collect()
@@ -113,8 +113,11 @@ impl Plain {
     }
 }
 
+/// Tensors by name.
+type Named = Vec<(String, Tensor)>;
+
 /// What the optimiser holds, by the same names, and the norms of the steps.
-fn run(clip_norm: f64, device: Device) -> Result<(Vec<(String, Tensor)>, Vec<f64>)> {
+fn run(clip_norm: f64, device: Device) -> Result<(Named, Vec<f64>)> {
     let params = params(device)?;
     let mut optimizer = AdamW::new(params.clone(), options(clip_norm))?;
     let mut norms = Vec::new();
@@ -124,7 +127,7 @@ fn run(clip_norm: f64, device: Device) -> Result<(Vec<(String, Tensor)>, Vec<f64
         backward(&params, &gradients)?;
         norms.push(optimizer.step(rate(step))?.double_value(&[]));
     }
-    let mut held: Vec<(String, Tensor)> = params.iter().map(|p| (p.name.clone(), p.weight.master().detach())).collect();
+    let mut held: Named = params.iter().map(|p| (p.name.clone(), p.weight.master().detach())).collect();
     held.extend(optimizer.state());
     Ok((held, norms))
 }
