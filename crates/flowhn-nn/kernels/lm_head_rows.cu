@@ -27,7 +27,7 @@ __device__ __forceinline__ float not_a_number() { return __uint_as_float(0x7fc00
 
 // The products of a row of x with the words from `first` on, one a lane; lanes past the last word have the last one's.
 __device__ __forceinline__ float dots(const float* x, const char* tiles, int first, int vocab_size, int d) {
-    constexpr int AT_ONCE = 4;
+    constexpr int AT_ONCE = 2;
     float own = 0.f;
     for (int i = 0; i < 32; i += AT_ONCE) {
         float sums[AT_ONCE] = {};

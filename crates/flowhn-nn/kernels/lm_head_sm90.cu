@@ -23,15 +23,10 @@
 #include "smem.cuh"
 
 #ifdef __CUDA_ARCH_FEAT_SM90_ALL
-#ifndef BULK
-#define BULK 0
-#endif
 
 constexpr int A_BYTES = TILE_ROWS * ROW_BYTES, B_BYTES = TILE_COLS * ROW_BYTES, STAGE_BYTES = A_BYTES + B_BYTES;
 constexpr int GROUP = 128, GROUPS = 2, GROUP_ROWS = TILE_ROWS / GROUPS;
 constexpr int PIECES = TILE_COLS / 8;
-// A line of E in shared memory, and the place for such lines that a warp has.
-constexpr int LINE = 128, PLACE = 2 * 16 * LINE;
 static_assert(LAG < STAGES, "the first group would wait for stages that the second has not begun");
 
 // The ring of stages; each thread that walks it counts its own steps.
@@ -92,56 +87,10 @@ template <bool WHOLE> __device__ __forceinline__ void write_tile(
     }
 }
 
-// The same for whole tiles, through shared memory, so that E leaves in whole lines: `piece` of 64 words at a time, for which a warp
-// has two places of 16 rows. Even and odd rows write their two halves in turns, so that they meet in no bank.
-__device__ __forceinline__ void send_tile(
-    const float (&logits)[PIECES][4], const float (&c)[2], char* place, bf16* e, i64 row_stride, float* sums) {
-    const int lane = threadIdx.x % 32, g = lane / 4, t = lane % 4;
-    float sum[2][2] = {};
-    #pragma unroll
-    for (int piece = 0; piece < 4; piece++) {
-        char* at = place + piece % 2 * (16 * LINE);
-        if (lane < 16) bulk_wait_read<1>();
-        __syncwarp();
-        #pragma unroll
-        for (int half = 0; half < 2; half++) {
-            uint4 words[2];
-            #pragma unroll
-            for (int word = 0; word < 2; word++) {
-                float x[8];
-                #pragma unroll
-                for (int i = 0; i < 8; i++) {
-                    x[i] = ex2(fmaf(logits[4 * (2 * piece + word) + i / 2][2 * half + i % 2], LOG2_E, -c[half]));
-                    sum[half][i % 2] += x[i];
-                }
-                words[word] = make_uint4(pack_bf16(x[0], x[1]), pack_bf16(x[2], x[3]), pack_bf16(x[4], x[5]), pack_bf16(x[6], x[7]));
-            }
-            uint4* line = reinterpret_cast<uint4*>(at + (g + 8 * half) * LINE);
-            bool is_odd = g % 2 == 1;
-            line[t + 4 * is_odd] = is_odd ? words[1] : words[0];
-            line[t + 4 * !is_odd] = is_odd ? words[0] : words[1];
-        }
-        wgmma_publish();
-        __syncwarp();
-        if (lane < 16) {
-            bulk_store(e + lane * row_stride + piece * (LINE / 2), smem_address(at) + lane * LINE, LINE);
-            bulk_commit();
-        }
-    }
-    #pragma unroll
-    for (int half = 0; half < 2; half++) {
-        float total = sum[half][0] + sum[half][1];
-        total += __shfl_xor_sync(FULL_WARP, total, 1);
-        total += __shfl_xor_sync(FULL_WARP, total, 2);
-        if (t == 0) sums[8 * half] = total;
-    }
-}
-
 extern "C" __global__ void __launch_bounds__(GROUP * (1 + GROUPS), 1) lm_head_product(
     const char* x, const char* w, const i64* targets, const float* c, bf16* e, i64 row_stride, float* sums, int n_rows, int vocab_size,
     int n_k) {
     Ring ring{smem_address(shared_memory()), 0};
-    char* places = shared_memory() + STAGES * (STAGE_BYTES + 16) + 16;
     const int group = threadIdx.x / GROUP;
     const int n_row_tiles = up(n_rows, TILE_ROWS), n_tiles = n_row_tiles * up(vocab_size, TILE_COLS);
     // A ring that holds all of k would let the first group run a whole tile ahead.
@@ -209,13 +158,11 @@ extern "C" __global__ void __launch_bounds__(GROUP * (1 + GROUPS), 1) lm_head_pr
             int column = column_tile * TILE_COLS + own_column;
             float* own_sums = sums + (i64)column_tile * n_row_tiles * TILE_ROWS + row;
             if ((column_tile + 1) * TILE_COLS <= vocab_size && first_row + TILE_ROWS <= n_rows) {
-                if (BULK && STORE) send_tile(logits, own_c, places + (threadIdx.x / 32 - 4) * PLACE, e + (i64)(row - lane / 4) * row_stride + column_tile * TILE_COLS, row_stride, own_sums);
-                else write_tile<true>(logits, own_c, e, row_stride, own_sums, row, n_rows, column, vocab_size);
+                write_tile<true>(logits, own_c, e, row_stride, own_sums, row, n_rows, column, vocab_size);
             } else {
                 write_tile<false>(logits, own_c, e, row_stride, own_sums, row, n_rows, column, vocab_size);
             }
         }
-        if (BULK && lane < 16) bulk_wait<0>();
     }
 }
 #endif

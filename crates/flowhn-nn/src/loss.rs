@@ -21,7 +21,7 @@ use crate::rows::{for_float_kind, no_kernel};
 ///
 /// On CUDA nothing waits for the device, so a target outside the vocabulary is no error there: it makes the loss and
 /// the gradients NaN. [`check_ids`](crate::check_ids) finds it before targets are copied to the device. The logits of a
-/// chunk take at most half a GiB.
+/// chunk, or the exponentials in their place, take at most half a GiB.
 ///
 /// # Shapes
 /// - `x_td`: `[n_tokens, d_model]`, f32, bf16 or, on the CPU, f64

@@ -275,17 +275,12 @@ __device__ __forceinline__ void wgmma_64x256(float (&d)[32][4], unsigned long lo
 __device__ __forceinline__ void mbarrier_init(unsigned barrier, int n_arrivals) {
     asm volatile("mbarrier.init.shared::cta.b64 [%0], %1;" ::"r"(barrier), "r"(n_arrivals) : "memory");
 }
-// Before other threads, blocks of the cluster or bulk copies use barriers that this thread initialised; a barrier of the threads follows.
+// Before other threads or bulk copies use barriers that this thread initialised; a barrier of the threads follows.
 __device__ __forceinline__ void mbarrier_init_fence() {
     asm volatile("fence.mbarrier_init.release.cluster;\nfence.proxy.async.shared::cta;" ::: "memory");
 }
 __device__ __forceinline__ void mbarrier_arrive(unsigned barrier) {
     asm volatile("mbarrier.arrive.shared::cta.b64 _, [%0];" ::"r"(barrier) : "memory");
-}
-// Arrives at the barrier that has this address in block `rank` of the cluster.
-__device__ __forceinline__ void mbarrier_arrive_at(unsigned barrier, int rank) {
-    asm volatile("{\n.reg .b32 remote;\nmapa.shared::cluster.u32 remote, %0, %1;\n"
-                 "mbarrier.arrive.release.cluster.shared::cluster.b64 _, [remote];\n}" ::"r"(barrier), "r"(rank) : "memory");
 }
 // Arrives and announces bytes that bulk copies will bring.
 __device__ __forceinline__ void mbarrier_expect(unsigned barrier, int n_bytes) {
@@ -303,28 +298,6 @@ __device__ __forceinline__ void mbarrier_wait(unsigned barrier, unsigned parity)
 __device__ __forceinline__ void bulk_load(unsigned dst, const void* src, int n_bytes, unsigned barrier) {
     asm volatile("cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1], %2, [%3];" ::"r"(dst),
                  "l"(__cvta_generic_to_global(src)), "r"(n_bytes), "r"(barrier) : "memory");
-}
-// The same to the blocks of the cluster whose bits are set, in each to the same place, each with its own barrier.
-__device__ __forceinline__ void bulk_load_multicast(unsigned dst, const void* src, int n_bytes, unsigned barrier, int blocks) {
-    asm volatile("cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes.multicast::cluster [%0], [%1], %2, [%3], %4;" ::"r"(dst),
-                 "l"(__cvta_generic_to_global(src)), "r"(n_bytes), "r"(barrier), "h"((short)blocks) : "memory");
-}
-// Starts copying from shared memory; what this thread stored there or others published is copied. Groups of copies are a thread's own.
-__device__ __forceinline__ void bulk_store(void* dst, unsigned src, int n_bytes) {
-    asm volatile("cp.async.bulk.global.shared::cta.bulk_group [%0], [%1], %2;" ::"l"(__cvta_generic_to_global(dst)), "r"(src), "r"(n_bytes) : "memory");
-}
-__device__ __forceinline__ void bulk_commit() { asm volatile("cp.async.bulk.commit_group;" ::: "memory"); }
-// Waits until at most `N` of this thread's latest groups are still to be read from shared memory, or to arrive.
-template <int N> __device__ __forceinline__ void bulk_wait_read() { asm volatile("cp.async.bulk.wait_group.read %0;" ::"n"(N) : "memory"); }
-template <int N> __device__ __forceinline__ void bulk_wait() { asm volatile("cp.async.bulk.wait_group %0;" ::"n"(N) : "memory"); }
-// The number of this block in its cluster, and a barrier of all its threads.
-__device__ __forceinline__ int cluster_rank() {
-    unsigned rank;
-    asm("mov.u32 %0, %%cluster_ctarank;" : "=r"(rank));
-    return (int)rank;
-}
-__device__ __forceinline__ void cluster_sync() {
-    asm volatile("barrier.cluster.arrive.release;\nbarrier.cluster.wait.acquire;" ::: "memory");
 }
 // Changes the number of registers that each thread of a group of four warps has.
 template <int N> __device__ __forceinline__ void registers_give() { asm volatile("setmaxnreg.dec.sync.aligned.u32 %0;" ::"n"(N)); }
