@@ -6,7 +6,7 @@ use flowhn_fuse::{FuseShape, Fusion, FusionKind, Topology, gather, split_norm, s
 use flowhn_nn::{Bias, Linear, Path, RmsNorm};
 use flowhn_split::{Branch, Bridge, Sharing};
 use flowhn_ssm::SsmState;
-use flowhn_torch::timeline;
+use flowhn_torch::{Stream, fork_join, record_stream, timeline};
 use tch::{Device, Kind, Tensor};
 
 use crate::branch::{AttnBranch, BranchInput, MlpSublayer, SsmBranch};
@@ -82,7 +82,8 @@ impl Block {
         }
     }
 
-    /// Runs block `block_idx` of the layout on `x_bld`; with a cache, goes on from the tokens it remembers.
+    /// Runs block `block_idx` of the layout on `x_bld`; with a cache, goes on from the tokens it remembers; with a stream, attention runs
+    /// there, beside the state-space branch.
     pub fn forward(
         &self,
         x_bld: &Tensor,
@@ -90,6 +91,7 @@ impl Block {
         layout: &Layout,
         segments_bl: Option<&Tensor>,
         cache: Option<&mut BlockCache>,
+        side: Option<Stream>,
     ) -> Result<Tensor> {
         let routes = &layout.blocks[block_idx];
         let (kv, state) = match cache {
@@ -98,11 +100,27 @@ impl Block {
         };
         let (x_bld, attn_input, ssm_input) = self.read(x_bld, routes)?;
         let leave = |part: &'static str| move |x: Tensor| timeline::pass(&x, parts::FUSION, part);
-        let attn_input = attn_input.timed(parts::ATTENTION, parts::FUSION)?;
-        let a_bnd = self.attend(&x_bld, &attn_input, layout, routes, segments_bl, kv)?;
-        let a_bnd = a_bnd.map(leave(parts::ATTENTION)).transpose()?;
-        let ssm_input = ssm_input.timed(parts::SSM, parts::FUSION)?;
-        let s_bmd = self.scan(&ssm_input, routes, segments_bl, state)?.map(leave(parts::SSM)).transpose()?;
+        let attend = || -> Result<Option<Tensor>> {
+            let attn_input = attn_input.timed(parts::ATTENTION, parts::FUSION)?;
+            let a_bnd = self.attend(&x_bld, &attn_input, layout, routes, segments_bl, kv)?;
+            Ok(a_bnd.map(leave(parts::ATTENTION)).transpose()?)
+        };
+        let scan = || -> Result<Option<Tensor>> {
+            let ssm_input = ssm_input.timed(parts::SSM, parts::FUSION)?;
+            let s_bmd = self.scan(&ssm_input, routes, segments_bl, state)?;
+            Ok(s_bmd.map(leave(parts::SSM)).transpose()?)
+        };
+        let (a_bnd, s_bmd) = match (side, x_bld.device()) {
+            (Some(side), Device::Cuda(device_idx)) => {
+                // What crosses between the streams lives until both are done with it, backward too.
+                record_stream(attn_input.tensor(), side)?;
+                record_stream(&x_bld, side)?;
+                let (a_bnd, s_bmd) = fork_join(device_idx, side, attend, scan)?;
+                a_bnd.iter().try_for_each(|a_bnd| record_stream(a_bnd, Stream::current(device_idx)?))?;
+                (a_bnd, s_bmd)
+            }
+            _ => (attend()?, scan()?),
+        };
         let (a, s, attn, ssm) = (a_bnd.as_ref(), s_bmd.as_ref(), &routes.attn, &routes.ssm);
         match &self.tail {
             BlockTail::Released { norm, proj } => {

@@ -51,8 +51,8 @@ pub(crate) enum BranchInput {
 
 impl BranchInput {
     /// The same, at the border between two parts of a [`timeline`]: `outside` and, from here on, `inside`.
-    pub fn timed(self, inside: &'static str, outside: &'static str) -> Result<Self> {
-        let pass = |x: Tensor| timeline::pass(&x, inside, outside);
+    pub fn timed(&self, inside: &'static str, outside: &'static str) -> Result<Self> {
+        let pass = |x: &Tensor| timeline::pass(x, inside, outside);
         Ok(match self {
             Self::Tokens(x_bnd) => Self::Tokens(pass(x_bnd)?),
             Self::Normed(normed_bnd) => Self::Normed(pass(normed_bnd)?),
@@ -67,6 +67,14 @@ impl BranchInput {
                 let (x_bnd, normed_bnd) = norm.forward_residual(x_bnd, None)?;
                 Ok((Some(x_bnd), normed_bnd))
             }
+        }
+    }
+
+    /// What it is made of.
+    pub fn tensor(&self) -> &Tensor {
+        match self {
+            Self::Tokens(x_bnd) => x_bnd,
+            Self::Normed(normed_bnd) => normed_bnd,
         }
     }
 

@@ -23,7 +23,7 @@ pub use config::ModelConfig;
 pub use decode::Decoder;
 pub use error::{Error, Result};
 pub use golden::{GoldenReport, MAX_REL_GRAD, MAX_REL_OUTPUT, check_golden};
-pub use model::{IGNORE_INDEX, Input, Model, Output, parts};
+pub use model::{Branches, IGNORE_INDEX, Input, Model, Output, parts};
 pub use names::{Family, ForeignName};
 pub use score::{Target, TargetScores};
 pub use weights::WeightFile;

@@ -7,10 +7,11 @@ use std::ops::Range;
 use std::rc::Rc;
 
 use flowhn_nn::{
-    Bias, Decay, Embedding, Init, Linear, Params, RmsNorm, Weight, check_ids, linear, linear_cross_entropy, token_losses,
+    Bias, Decay, Embedding, Init, Linear, Params, RmsNorm, Weight, check_ids, linear, linear_cross_entropy,
+    token_losses,
 };
 use flowhn_split::{ModelShape, Routing, SplitPlan};
-use flowhn_torch::{catch, timeline};
+use flowhn_torch::{Priority, Stream, catch, timeline};
 use tch::{Device, Kind, Tensor};
 
 use crate::block::{Block, BlockCache};
@@ -33,6 +34,17 @@ pub mod parts {
     pub const HEAD: &str = "head";
 }
 
+/// How the two branches of a block share a device.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, serde::Serialize, serde::Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum Branches {
+    /// One after the other.
+    #[default]
+    Serial,
+    /// Attention on a second stream, beside the state-space model; on CUDA only.
+    Streams,
+}
+
 /// Targets with this value count nothing.
 pub const IGNORE_INDEX: i64 = -100;
 
@@ -46,6 +58,8 @@ pub struct Model {
     routing: Routing,
     params: Params,
     compute_kind: Kind,
+    /// Where attention branches run, beside the others.
+    side: Option<Stream>,
     embed: Embedding,
     /// Learned tokens in front of every sequence, `[n_meta, d_model]`.
     meta: Option<Weight>,
@@ -151,6 +165,7 @@ impl Model {
             routing,
             params,
             compute_kind: Kind::Float,
+            side: None,
             embed,
             meta,
             blocks,
@@ -196,6 +211,22 @@ impl Model {
     /// Chooses the type of activations, f32 or bf16; parameters stay f32.
     pub fn set_compute_kind(&mut self, kind: Kind) {
         self.compute_kind = kind;
+    }
+
+    /// Chooses whether the branches of a block run one after the other or beside each other.
+    ///
+    /// # Errors
+    /// [`Error::Input`] for streams on another device than CUDA; [`Error::Tensor`] if there is no stream.
+    pub fn set_branches(&mut self, branches: Branches) -> Result<()> {
+        self.side = match (branches, self.device()) {
+            (Branches::Serial, _) => None,
+            (Branches::Streams, Device::Cuda(device_idx)) => Some(Stream::from_pool(device_idx, Priority::Normal)?),
+            (Branches::Streams, device) => {
+                let message = format!("branches on two streams need a CUDA device, and the model is on {device:?}");
+                return Err(Error::Input(message));
+            }
+        };
+        Ok(())
     }
 
     /// Brings the bf16 copies of the weights up to date where the model computes with such: on CUDA in bf16. A forward pass does so
@@ -320,7 +351,7 @@ impl Model {
                 visit(&of_tokens(&x_bld)?);
                 for (block_idx, block) in self.blocks.iter().enumerate() {
                     let cache = caches.as_deref_mut().map(|caches| &mut caches[block_idx]);
-                    x_bld = block.forward(&x_bld, block_idx, &layout, segments_bl.as_ref(), cache)?;
+                    x_bld = block.forward(&x_bld, block_idx, &layout, segments_bl.as_ref(), cache, self.side)?;
                     visit(&of_tokens(&x_bld)?);
                 }
                 of_tokens(&x_bld)

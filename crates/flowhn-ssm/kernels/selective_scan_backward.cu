@@ -250,6 +250,8 @@ selective_scan_backward(X* dx, Dt* ddt, Z* dz, i64 dz_batch, i64 dz_token, float
                         }
                     }
                     float2 total = make_float2(sum_over_states(input_part), sum_over_states(rate_part));
+                    // Other lanes have read the steps that these sums replace: the sums above need what they read.
+                    if (SLICES == 1) __syncwarp();
                     float2* to = reinterpret_cast<float2*>(step_sums) + (strip * STRIP + part + group) * SUM_STRIDE + channel;
                     *to = slice == 0 ? total : make_float2(to->x + total.x, to->y + total.y);
                     float2 b_sums = sum_over_channels(b_part, ones);

@@ -140,6 +140,35 @@ pub fn record_stream(tensor: &Tensor, stream: Stream) -> Result<()> {
     ffi::status(unsafe { ffi::flowhn_record_stream(tensor.as_ptr(), stream.0) })
 }
 
+/// Runs two pieces of work that do not depend on each other: `beside` on the stream `side`, `here` on the current one. Both begin after
+/// all that the current stream was given before, and what it is given afterwards waits for both.
+///
+/// Tensors that one of them makes and the other stream uses later have to be recorded by [`record_stream`].
+///
+/// # Errors
+/// Those of the two; [`crate::Error::Torch`] if the streams cannot wait for each other.
+pub fn fork_join<A, B, E: From<crate::Error>>(
+    device_idx: usize,
+    side: Stream,
+    beside: impl FnOnce() -> std::result::Result<A, E>,
+    here: impl FnOnce() -> std::result::Result<B, E>,
+) -> std::result::Result<(A, B), E> {
+    let current = Stream::current(device_idx)?;
+    let mut begin = Event::new(false)?;
+    begin.record(current)?;
+    side.wait(&begin)?;
+    let first = {
+        let _guard = side.enter()?;
+        beside()
+    };
+    let second = here();
+    // Also after a failure: work that was begun on the side has to end before its memory is used again.
+    let mut end = Event::new(false)?;
+    end.record(side)?;
+    current.wait(&end)?;
+    Ok((first?, second?))
+}
+
 /// A mark in a stream.
 #[derive(Debug)]
 pub struct Event(*mut c_void);

@@ -15,6 +15,7 @@
 //! dtype = "fp32"               # compute type; weights and optimiser state are fp32. "bf16" on GPUs that have it
 //! deterministic = true         # on a GPU: equal runs give equal bits; false lets attention use faster kernels that do not
 //! cuda_graph = true            # on a GPU: the step is captured once and replayed; false launches its operators one by one
+//! branches = "serial"          # "streams" on a GPU: attention runs on a stream of its own, beside the state-space branch
 //! seed = 0                     # initial weights and the order of the text
 //! lr = 1e-3                    # peak learning rate
 //! min_lr_frac = 0.1            # last learning rate over the peak
@@ -39,8 +40,8 @@
 use std::fmt;
 use std::path::{Path, PathBuf};
 
-use flowhn_model::ModelConfig;
 use flowhn_model::config::{RawModel, from_table, load_table};
+use flowhn_model::{Branches, ModelConfig};
 use serde::{Deserialize, Serialize};
 use tch::Kind;
 use toml::{Table, Value};
@@ -139,6 +140,8 @@ pub struct TrainConfig {
     pub deterministic: bool,
     /// Whether a step on a GPU is one CUDA graph.
     pub cuda_graph: bool,
+    /// Whether a block's branches run one after the other or, on a GPU, beside each other.
+    pub branches: Branches,
     /// Seed of initial weights and of the order of the text.
     pub seed: u64,
     /// Peak learning rate.
@@ -184,6 +187,7 @@ impl Default for TrainConfig {
             dtype: Dtype::Fp32,
             deterministic: true,
             cuda_graph: true,
+            branches: Branches::Serial,
             seed: 0,
             lr: 1e-3,
             min_lr_frac: 0.1,
@@ -227,7 +231,7 @@ struct RawRun {
 
 /// Keys that a resumed run may change: they move files, or say when things are shown and kept, and no weight depends on them.
 /// The text behind `data.train` and the tokenizer are held to by their fingerprints instead.
-const FREE_KEYS: [&str; 12] = [
+const FREE_KEYS: [&str; 13] = [
     "data.train",
     "data.valid",
     "data.tokenizer",
@@ -239,6 +243,7 @@ const FREE_KEYS: [&str; 12] = [
     "train.keep_last",
     "train.sample_prompt",
     "train.cuda_graph",
+    "train.branches",
     "run.dir",
 ];
 

@@ -3,11 +3,11 @@
 use std::path::Path;
 
 use flowhn_model::WeightFile;
-use flowhn_nn::Decay;
+use flowhn_nn::{Decay, Param, Weight};
 use flowhn_torch::catch;
 use tch::{Kind, Tensor};
 
-use crate::optim::{AdamW, AdamWOptions, Leaf};
+use crate::optim::{AdamW, AdamWOptions};
 use crate::{Error, Result};
 
 /// Most that a weight may differ after one step, relative to its tensor's largest value.
@@ -46,9 +46,9 @@ pub fn check_golden_step(path: &Path) -> Result<Option<f64>> {
             (&tensor * grad).sum(Kind::Float).backward();
             Ok(tensor)
         })?;
-        leaves.push(Leaf { name: (*name).to_owned(), tensor, decay: Decay::Yes });
+        leaves.push(Param { name: (*name).to_owned(), weight: Weight::new(tensor), decay: Decay::Yes });
     }
-    let weights: Vec<Tensor> = leaves.iter().map(|leaf| leaf.tensor.shallow_clone()).collect();
+    let weights: Vec<Tensor> = leaves.iter().map(|leaf| leaf.weight.master().shallow_clone()).collect();
     let _norm = AdamW::new(leaves, OPTIONS)?.step(LR)?;
     let mut worst = 0f64;
     for (name, weight) in names.iter().zip(&weights) {

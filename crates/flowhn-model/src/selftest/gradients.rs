@@ -5,7 +5,7 @@ use tch::{Device, Kind, Tensor, no_grad};
 
 use super::small::{POLICIES, SEQ_LEN, VARIANTS, Variant, ids};
 use super::{case, ensure, max_abs};
-use crate::{Model, Result};
+use crate::{Branches, Model, Result};
 
 /// Most that a gradient in f32 may differ between devices, relative to the model's largest.
 const MAX_REL: f64 = 1e-4;
@@ -23,6 +23,7 @@ pub(super) fn cases() -> Vec<Case> {
             let name = name(&format!("{kind:?} equal those of the CPU"));
             cases.push(case(name, move |device| equals_the_cpu(&variant, kind, device)));
         }
+        cases.push(case(name("of branches on two streams"), move |device| on_two_streams(&variant, device)));
     }
     cases
 }
@@ -38,8 +39,20 @@ fn loss(model: &Model) -> Result<Tensor> {
 
 /// The loss and its gradients by parameter, in f32 on the CPU.
 fn gradients(variant: &Variant, split: &str, kind: Kind, device: Device) -> Result<Vec<(String, Tensor)>> {
+    gradients_with(variant, split, kind, device, Branches::Serial)
+}
+
+/// The same for branches in turn or beside each other.
+fn gradients_with(
+    variant: &Variant,
+    split: &str,
+    kind: Kind,
+    device: Device,
+    branches: Branches,
+) -> Result<Vec<(String, Tensor)>> {
     let mut model = variant.model(split, device)?;
     model.set_compute_kind(kind);
+    model.set_branches(branches)?;
     let value = loss(&model)?;
     value.f_backward()?;
     let to_cpu = |tensor: &Tensor| tensor.detach().to_device(Device::Cpu).to_kind(Kind::Float);
@@ -107,6 +120,24 @@ fn equals_the_cpu(variant: &Variant, kind: Kind, device: Device) -> Result<Strin
         }
     }
     Ok(format!("{} policies, {:.0} % of the allowance", policies.len(), 100. * worst))
+}
+
+/// Branches beside each other give the bits of branches in turn; a CPU has no streams and says so.
+fn on_two_streams(variant: &Variant, device: Device) -> Result<String> {
+    if device == Device::Cpu {
+        let refused = variant.model(POLICIES[1], device)?.set_branches(Branches::Streams);
+        let message = refused.err().map(|error| error.to_string()).unwrap_or_default();
+        ensure(message.contains("CUDA"), || format!("the CPU took two streams: {message:?}"))?;
+        return Ok("refused".to_owned());
+    }
+    for split in [POLICIES[0], POLICIES[1], POLICIES[6]] {
+        let serial = gradients_with(variant, split, Kind::Float, device, Branches::Serial)?;
+        let beside = gradients_with(variant, split, Kind::Float, device, Branches::Streams)?;
+        for ((name, a), (_, b)) in serial.iter().zip(&beside) {
+            ensure(a.equal(b), || format!("{split}: {name} differs from that of branches in turn"))?;
+        }
+    }
+    Ok("equal bits".to_owned())
 }
 
 /// On the CPU itself: two runs give the same bits, whatever the threads do.

@@ -5,7 +5,7 @@ mod decode;
 use std::path::Path;
 use std::time::Instant;
 
-use flowhn_model::Model;
+use flowhn_model::{Branches, Model};
 use flowhn_split::{ModelFlops, ScoreCount};
 use flowhn_torch::timeline::Timeline;
 use flowhn_torch::{Event, MemoryStats, Stream};
@@ -60,10 +60,11 @@ pub struct StepSpeed {
     pub max_memory_bytes: u64,
     /// The loss of the last step, in nats a token.
     pub last_loss: f32,
-    /// Where the time of a step goes, from steps of their own with marks between the parts, and what lies between two steps.
+    /// Where the time of a step goes, from steps of their own with marks between the parts, and what lies between two steps. Empty
+    /// where branches run beside each other.
     pub parts: Vec<PartTime>,
     /// Share of the time from the begin of one step to that of the next in which the device works on the step.
-    pub busy_frac: f64,
+    pub busy_frac: Option<f64>,
 }
 
 /// The time of one part of a step, forward and backward.
@@ -105,7 +106,10 @@ pub fn time_steps(config: &RunConfig, device: Device, steps: u64) -> Result<Step
     };
     let last_loss = stepper.read()?.last().map_or(f32::NAN, |step| step.loss);
     let max_memory_bytes = max_memory_bytes(device);
-    let (parts, busy_frac) = parts(&mut stepper)?;
+    let (parts, busy_frac) = match config.train.branches {
+        Branches::Serial => parts(&mut stepper).map(|(parts, busy_frac)| (parts, Some(busy_frac)))?,
+        Branches::Streams => (Vec::new(), None),
+    };
     drop(stream);
     if !last_loss.is_finite() {
         let message = format!("the loss after {} steps is {last_loss}: its speed means nothing", WARM_UP + steps);
@@ -197,6 +201,7 @@ fn stepper(config: &RunConfig, device: Device, folder: &Path, steps: u64) -> Res
         LoaderOptions { seq_len: config.model.seq_len, batch_size: train.batch_size, seed: train.seed, prefetch: 4 };
     let mut model = Model::new(&config.model, device, train.seed)?;
     model.set_compute_kind(train.dtype.kind());
+    model.set_branches(train.branches)?;
     let optimizer = AdamW::of_params(model.params(), train.optimizer())?;
     Ok(Stepper {
         optimizer,

@@ -45,6 +45,9 @@ pub struct Args {
     sets: SetArgs,
     #[command(flatten)]
     device: DeviceArgs,
+    /// Whether a block's branches run one after the other or beside each other; `train.branches`
+    #[arg(long, value_parser = ["serial", "streams"])]
+    branches: Option<String>,
     /// Steps to measure
     #[arg(long, default_value_t = 30, value_parser = RangedU64ValueParser::<u64>::new().range(1..))]
     steps: u64,
@@ -83,7 +86,7 @@ struct Row {
     max_memory_bytes: u64,
     host_ms: f64,
     last_loss: f32,
-    busy_frac: f64,
+    busy_frac: Option<f64>,
     parts: Vec<PartTime>,
 }
 
@@ -100,8 +103,10 @@ pub fn run(args: &Args) -> Result<ExitCode> {
     let device = args.device.device()?;
     let console = Console::new();
     let mut report = Report { definition: DEFINITION, device: String::new(), peak: None, rows: Vec::new() };
+    let branches = args.branches.iter().map(|branches| format!("train.branches=\"{branches}\""));
+    let sets: Vec<String> = args.sets.sets.iter().cloned().chain(branches).collect();
     for (model, policy, file) in files(args) {
-        let config = config_args::load(&file, &args.sets.sets)?;
+        let config = config_args::load(&file, &sets)?;
         console.line(format!("{model} {policy}: {} steps", args.steps));
         let speed = time_steps(&config, device, args.steps)?;
         let peak = peak(&speed, config.train.dtype, device);
@@ -181,7 +186,10 @@ impl Row {
     /// Where the time goes, below the row.
     fn parts_line(&self) -> String {
         let parts: Vec<String> = self.parts.iter().map(|part| format!("{} {:.2}", part.name, part.ms)).collect();
-        format!("       ms: {}; busy {:.1} %\n", parts.join(", "), 100. * self.busy_frac)
+        match self.busy_frac {
+            Some(busy_frac) => format!("       ms: {}; busy {:.1} %\n", parts.join(", "), 100. * busy_frac),
+            None => String::new(),
+        }
     }
 
     fn line(&self) -> String {
