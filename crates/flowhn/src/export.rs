@@ -30,8 +30,7 @@ pub fn run(args: &Args) -> Result<ExitCode> {
     for skipped in &latest.skipped {
         console.warn(format_args!("{skipped}"));
     }
-    let checkpoint =
-        latest.checkpoint.ok_or_else(|| anyhow!("{}: no usable checkpoint", args.checkpoint.display()))?;
+    let checkpoint = latest.checkpoint.ok_or_else(|| anyhow!("{}: no usable checkpoint", args.checkpoint.display()))?;
     let config = checkpoint.config()?;
     let model = Model::new(&config.model, Device::Cpu, 0)?;
     checkpoint.load_into(model.params())?;
