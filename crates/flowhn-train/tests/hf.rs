@@ -12,13 +12,16 @@ use safetensors::Dtype;
 use safetensors::tensor::{TensorView, serialize};
 use tch::{Device, Kind, Tensor, no_grad};
 
+/// Tensors by name.
+type Named = Vec<(String, Tensor)>;
+
 /// A golden file: a model of transformers with its outputs.
 fn golden(name: &str) -> WeightFile {
     let dir = Path::new(env!("CARGO_MANIFEST_DIR")).join("../flowhn-model/tests/golden");
     WeightFile::read(&dir.join(format!("{name}.safetensors"))).unwrap()
 }
 
-fn weights(file: &WeightFile) -> Vec<(String, Tensor)> {
+fn weights(file: &WeightFile) -> Named {
     let named =
         |(name, tensor): (&String, &Tensor)| Some((name.strip_prefix("w.")?.to_owned(), tensor.shallow_clone()));
     let mut weights: Vec<_> = file.tensors.iter().filter_map(named).collect();
@@ -39,7 +42,7 @@ fn write(path: &Path, tensors: &[(String, Tensor)]) {
 }
 
 /// A directory as transformers would save the model of a golden file, its weights changed by `change`.
-fn saved(dir: &Path, file: &WeightFile, change: impl FnOnce(&mut Vec<(String, Tensor)>)) -> PathBuf {
+fn saved(dir: &Path, file: &WeightFile, change: impl FnOnce(&mut Named)) -> PathBuf {
     let from = dir.join("theirs");
     fs::create_dir_all(&from).unwrap();
     fs::write(from.join("config.json"), &file.metadata["config"]).unwrap();
@@ -129,9 +132,9 @@ fn shards_are_read_by_their_index_and_a_repeated_head_is_taken() {
 #[test]
 fn tensors_that_do_not_fit_are_listed_and_nothing_is_made() {
     let file = golden("llama_biases_mqa");
-    let refusal = |change: &dyn Fn(&mut Vec<(String, Tensor)>)| {
+    let refusal = |change: &dyn Fn(&mut Named)| {
         let dir = tempfile::tempdir().unwrap();
-        let from = saved(dir.path(), &file, |tensors| change(tensors));
+        let from = saved(dir.path(), &file, change);
         let run = dir.path().join("run");
         let message = imported(&from, &run).unwrap_err().to_string();
         assert!(!run.exists());

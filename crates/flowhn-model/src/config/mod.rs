@@ -71,8 +71,8 @@ impl ModelConfig {
         if raw.split.policy.0.is_empty() {
             return Err(Error::value("model.split.policy", "the list is empty: name at least one policy"));
         }
-        let policies = raw.split.first_blocks.iter().chain(&raw.split.policy.0);
-        let has_attn = policies.into_iter().any(|policy| policy.sharing().has(Branch::Attn));
+        let mut policies = raw.split.first_blocks.iter().chain(&raw.split.policy.0);
+        let has_attn = policies.any(|policy| policy.sharing().has(Branch::Attn));
         let attn = check_attn(&raw.attn, d_model, has_attn)?;
         let (ssm, ssd_chunk_len) = check_ssm(&raw.ssm, d_model)?;
         if raw.fusion.is_some() && raw.block == BlockKind::Released {

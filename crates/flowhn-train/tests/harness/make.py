@@ -81,7 +81,8 @@ def task_config(name, path, items):
         return shared | {
             "output_type": "loglikelihood",
             "doc_to_text": "context",
-            "doc_to_target": "{{choices[0]}}",
+            # No delimiter is put before the target of this type.
+            "doc_to_target": "{{' ' + choices[0]}}",
             "metric_list": [means[0], perplexity],
         }
     return shared | {
