@@ -125,7 +125,7 @@ pub fn evaluate_tasks(
     tokenizer: &Tokenizer,
     tasks: &[Task],
     options: &TaskOptions,
-    mut partial: Option<&mut Partial>,
+    partial: Option<&mut Partial>,
     on_progress: &mut dyn FnMut(usize, usize) -> ControlFlow<()>,
 ) -> Result<Option<Vec<TaskResult>>> {
     tokenizer.check_vocab_size(model.config().vocab_size)?;
@@ -139,7 +139,7 @@ pub fn evaluate_tasks(
         let of_items = encoded.into_iter().map(|choices| choices.into_iter().map(&mut place).collect());
         of_tasks.push(of_items.collect::<Vec<Places>>());
     }
-    let Some(scores) = tiles::run(model, &requests, options, partial.as_deref_mut(), on_progress)? else {
+    let Some(scores) = tiles::run(model, &requests, options, partial, on_progress)? else {
         return Ok(None);
     };
     let result = |(task, of_items): (&Task, &Vec<Places>)| TaskResult::new(task, of_items, &requests, &scores);

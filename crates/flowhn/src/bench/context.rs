@@ -71,7 +71,7 @@ pub fn run(args: &Args) -> Result<ExitCode> {
     let device = args.device.device()?;
     let console = Console::new();
     let mut report = Report { device: String::new(), tokens_per_step: args.tokens, rows: Vec::new() };
-    if let Some(len) = args.seq_len.iter().find(|&&len| len == 0 || args.tokens % len != 0) {
+    if let Some(len) = args.seq_len.iter().find(|&&len| !args.tokens.is_multiple_of(len)) {
         anyhow::bail!("--seq-len {len} does not divide --tokens {}: every step has the same tokens", args.tokens);
     }
     for &seq_len in &args.seq_len {
