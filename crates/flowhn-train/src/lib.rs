@@ -6,7 +6,6 @@ mod batch;
 pub mod bench;
 pub mod checkpoint;
 pub mod config;
-pub mod curves;
 pub mod data;
 mod error;
 pub mod estimate;

@@ -1,6 +1,7 @@
-//! The plots: losses over the steps, and bars.
+//! The plots: losses over the steps, bars, and curves.
 
 mod bars;
+mod curves;
 
 use std::path::Path;
 
@@ -8,6 +9,7 @@ use plotters::coord::Shift;
 use plotters::prelude::*;
 
 pub use self::bars::{BarPanel, bars_svg};
+pub use self::curves::{Axes, Curve, curves_svg};
 use crate::metrics::{StepRecord, ValidRecord};
 use crate::{Error, Result};
 
@@ -90,14 +92,23 @@ fn draw(area: &Area, title: &str, train: &[StepRecord], valid: &[ValidRecord], u
             .label("unigram model, validation")
             .legend(|(x, y)| PathElement::new([(x, y), (x + 18, y)], GREY.stroke_width(1)));
     }
+    legend(&mut chart, SeriesLabelPosition::UpperRight)?;
+    area.present()?;
+    Ok(())
+}
+
+/// The names of a chart's series.
+fn legend<'a, 'text: 'a, X: Ranged<ValueType = f64>, Y: Ranged<ValueType = f64>>(
+    chart: &mut ChartContext<'a, SVGBackend<'text>, Cartesian2d<X, Y>>,
+    position: SeriesLabelPosition,
+) -> Drawn {
     chart
         .configure_series_labels()
-        .position(SeriesLabelPosition::UpperRight)
+        .position(position)
         .background_style(WHITE.mix(0.85))
         .border_style(BLACK.mix(0.2))
         .label_font(("sans-serif", 14))
         .draw()?;
-    area.present()?;
     Ok(())
 }
 

@@ -7,7 +7,7 @@ use anyhow::{Context, Result};
 use clap::builder::RangedU64ValueParser;
 use flowhn_split::Branch;
 use flowhn_train::bench::time_steps;
-use flowhn_train::curves::{Axes, Curve, curves_svg};
+use flowhn_train::plot::{Axes, Curve, curves_svg};
 use serde::Serialize;
 
 use crate::config_args::{self, SetArgs};

@@ -2,12 +2,11 @@
 
 use std::path::Path;
 
-use plotters::coord::Shift;
 use plotters::prelude::*;
 
+use super::{Area, Drawn, SIZE, legend};
 use crate::{Error, Result};
 
-const SIZE: (u32, u32) = (900, 540);
 const COLORS: [RGBColor; 4] =
     [RGBColor(33, 102, 172), RGBColor(214, 96, 77), RGBColor(77, 146, 33), RGBColor(118, 42, 131)];
 
@@ -44,11 +43,7 @@ pub fn curves_svg(path: &Path, axes: Axes, curves: &[Curve]) -> Result<String> {
     Ok(svg)
 }
 
-fn draw(
-    area: &DrawingArea<SVGBackend, Shift>,
-    axes: Axes,
-    curves: &[Curve],
-) -> std::result::Result<(), Box<dyn std::error::Error>> {
+fn draw(area: &Area, axes: Axes, curves: &[Curve]) -> Drawn {
     let points = || curves.iter().flat_map(|curve| &curve.points);
     let left = points().map(|point| point.0).fold(f64::INFINITY, f64::min);
     let right = points().map(|point| point.0).fold(0., f64::max);
@@ -81,13 +76,7 @@ fn draw(
             .label(&curve.name)
             .legend(move |(x, y)| PathElement::new([(x, y), (x + 18, y)], style));
     }
-    chart
-        .configure_series_labels()
-        .position(SeriesLabelPosition::LowerLeft)
-        .background_style(WHITE.mix(0.85))
-        .border_style(BLACK.mix(0.2))
-        .label_font(("sans-serif", 14))
-        .draw()?;
+    legend(&mut chart, SeriesLabelPosition::LowerLeft)?;
     area.present()?;
     Ok(())
 }
