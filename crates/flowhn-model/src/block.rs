@@ -111,7 +111,7 @@ impl Block {
             Ok(s_bmd.map(leave(parts::SSM)).transpose()?)
         };
         let (a_bnd, s_bmd) = match (side, x_bld.device()) {
-            (Some(side), Device::Cuda(device_idx)) => {
+            (Some(side), Device::Cuda(device_idx)) if self.attn.is_some() && self.ssm.is_some() => {
                 // What crosses between the streams lives until both are done with it, backward too.
                 record_stream(attn_input.tensor(), side)?;
                 record_stream(&x_bld, side)?;
