@@ -11,7 +11,7 @@ using at::cuda::CUDAGraph;
 extern "C" int flowhn_graph_new(CUDAGraph** out) {
   FLOWHN_TRY({
     TORCH_CHECK(at::cuda::is_available(), "there is no CUDA device");
-    *out = new CUDAGraph();
+    *out = new CUDAGraph(/*keep_graph=*/true);
   });
 }
 extern "C" void flowhn_graph_free(CUDAGraph* graph) {
@@ -46,6 +46,9 @@ extern "C" int flowhn_graph_end(CUDAGraph* graph) {
     }
   });
 }
+// The captured nodes, which may be changed until `flowhn_graph_instantiate`.
+extern "C" int flowhn_graph_raw(CUDAGraph* graph, void** out) { FLOWHN_TRY(*out = graph->raw_cuda_graph()); }
+extern "C" int flowhn_graph_instantiate(CUDAGraph* graph) { FLOWHN_TRY(graph->instantiate()); }
 extern "C" int flowhn_graph_replay(CUDAGraph* graph) { FLOWHN_TRY(graph->replay()); }
 extern "C" int flowhn_graph_pool(CUDAGraph* graph, uint64_t* a, uint64_t* b) {
   FLOWHN_TRY({

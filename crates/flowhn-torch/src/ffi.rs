@@ -118,6 +118,8 @@ unsafe extern "C" {
     pub(crate) fn flowhn_graph_free(graph: *mut c_void);
     pub(crate) fn flowhn_graph_begin(graph: *mut c_void, pool_a: u64, pool_b: u64, mode: c_int) -> c_int;
     pub(crate) fn flowhn_graph_end(graph: *mut c_void) -> c_int;
+    pub(crate) fn flowhn_graph_raw(graph: *mut c_void, out: *mut *mut c_void) -> c_int;
+    pub(crate) fn flowhn_graph_instantiate(graph: *mut c_void) -> c_int;
     pub(crate) fn flowhn_graph_replay(graph: *mut c_void) -> c_int;
     pub(crate) fn flowhn_graph_pool(graph: *mut c_void, a: *mut u64, b: *mut u64) -> c_int;
     pub(crate) fn flowhn_cuda_properties(

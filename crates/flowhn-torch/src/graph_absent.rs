@@ -45,6 +45,11 @@ impl Graph {
         match self.0 {}
     }
 
+    /// How many memsets of the capture are kernels now.
+    pub fn n_memsets_replaced(&self) -> usize {
+        match self.0 {}
+    }
+
     /// Whether this thread is inside of [`Graph::capture`], which no thread ever is.
     pub fn is_capturing() -> bool {
         false

@@ -15,8 +15,7 @@ use crate::{BackwardCtx, Error, ForwardCtx, Function, Result, apply};
 static TIMELINE: KernelSource =
     KernelSource { name: "timeline.cu", text: include_str!("../kernels/timeline.cu"), headers: &[] };
 
-/// The kernels of this crate.
-pub const KERNELS: &[KernelSpec] = &[KernelSpec { source: &TIMELINE, variants: &[&[]] }];
+pub(crate) const KERNELS: KernelSpec = KernelSpec { source: &TIMELINE, variants: &[&[]] };
 
 /// Marks of a step, and the two entries behind them that `timeline.cu` names.
 const CAPACITY: i64 = 8192;

@@ -7,5 +7,5 @@ const TUNED: &[&str] = &["timeline_mark"];
 
 #[test]
 fn kernels_compile_everywhere_and_tuned_ones_do_not_spill() {
-    check_kernels(flowhn_torch::timeline::KERNELS, TUNED);
+    check_kernels(flowhn_torch::kernel::KERNELS, TUNED);
 }

@@ -44,7 +44,7 @@ struct Row {
 
 /// The tables of kernels.
 const CRATES: [(&str, &[KernelSpec]); 6] = [
-    ("flowhn-torch", flowhn_torch::timeline::KERNELS),
+    ("flowhn-torch", flowhn_torch::kernel::KERNELS),
     ("flowhn-nn", flowhn_nn::KERNELS),
     ("flowhn-ssm", flowhn_ssm::KERNELS),
     ("flowhn-attn", flowhn_attn::KERNELS),

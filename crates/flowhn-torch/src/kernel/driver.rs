@@ -287,7 +287,13 @@ impl Drop for Context {
     }
 }
 
-fn refused(kernel: &Kernel, error: &result::DriverError) -> Error {
+/// The function of a kernel and its context, for a node of a graph.
+pub(super) fn resident(kernel: &Kernel, device_idx: usize) -> Result<(sys::CUfunction, sys::CUcontext)> {
+    let loaded = loaded(kernel, device_idx)?;
+    Ok((loaded.function, loaded.context))
+}
+
+pub(super) fn refused(kernel: &Kernel, error: &result::DriverError) -> Error {
     kernel.error(describe(error))
 }
 

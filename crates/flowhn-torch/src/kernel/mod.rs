@@ -7,6 +7,7 @@
 
 mod cache;
 mod driver;
+pub(crate) mod memset;
 mod nvrtc;
 pub mod rows;
 mod trace;
@@ -40,6 +41,9 @@ pub struct KernelSpec {
     /// The macros of each variant.
     pub variants: &'static [Defines<'static>],
 }
+
+/// The kernels of this crate.
+pub const KERNELS: &[KernelSpec] = &[crate::timeline::KERNELS, memset::KERNELS];
 
 /// Architectures that every kernel compiles for: Ampere, Hopper, Blackwell.
 pub const ARCHITECTURES: [&str; 3] = ["sm_80", "sm_90a", "sm_100"];

@@ -10,6 +10,7 @@ use crate::{CaptureMode, Error, Graph, Priority, Result, Stream, apply};
 pub(super) fn cases() -> Vec<Case> {
     vec![
         of_cuda("graph: a captured step replays on new values", replay),
+        of_cuda("graph: memsets that became kernels do what they did", memsets),
         of_cuda("graph: a failed capture is an error and the stream goes on", failed),
         of_cuda("graph: the default stream cannot be captured", default_stream),
     ]
@@ -43,6 +44,27 @@ fn replay(device_idx: usize) -> Result<String> {
     side.synchronize()?;
     all_equal(&sum, -256.)?;
     Ok(String::new())
+}
+
+fn memsets(device_idx: usize) -> Result<String> {
+    let side = Stream::from_pool(device_idx, Priority::Normal)?;
+    let _guard = side.enter()?;
+    let options = (Kind::Float, Device::Cuda(device_idx));
+    // A radix sort counts digits in memory that it clears with memsets.
+    let mut x = Tensor::f_rand([100_000], options)?;
+    let sort = |x: &Tensor| Ok(x.f_sort(0, false)?.0);
+    let _warm = sort(&x)?;
+    side.synchronize()?;
+    let mut graph = Graph::new()?;
+    let sorted = graph.capture(None, CaptureMode::ThreadLocal, || sort(&x))?;
+    ensure(graph.n_memsets_replaced() > 0, || "a captured sort has no memset".to_owned())?;
+    for _ in 0..3 {
+        x.f_copy_(&Tensor::f_rand([100_000], options)?)?;
+        graph.replay()?;
+        side.synchronize()?;
+        ensure(sorted.f_equal(&sort(&x)?)?, || "the replayed sort differs".to_owned())?;
+    }
+    Ok(format!("{} memsets", graph.n_memsets_replaced()))
 }
 
 fn failed(device_idx: usize) -> Result<String> {
