@@ -6,21 +6,22 @@
 //   r = 1 / sqrt(mean(s^2) + eps)
 //   y = round(s r) weight_k    written to y[b, p] of a sequence or to y_k[b, j] of a branch
 //
+// where s is written to sum[b, p] if there is a change, and to sum_k[b, j] if the branches want their tokens as they are,
 // which is gather + norm (no change, y of the branch), residual + split + norm (change of the sequence, y of the branches)
-// and merge + residual + norm (change of the branches, y of the sequence). Backward, with g = dy weight_k and ds the gradient
-// that reaches s on other ways:
+// and merge + residual + norm (change of the branches, y of the sequence). Backward, with g = dy weight_k and ds[b, p] and, where
+// there is one, ds_k[b, j] the gradients that reach s on other ways:
 //
-//   dx[b, p] = ds + r g - s r^3 mean(g s),   dweight = sum over tokens of dy s r
+//   dx[b, p] = ds + ds_k + r g - s r^3 mean(g s),   dweight = sum over tokens of dy s r
 //
 // and dx is written once more in the order of the branches where those want it.
 //
-// x, s, ds, change, dy: [batch, tokens, d], last axis dense, f32 or bf16; weight: [d], f32; sum, y, dx, dchange: contiguous;
+// x, s, ds, ds_k, change, dy: [batch, tokens, d], last axis dense, f32 or bf16; weight: [d], f32; sum, sum_k, y, dx, dchange: contiguous;
 // rstd: [batch, seq_len], f32; positions: [n], i64.
 //
 // Teams of threads hold rows in registers as in rms_norm.cu. The first n_blocks0 blocks take the tokens of route 0, the
 // others those of route 1, so that a block has one weight and one part of its gradient.
 //
-// X_KIND: dtype of all but weights and rstd; VECS: vectors a thread; MAX_THREADS, MIN_BLOCKS:
+// X_KIND: dtype of all but weights and rstd; BRANCH_GRADS: whether there is ds_k; VECS: vectors a thread; MAX_THREADS, MIN_BLOCKS:
 // bounds of the block and of the blocks of a multiprocessor.
 #include "rows.cuh"
 #include "smem.cuh"
@@ -54,8 +55,8 @@ struct Token {
 extern "C" __global__ void __launch_bounds__(MAX_THREADS, MIN_BLOCKS)
 routed_norm_forward(const X* x, i64 x_batch, i64 x_token, const i64* positions0, const i64* positions1, int n0, int n1, int batch,
                     int seq_len, const X* change0, const X* change1, i64 change0_batch, i64 change0_token, i64 change1_batch,
-                    i64 change1_token, int change_of_branch, const float* weight0, const float* weight1, X* sum, X* y0, X* y1,
-                    int y_of_branch, float* rstd, int n_blocks0, int d, int team_size, int aligned, float eps) {
+                    i64 change1_token, int change_of_branch, const float* weight0, const float* weight1, X* sum, X* sum0, X* sum1, X* y0,
+                    X* y1, int y_of_branch, float* rstd, int n_blocks0, int d, int team_size, int aligned, float eps) {
     __shared__ float slots[64];
     Team team(team_size);
     TeamSum team_sum(slots);
@@ -65,6 +66,7 @@ routed_norm_forward(const X* x, i64 x_batch, i64 x_token, const i64* positions0,
         const X* change = share.route ? change1 : change0;
         RowStrides change_strides = share.route ? RowStrides{change1_batch, change1_token} : RowStrides{change0_batch, change0_token};
         X* y = share.route ? y1 : y0;
+        X* branch_sum = share.route ? sum1 : sum0;
         float w[VECS][VEC];
         load_weight(w, share.route ? weight1 : weight0, team, width);
         for (i64 row = share.team_idx; row < share.n_rows; row += share.n_teams) {
@@ -84,6 +86,10 @@ routed_norm_forward(const X* x, i64 x_batch, i64 x_token, const i64* positions0,
                     s[v].set(a);
                     store_vector(s[v], sum + place * d, v, team, width);
                 }
+            }
+            if (branch_sum) {
+                #pragma unroll
+                for (int v = 0; v < VECS; v++) store_vector(s[v], branch_sum + row * d, v, team, width);
             }
             float squares = 0.f;
             #pragma unroll
@@ -118,9 +124,9 @@ routed_norm_forward(const X* x, i64 x_batch, i64 x_token, const i64* positions0,
 extern "C" __global__ void __launch_bounds__(MAX_THREADS, MIN_BLOCKS)
 routed_norm_backward(const X* s, i64 s_batch, i64 s_token, const i64* positions0, const i64* positions1, int n0, int n1, int batch,
                      int seq_len, const X* dy0, const X* dy1, i64 dy0_batch, i64 dy0_token, i64 dy1_batch, i64 dy1_token,
-                     int dy_of_branch, const X* ds, i64 ds_batch, i64 ds_token, const float* weight0, const float* weight1,
-                     const float* rstd, X* dx, X* dchange0, X* dchange1, float* partials, int n_blocks0, int d, int team_size,
-                     int aligned) {
+                     int dy_of_branch, const X* ds, i64 ds_batch, i64 ds_token, const X* ds0, const X* ds1, i64 ds0_batch, i64 ds0_token,
+                     i64 ds1_batch, i64 ds1_token, const float* weight0, const float* weight1, const float* rstd,
+                     X* dx, X* dchange0, X* dchange1, float* partials, int n_blocks0, int d, int team_size, int aligned) {
     __shared__ float slots[64];
     Team team(team_size);
     TeamSum team_sum(slots);
@@ -129,6 +135,8 @@ routed_norm_backward(const X* s, i64 s_batch, i64 s_token, const i64* positions0
         Share share(team, positions0, positions1, n0, n1, batch, n_blocks0);
         const X* dy = share.route ? dy1 : dy0;
         RowStrides dy_strides = share.route ? RowStrides{dy1_batch, dy1_token} : RowStrides{dy0_batch, dy0_token};
+        const X* branch_ds = share.route ? ds1 : ds0;
+        RowStrides branch_ds_strides = share.route ? RowStrides{ds1_batch, ds1_token} : RowStrides{ds0_batch, ds0_token};
         X* dchange = share.route ? dchange1 : dchange0;
         float w[VECS][VEC], dw[VECS][VEC] = {};
         load_weight(w, share.route ? weight1 : weight0, team, width);
@@ -136,6 +144,9 @@ routed_norm_backward(const X* s, i64 s_batch, i64 s_token, const i64* positions0
         // The next token is on its way while this one is summed.
         struct Row {
             Pack<X> s[VECS], dy[VECS], ds[VECS];
+#if BRANCH_GRADS
+            Pack<X> branch_ds[VECS];
+#endif
             float r;
             i64 place;
         } row, ahead;
@@ -145,6 +156,9 @@ routed_norm_backward(const X* s, i64 s_batch, i64 s_token, const i64* positions0
             load_row(ahead.s, s + RowStrides{s_batch, s_token}.start(token.b, token.p), team, width);
             load_row(ahead.dy, dy + dy_strides.start(token.b, dy_of_branch ? token.j : token.p), team, width);
             load_row(ahead.ds, ds + RowStrides{ds_batch, ds_token}.start(token.b, token.p), team, width);
+#if BRANCH_GRADS
+            load_row(ahead.branch_ds, branch_ds + branch_ds_strides.start(token.b, token.j), team, width);
+#endif
             ahead.r = rstd[ahead.place];
         };
         i64 current = share.team_idx;
@@ -173,6 +187,11 @@ routed_norm_backward(const X* s, i64 s_batch, i64 s_token, const i64* positions0
                 row.ds[v].get(b);
                 #pragma unroll
                 for (int i = 0; i < VEC; i++) a[i] += b[i];
+#if BRANCH_GRADS
+                row.branch_ds[v].get(b);
+                #pragma unroll
+                for (int i = 0; i < VEC; i++) a[i] += b[i];
+#endif
                 Pack<X> out;
                 out.set(a);
                 store_vector(out, dx + row.place * d, v, team, width);

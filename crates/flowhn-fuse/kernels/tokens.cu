@@ -5,13 +5,14 @@
 //   copy_tokens, to the branches:  branch_k[b, j] = sequence[b, p]
 //   copy_tokens, to the sequence:  sequence[b, p] = branch_k[b, j]
 //   merge_residual:                out[b, p] = x[b, p] + branch_k[b, j]
+//   merge_sums:                    out[b, p] = branch_k[b, j] + change_k[b, j]
 //
 // All tensors: [batch, tokens, d], last axis dense, the others of any strides. Copies know no dtype: they move words of WORD
-// bytes, in which strides and `n_words`, the length of a row, are counted; strides of merge_residual count elements.
+// bytes, in which strides and `n_words`, the length of a row, are counted; strides of the sums count elements.
 //
 // A warp takes one token, so that its position is read once and the rest are neighbouring words. blockIdx.x counts 8 warps.
 //
-// WORD: 1, 2, 4, 8 or 16; X_KIND: dtype of merge_residual.
+// WORD: 1, 2, 4, 8 or 16; X_KIND: dtype of the sums.
 #include "rows.cuh"
 
 typedef DtypeOf<X_KIND>::type X;
@@ -56,16 +57,8 @@ copy_tokens(Word* sequence, Word* branch0, Word* branch1, i64 sequence_batch, i6
     for (int i = threadIdx.x % 32; i < n_words; i += 32) to[i] = from[i];
 }
 
-extern "C" __global__ void __launch_bounds__(256)
-merge_residual(const X* x, const X* branch0, const X* branch1, X* out, i64 x_batch, i64 x_token, i64 branch0_batch,
-               i64 branch0_token, i64 branch1_batch, i64 branch1_token, const i64* positions0, const i64* positions1, int n0, int n1,
-               int batch, int seq_len, int d, int aligned) {
-    Token token(positions0, positions1, n0, n1, batch);
-    if (!token.valid) return;
-    RowStrides strides = token.route ? RowStrides{branch1_batch, branch1_token} : RowStrides{branch0_batch, branch0_token};
-    const X* change = (token.route ? branch1 : branch0) + strides.start(token.b, token.j);
-    x += RowStrides{x_batch, x_token}.start(token.b, token.p);
-    out += ((i64)token.b * seq_len + token.p) * d;
+// out = x + change, a row of d elements by a warp.
+__device__ __forceinline__ void add_rows(const X* x, const X* change, X* out, int d, int aligned) {
     #pragma unroll 4
     for (int column = threadIdx.x % 32 * VEC; column < d; column += 32 * VEC) {
         Pack<X> a, b;
@@ -79,4 +72,29 @@ merge_residual(const X* x, const X* branch0, const X* branch1, X* out, i64 x_bat
         if (aligned) a.store(out + column);
         else store_some(a, out + column, d - column);
     }
+}
+
+extern "C" __global__ void __launch_bounds__(256)
+merge_residual(const X* x, const X* branch0, const X* branch1, X* out, i64 x_batch, i64 x_token, i64 branch0_batch,
+               i64 branch0_token, i64 branch1_batch, i64 branch1_token, const i64* positions0, const i64* positions1, int n0, int n1,
+               int batch, int seq_len, int d, int aligned) {
+    Token token(positions0, positions1, n0, n1, batch);
+    if (!token.valid) return;
+    RowStrides strides = token.route ? RowStrides{branch1_batch, branch1_token} : RowStrides{branch0_batch, branch0_token};
+    const X* change = (token.route ? branch1 : branch0) + strides.start(token.b, token.j);
+    x += RowStrides{x_batch, x_token}.start(token.b, token.p);
+    add_rows(x, change, out + ((i64)token.b * seq_len + token.p) * d, d, aligned);
+}
+
+extern "C" __global__ void __launch_bounds__(256)
+merge_sums(const X* branch0, const X* branch1, const X* change0, const X* change1, X* out, i64 branch0_batch, i64 branch0_token,
+           i64 branch1_batch, i64 branch1_token, i64 change0_batch, i64 change0_token, i64 change1_batch, i64 change1_token,
+           const i64* positions0, const i64* positions1, int n0, int n1, int batch, int seq_len, int d, int aligned) {
+    Token token(positions0, positions1, n0, n1, batch);
+    if (!token.valid) return;
+    RowStrides strides = token.route ? RowStrides{branch1_batch, branch1_token} : RowStrides{branch0_batch, branch0_token};
+    RowStrides changes = token.route ? RowStrides{change1_batch, change1_token} : RowStrides{change0_batch, change0_token};
+    const X* branch = (token.route ? branch1 : branch0) + strides.start(token.b, token.j);
+    const X* change = (token.route ? change1 : change0) + changes.start(token.b, token.j);
+    add_rows(branch, change, out + ((i64)token.b * seq_len + token.p) * d, d, aligned);
 }

@@ -18,10 +18,10 @@
 
 use tch::Tensor;
 
-use flowhn_nn::{Bias, Init, Linear, Path, RmsNorm};
+use flowhn_nn::{Bias, Init, Linear, Path, Residual, RmsNorm};
 use flowhn_torch::{Error, Result, check};
 
-use crate::{Route, merge, merge_residual, merge_residual_norm};
+use crate::{Route, merge, merge_residual, merge_residual_norm, merge_sums};
 
 /// A way to fuse the branches.
 #[derive(Clone, Copy, Debug, PartialEq)]
@@ -206,7 +206,8 @@ impl Fusion {
         }
     }
 
-    /// [`Fusion::forward_residual`] and the norm of its result, in one pass where no product stands between.
+    /// [`Fusion::forward_residual`] and the norm of its result, in one pass where no product stands between. What the branches' last
+    /// sublayers add is added on the way.
     ///
     /// # Shapes
     /// As [`Fusion::forward_residual`]; the norm is over `d_model`.
@@ -216,13 +217,19 @@ impl Fusion {
     pub fn forward_residual_norm(
         &self,
         x_bld: &Tensor,
-        a: Option<&Tensor>,
-        s: Option<&Tensor>,
+        a: Option<&Residual>,
+        s: Option<&Residual>,
         attn: &Route,
         ssm: &Route,
         norm: &RmsNorm,
     ) -> Result<(Tensor, Tensor)> {
-        let (a_bnd, s_bmd) = self.outputs("fusion", a, s, attn, ssm)?;
+        const OP: &str = "fusion";
+        if let (Form::Proj(proj), Topology::Split, Some(a), Some(s)) = (&self.form, self.shape.topology, a, s) {
+            self.outputs(OP, Some(&a.x), Some(&s.x), attn, ssm)?;
+            return norm.forward_residual(x_bld, Some(&proj.forward(&merge_sums(a, s, attn, ssm)?)?));
+        }
+        let [a, s] = [a, s].map(|x| x.map(Residual::sum).transpose());
+        let (a_bnd, s_bmd) = self.outputs(OP, a?.as_ref(), s?.as_ref(), attn, ssm)?;
         match (&self.form, self.shape.topology) {
             (Form::Proj(_), _) | (_, Topology::Both) => {
                 norm.forward_residual(x_bld, Some(&self.fuse(&a_bnd, &s_bmd, attn, ssm)?))

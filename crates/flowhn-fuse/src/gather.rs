@@ -108,13 +108,7 @@ pub fn split_norm(
     ssm_norm: &RmsNorm,
 ) -> Result<SplitNormed> {
     const OP: &str = "split_norm";
-    check_sequence(OP, x_bld, attn)?;
-    check_sequence(OP, x_bld, ssm)?;
-    if let Some(delta_bld) = delta_bld {
-        check::shape(OP, "delta_bld", delta_bld, &x_bld.size())?;
-        check::kind(OP, "delta_bld", delta_bld, &[x_bld.kind()])?;
-        check::device(OP, "delta_bld", delta_bld, x_bld.device())?;
-    }
+    check_split(OP, x_bld, delta_bld, attn, ssm)?;
     let weights = [norm_weight(OP, x_bld, attn_norm)?, norm_weight(OP, x_bld, ssm_norm)?];
     normed_split(x_bld, delta_bld, attn, ssm, [&weights[0], &weights[1]], [attn_norm.eps(), ssm_norm.eps()])
 }
@@ -128,26 +122,120 @@ pub(crate) fn normed_split(
     weights: [&Tensor; 2],
     eps: [f64; 2],
 ) -> Result<SplitNormed> {
-    let fused = x_bld.device().is_cuda() && attn.partitions_with(ssm) && eps[0] == eps[1];
     if attn.is_all() && ssm.is_all() {
         let (sum_bld, attn_bnd) = residual_norm(x_bld, delta_bld, weights[0], eps[0])?;
         let (sum_bld, ssm_bmd) = residual_norm(&sum_bld, None, weights[1], eps[1])?;
         return Ok(SplitNormed { sum_bld, attn_bnd, ssm_bmd });
     }
-    if !fused {
+    if !is_fused(x_bld, attn, ssm, eps) {
         let sum_bld = delta_bld.map_or_else(|| Ok(x_bld.shallow_clone()), |delta| x_bld.f_add(delta))?;
         let (a_bnd, s_bmd) = split(&sum_bld, attn, ssm)?;
         let attn_bnd = rms_norm(&a_bnd, weights[0], eps[0])?;
         return Ok(SplitNormed { attn_bnd, ssm_bmd: rms_norm(&s_bmd, weights[1], eps[1])?, sum_bld });
     }
+    let [sum_bld, attn_bnd, ssm_bmd] = apply_split_norm(x_bld, delta_bld, attn, ssm, weights, eps[0], false)?;
+    Ok(SplitNormed { sum_bld, attn_bnd, ssm_bmd })
+}
+
+/// What [`split_norm_tokens`] returns.
+#[derive(Debug)]
+pub struct SplitTokens {
+    /// The sum and the normed tokens of each branch.
+    pub normed: SplitNormed,
+    /// The attention branch's tokens of the sum: `[batch, attn.len(), d]`.
+    pub attn_bnd: Tensor,
+    /// The state-space branch's tokens of the sum: `[batch, ssm.len(), d]`.
+    pub ssm_bmd: Tensor,
+}
+
+/// [`split_norm`] for branches that also go on with their tokens as they are, as where a branch has a residual of its own.
+///
+/// On CUDA one pass over the sequence forward and one backward, in which the gradients of the sum, of its tokens and of their norms
+/// become one.
+///
+/// # Shapes
+/// As [`split_norm`].
+///
+/// ```
+/// use flowhn_fuse::{Route, split_norm_tokens};
+/// use flowhn_nn::{Params, RmsNorm};
+/// use tch::{Device, Kind, Tensor};
+/// let mut params = Params::new(Device::Cpu, 0);
+/// let norm = RmsNorm::new(&mut params.root(), "norm", 1, 0.)?;
+/// let x = Tensor::ones([1, 3, 1], (Kind::Float, Device::Cpu));
+/// let (attn, ssm) = (Route::new(3, &[2..3], Device::Cpu)?, Route::new(3, &[0..2], Device::Cpu)?);
+/// let split = split_norm_tokens(&x, Some(&x), &attn, &ssm, &norm, &norm)?;
+/// assert_eq!((split.attn_bnd.double_value(&[0, 0, 0]), split.normed.attn_bnd.double_value(&[0, 0, 0])), (2., 1.));
+/// # Ok::<(), flowhn_fuse::Error>(())
+/// ```
+///
+/// # Errors
+/// Those of [`split_norm`].
+pub fn split_norm_tokens(
+    x_bld: &Tensor,
+    delta_bld: Option<&Tensor>,
+    attn: &Route,
+    ssm: &Route,
+    attn_norm: &RmsNorm,
+    ssm_norm: &RmsNorm,
+) -> Result<SplitTokens> {
+    const OP: &str = "split_norm_tokens";
+    check_split(OP, x_bld, delta_bld, attn, ssm)?;
+    let weights = [norm_weight(OP, x_bld, attn_norm)?, norm_weight(OP, x_bld, ssm_norm)?];
+    normed_split_tokens(x_bld, delta_bld, attn, ssm, [&weights[0], &weights[1]], [attn_norm.eps(), ssm_norm.eps()])
+}
+
+/// [`split_norm_tokens`] with the weights at hand, attention's first.
+pub(crate) fn normed_split_tokens(
+    x_bld: &Tensor,
+    delta_bld: Option<&Tensor>,
+    attn: &Route,
+    ssm: &Route,
+    weights: [&Tensor; 2],
+    eps: [f64; 2],
+) -> Result<SplitTokens> {
+    if !is_fused(x_bld, attn, ssm, eps) {
+        let sum_bld = delta_bld.map_or_else(|| Ok(x_bld.shallow_clone()), |delta| x_bld.f_add(delta))?;
+        let (sum_bld, a_bnd, s_bmd) = split_residual(&sum_bld, attn, ssm)?;
+        let (a_bnd, normed_bnd) = residual_norm(&a_bnd, None, weights[0], eps[0])?;
+        let (s_bmd, normed_bmd) = residual_norm(&s_bmd, None, weights[1], eps[1])?;
+        let normed = SplitNormed { sum_bld, attn_bnd: normed_bnd, ssm_bmd: normed_bmd };
+        return Ok(SplitTokens { normed, attn_bnd: a_bnd, ssm_bmd: s_bmd });
+    }
+    let [sum_bld, normed_bnd, normed_bmd, attn_bnd, ssm_bmd] =
+        apply_split_norm(x_bld, delta_bld, attn, ssm, weights, eps[0], true)?;
+    let normed = SplitNormed { sum_bld, attn_bnd: normed_bnd, ssm_bmd: normed_bmd };
+    Ok(SplitTokens { normed, attn_bnd, ssm_bmd })
+}
+
+/// Whether one kernel does a split and the norms behind it.
+fn is_fused(x_bld: &Tensor, attn: &Route, ssm: &Route, eps: [f64; 2]) -> bool {
+    x_bld.device().is_cuda() && attn.partitions_with(ssm) && eps[0] == eps[1]
+}
+
+fn apply_split_norm<const N: usize>(
+    x_bld: &Tensor,
+    delta_bld: Option<&Tensor>,
+    attn: &Route,
+    ssm: &Route,
+    weights: [&Tensor; 2],
+    eps: f64,
+    with_tokens: bool,
+) -> Result<[Tensor; N]> {
     let inputs: Vec<&Tensor> =
         [Some(x_bld), Some(weights[0]), Some(weights[1]), delta_bld].into_iter().flatten().collect();
-    let function = SplitNorm { attn: attn.clone(), ssm: ssm.clone(), eps: eps[0], n_inputs: inputs.len() };
-    let outputs: [Tensor; 3] = apply(function, &inputs)?
-        .try_into()
-        .map_err(|_| Error::invalid("split_norm", "the function lost its outputs"))?;
-    let [sum_bld, attn_bnd, ssm_bmd] = outputs;
-    Ok(SplitNormed { sum_bld, attn_bnd, ssm_bmd })
+    let function = SplitNorm { attn: attn.clone(), ssm: ssm.clone(), eps, n_inputs: inputs.len(), with_tokens };
+    let outputs = apply(function, &inputs)?;
+    outputs.try_into().map_err(|_| Error::invalid("split_norm", "the function lost its outputs"))
+}
+
+fn check_split(op: &'static str, x_bld: &Tensor, delta_bld: Option<&Tensor>, attn: &Route, ssm: &Route) -> Result<()> {
+    check_sequence(op, x_bld, attn)?;
+    check_sequence(op, x_bld, ssm)?;
+    let Some(delta_bld) = delta_bld else { return Ok(()) };
+    check::shape(op, "delta_bld", delta_bld, &x_bld.size())?;
+    check::kind(op, "delta_bld", delta_bld, &[x_bld.kind()])?;
+    check::device(op, "delta_bld", delta_bld, x_bld.device())
 }
 
 /// The weight of a norm over the tokens of `x_bld`.

@@ -27,14 +27,24 @@ pub const KERNELS: &[KernelSpec] = &[
     KernelSpec {
         source: &ROUTED_NORM,
         variants: &[
-            &RowForm::new(1, 512, 1).defines(0),
-            &RowForm::new(2, 512, 1).defines(0),
-            &RowForm::new(3, 256, 1).defines(0),
-            &RowForm::new(4, 1024, 1).defines(0),
-            &RowForm::new(1, 512, 1).defines(1),
-            &RowForm::new(2, 512, 1).defines(1),
-            &RowForm::new(3, 256, 1).defines(1),
-            &RowForm::new(4, 1024, 1).defines(1),
+            &routed_norm(RowForm::new(1, 512, 1), 0, false),
+            &routed_norm(RowForm::new(2, 512, 1), 0, false),
+            &routed_norm(RowForm::new(2, 512, 1), 0, true),
+            &routed_norm(RowForm::new(3, 256, 1), 0, false),
+            &routed_norm(RowForm::new(4, 1024, 1), 0, false),
+            &routed_norm(RowForm::new(4, 1024, 1), 0, true),
+            &routed_norm(RowForm::new(1, 512, 1), 1, false),
+            &routed_norm(RowForm::new(2, 512, 1), 1, false),
+            &routed_norm(RowForm::new(2, 512, 1), 1, true),
+            &routed_norm(RowForm::new(3, 256, 1), 1, false),
+            &routed_norm(RowForm::new(4, 1024, 1), 1, false),
+            &routed_norm(RowForm::new(4, 1024, 1), 1, true),
         ],
     },
 ];
+
+/// The macros of `routed_norm.cu`.
+pub(crate) const fn routed_norm(form: RowForm, x_kind: i64, branch_grads: bool) -> [(&'static str, i64); 5] {
+    let [x_kind, vectors, threads, blocks] = form.defines(x_kind);
+    [x_kind, vectors, threads, blocks, ("BRANCH_GRADS", branch_grads as i64)]
+}

@@ -5,8 +5,9 @@
 //! branch owns one span), [`merge`] puts the outputs back in order with one copy, and a [`Fusion`] does what follows.
 //!
 //! Pairs and triples of steps that follow each other have names of their own, because a CUDA kernel does them in one pass:
-//! [`gather_norm`] and [`split_norm`] (the branches' tokens, then the norm that opens a branch), [`merge_residual`] and
-//! [`merge_residual_norm`] (merge, residual add, the norm that follows).
+//! [`gather_norm`], [`split_norm`] and [`split_norm_tokens`] (the branches' tokens, then the norm that opens a branch),
+//! [`merge_residual`] and [`merge_residual_norm`] (merge, residual add, the norm that follows), [`merge_sums`] (the branches' last
+//! additions, then merge).
 #![forbid(unsafe_code)]
 #![deny(missing_docs)]
 
@@ -22,9 +23,9 @@ pub mod selftest;
 
 pub use flowhn_torch::{Error, Result};
 pub use fusion::{FUSIONS, FuseShape, Fusion, FusionKind, FusionSpec, Topology};
-pub use gather::{SplitNormed, gather, gather_norm, split, split_norm, split_residual};
+pub use gather::{SplitNormed, SplitTokens, gather, gather_norm, split, split_norm, split_norm_tokens, split_residual};
 pub use kernels::KERNELS;
-pub use merge::{merge, merge_residual, merge_residual_norm};
+pub use merge::{merge, merge_residual, merge_residual_norm, merge_sums};
 pub use route::Route;
 
 /// The example of the README.

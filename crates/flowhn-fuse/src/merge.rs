@@ -4,12 +4,12 @@
 
 use tch::Tensor;
 
-use flowhn_nn::{RmsNorm, residual_norm};
+use flowhn_nn::{Residual, RmsNorm, residual_norm};
 use flowhn_torch::{BackwardCtx, Error, ForwardCtx, Function, Result, apply, check};
 
 use crate::cuda::MergeResidualNorm;
 use crate::gather::{check_sequence, norm_weight, one};
-use crate::{Route, pieces};
+use crate::{Route, cuda, pieces};
 
 /// The two branches' tokens back in the order of the sequence, with one copy; the inverse of [`crate::split`].
 ///
@@ -42,6 +42,39 @@ pub fn merge(a_bnd: &Tensor, s_bmd: &Tensor, attn: &Route, ssm: &Route) -> Resul
         return Ok(s_bmd.shallow_clone());
     }
     one(apply(Merge { attn: attn.clone(), ssm: ssm.clone() }, &[a_bnd, s_bmd])?)
+}
+
+/// `merge(a.sum(), s.sum())`: what the branches' last sublayers add, and the merge, on CUDA in one pass over the sequence.
+///
+/// # Shapes
+/// As [`merge`], also for what is added.
+///
+/// ```
+/// use flowhn_fuse::{Route, merge_sums};
+/// use flowhn_nn::Residual;
+/// use tch::{Device, Tensor};
+/// let (attn, ssm) = (Route::new(3, &[1..2], Device::Cpu)?, Route::new(3, &[0..1, 2..3], Device::Cpu)?);
+/// let a = Residual { x: Tensor::from_slice(&[20f32]).view([1, 1, 1]), change: Some(Tensor::ones([1, 1, 1], tch::kind::FLOAT_CPU)) };
+/// let s = Residual::of(Tensor::from_slice(&[1f32, 3.]).view([1, 2, 1]));
+/// assert_eq!(Vec::<f32>::try_from(merge_sums(&a, &s, &attn, &ssm)?.view(-1)).unwrap(), [1., 21., 3.]);
+/// # Ok::<(), flowhn_fuse::Error>(())
+/// ```
+///
+/// # Errors
+/// As [`merge`], also for what is added.
+pub fn merge_sums(a: &Residual, s: &Residual, attn: &Route, ssm: &Route) -> Result<Tensor> {
+    const OP: &str = "merge_sums";
+    let (Some(da_bnd), Some(ds_bmd), true) = (&a.change, &s.change, a.x.device().is_cuda()) else {
+        return merge(&a.sum()?, &s.sum()?, attn, ssm);
+    };
+    check_branches(OP, &a.x, &s.x, attn, ssm)?;
+    check_branches(OP, da_bnd, ds_bmd, attn, ssm)?;
+    check::shape(OP, "change of a_bnd", da_bnd, &a.x.size())?;
+    check::kind(OP, "change of a_bnd", da_bnd, &[a.x.kind()])?;
+    if attn.is_empty() || ssm.is_empty() {
+        return merge(&a.sum()?, &s.sum()?, attn, ssm);
+    }
+    one(apply(MergeSums { attn: attn.clone(), ssm: ssm.clone() }, &[&a.x, &s.x, da_bnd, ds_bmd])?)
 }
 
 /// `x_bld + merge(a, s)` in one pass over the sequence: the residual add of a block.
@@ -175,6 +208,26 @@ impl Function for Merge {
 
     fn backward(&self, ctx: &BackwardCtx, grads: &[Tensor]) -> Result<Vec<Option<Tensor>>> {
         branch_grads(ctx, 0, &grads[0], &self.attn, &self.ssm).map(Vec::from)
+    }
+}
+
+/// On CUDA only.
+struct MergeSums {
+    attn: Route,
+    ssm: Route,
+}
+
+impl Function for MergeSums {
+    const NAME: &'static str = "merge_sums";
+
+    fn forward(&mut self, _ctx: &mut ForwardCtx, inputs: &[&Tensor]) -> Result<Vec<Tensor>> {
+        let [a_bnd, s_bmd, da_bnd, ds_bmd] = inputs else { unreachable!("four inputs") };
+        Ok(vec![cuda::merge_sums([a_bnd, s_bmd], [da_bnd, ds_bmd], &self.attn, &self.ssm)?])
+    }
+
+    fn backward(&self, _ctx: &BackwardCtx, grads: &[Tensor]) -> Result<Vec<Option<Tensor>>> {
+        let (a_bnd, s_bmd) = pieces::take_grads(&grads[0], &self.attn, &self.ssm)?;
+        Ok(vec![Some(a_bnd.shallow_clone()), Some(s_bmd.shallow_clone()), Some(a_bnd), Some(s_bmd)])
     }
 }
 

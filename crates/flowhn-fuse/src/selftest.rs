@@ -6,9 +6,10 @@ use flowhn_torch::testing::{Case, Rule, noise, same_bits};
 use flowhn_torch::{Error, Result};
 use tch::{Device, Kind, Tensor};
 
-use crate::gather::{normed_gather, normed_split};
+use crate::gather::{normed_gather, normed_split, normed_split_tokens};
 use crate::merge::normed_merge;
-use crate::{Route, gather, merge, merge_residual, split};
+use crate::{Route, gather, merge, merge_residual, merge_sums, split};
+use flowhn_nn::Residual;
 
 const BATCH: i64 = 3;
 const EPS: f64 = 1e-6;
@@ -28,6 +29,7 @@ pub fn cases() -> Vec<Case> {
                 cases.push(case("merge_residual", residual));
                 cases.push(case("gather_norm", gather_norms));
                 cases.push(case("split_norm", split_norms));
+                cases.push(case("split_norm_tokens", split_norm_tokens));
                 cases.push(case("merge_residual_norm", merge_norms));
             }
         }
@@ -105,15 +107,22 @@ fn residual(runs: &[usize], d: i64, kind: Kind, device: Device) -> Result<String
     let kernel = |x: &[Tensor]| {
         let [x, a, s] = [part(&x[0], d), part(&x[1], d), part(&x[2], d)];
         let (first, second) = split(&x, &attn, &ssm)?;
-        Ok(vec![merge_residual(&x, &a, &s, &attn, &ssm)?, merge(&a, &s, &attn, &ssm)?, first, second])
+        let sums = merge_sums(&Residual { x: a.shallow_clone(), change: Some(&a * 3.) }, &doubled(&s), &attn, &ssm)?;
+        Ok(vec![merge_residual(&x, &a, &s, &attn, &ssm)?, merge(&a, &s, &attn, &ssm)?, sums, first, second])
     };
     let plain = |x: &[Tensor]| {
         let [x, a, s] = [part(&x[0], d), part(&x[1], d), part(&x[2], d)];
         let merged = put(&a, &s, &attn, &ssm);
-        Ok(vec![&x + &merged, merged, taken(&x, &attn), taken(&x, &ssm)])
+        let sums = put(&(&a + &a * 3.), &(&s + &s), &attn, &ssm);
+        Ok(vec![&x + &merged, merged, sums, taken(&x, &attn), taken(&x, &ssm)])
     };
     let inputs = [tokens(attn.seq_len(), d, 1), tokens(attn.len(), d, 2), tokens(ssm.len(), d, 3)];
     check(&kernel, &plain, &inputs, kind, device)
+}
+
+/// A branch whose last sublayer adds what it was given.
+fn doubled(x: &Tensor) -> Residual {
+    Residual { x: x.shallow_clone(), change: Some(x.shallow_clone()) }
 }
 
 fn gather_norms(runs: &[usize], d: i64, kind: Kind, device: Device) -> Result<String> {
@@ -144,6 +153,35 @@ fn split_norms(runs: &[usize], d: i64, kind: Kind, device: Device) -> Result<Str
         let branches = || [normed(&taken(&sum, &attn), &x[2]), normed(&taken(&sum, &ssm), &x[3])];
         let ([a, s], [again_a, again_s]) = (branches(), branches());
         Ok(vec![sum, a, s, again_a, again_s])
+    };
+    let n = attn.seq_len();
+    check(&kernel, &plain, &[tokens(n, d, 1), tokens(n, d, 2), weight(d, 3), weight(d, 4)], kind, device)
+}
+
+/// With an addend, and without one in a second step; gradients arrive at the sum, at its tokens and at their norms, transposed at some.
+fn split_norm_tokens(runs: &[usize], d: i64, kind: Kind, device: Device) -> Result<String> {
+    let (attn, ssm) = routes(runs, device)?;
+    let kernel = |x: &[Tensor]| {
+        let (view, delta, weights) = (part(&x[0], d), part(&x[1], d), [&x[2], &x[3]]);
+        let mut outputs = Vec::new();
+        let first = normed_split_tokens(&view, Some(&delta), &attn, &ssm, weights, [EPS; 2])?;
+        let second = normed_split_tokens(&first.normed.sum_bld, None, &attn, &ssm, weights, [EPS; 2])?;
+        for split in [&first, &second] {
+            outputs.extend([split.normed.attn_bnd.shallow_clone(), split.normed.ssm_bmd.shallow_clone()]);
+            outputs.extend([split.attn_bnd.transpose(0, 1), &split.ssm_bmd * 2.]);
+        }
+        outputs.push(second.normed.sum_bld);
+        Ok(outputs)
+    };
+    let plain = |x: &[Tensor]| {
+        let sum = part(&x[0], d) + part(&x[1], d);
+        let mut outputs = Vec::new();
+        for _ in 0..2 {
+            let (a, s) = (taken(&sum, &attn), taken(&sum, &ssm));
+            outputs.extend([normed(&a, &x[2]), normed(&s, &x[3]), a.transpose(0, 1), s * 2.]);
+        }
+        outputs.push(sum);
+        Ok(outputs)
     };
     let n = attn.seq_len();
     check(&kernel, &plain, &[tokens(n, d, 1), tokens(n, d, 2), weight(d, 3), weight(d, 4)], kind, device)

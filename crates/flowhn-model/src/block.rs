@@ -2,8 +2,8 @@
 // b batch, l seq_len of the range, n tokens of a branch, d d_model
 
 use flowhn_attn::{AttnContext, KvCache};
-use flowhn_fuse::{FuseShape, Fusion, FusionKind, Topology, gather, split_norm, split_residual};
-use flowhn_nn::{Bias, Linear, Path, RmsNorm};
+use flowhn_fuse::{FuseShape, Fusion, FusionKind, Topology, gather, split_norm, split_norm_tokens, split_residual};
+use flowhn_nn::{Bias, Linear, Path, Residual, RmsNorm};
 use flowhn_split::{Branch, Bridge, Sharing};
 use flowhn_ssm::SsmState;
 use flowhn_torch::{Stream, fork_join, record_stream, timeline};
@@ -82,30 +82,30 @@ impl Block {
         }
     }
 
-    /// Runs block `block_idx` of the layout on `x_bld`; with a cache, goes on from the tokens it remembers; with a stream, attention runs
-    /// there, beside the state-space branch.
+    /// Runs block `block_idx` of the layout on the sum of `stream`; with a cache, goes on from the tokens it remembers; with a stream on
+    /// the `side`, attention runs there, beside the state-space branch.
     pub fn forward(
         &self,
-        x_bld: &Tensor,
+        stream: &Residual,
         block_idx: usize,
         layout: &Layout,
         segments_bl: Option<&Tensor>,
         cache: Option<&mut BlockCache>,
         side: Option<Stream>,
-    ) -> Result<Tensor> {
+    ) -> Result<Residual> {
         let routes = &layout.blocks[block_idx];
         let (kv, state) = match cache {
             Some(cache) => (cache.kv.as_mut(), cache.ssm.as_mut()),
             None => (None, None),
         };
-        let (x_bld, attn_input, ssm_input) = self.read(x_bld, routes)?;
-        let leave = |part: &'static str| move |x: Tensor| timeline::pass(&x, parts::FUSION, part);
-        let attend = || -> Result<Option<Tensor>> {
+        let (x_bld, attn_input, ssm_input) = self.read(stream, routes)?;
+        let leave = |part: &'static str| move |x: Residual| x.map_last(|x| timeline::pass(x, parts::FUSION, part));
+        let attend = || -> Result<Option<Residual>> {
             let attn_input = attn_input.timed(parts::ATTENTION, parts::FUSION)?;
             let a_bnd = self.attend(&x_bld, &attn_input, layout, routes, segments_bl, kv)?;
             Ok(a_bnd.map(leave(parts::ATTENTION)).transpose()?)
         };
-        let scan = || -> Result<Option<Tensor>> {
+        let scan = || -> Result<Option<Residual>> {
             let ssm_input = ssm_input.timed(parts::SSM, parts::FUSION)?;
             let s_bmd = self.scan(&ssm_input, routes, segments_bl, state)?;
             Ok(s_bmd.map(leave(parts::SSM)).transpose()?)
@@ -113,10 +113,10 @@ impl Block {
         let (a_bnd, s_bmd) = match (side, x_bld.device()) {
             (Some(side), Device::Cuda(device_idx)) if self.attn.is_some() && self.ssm.is_some() => {
                 // What crosses between the streams lives until both are done with it, backward too.
-                record_stream(attn_input.tensor(), side)?;
+                attn_input.record_stream(side)?;
                 record_stream(&x_bld, side)?;
                 let (a_bnd, s_bmd) = fork_join(device_idx, side, attend, scan)?;
-                a_bnd.iter().try_for_each(|a_bnd| record_stream(a_bnd, Stream::current(device_idx)?))?;
+                a_bnd.iter().try_for_each(|a_bnd| a_bnd.record_stream(Stream::current(device_idx)?))?;
                 (a_bnd, s_bmd)
             }
             _ => (attend()?, scan()?),
@@ -125,28 +125,48 @@ impl Block {
         match &self.tail {
             BlockTail::Released { norm, proj } => {
                 let (x_bld, normed_bld) = self.fusion.forward_residual_norm(&x_bld, a, s, attn, ssm, norm)?;
-                Ok(x_bld.f_add(&proj.forward(&normed_bld)?)?)
+                Ok(Residual { x: x_bld, change: Some(proj.forward(&normed_bld)?) })
             }
             BlockTail::Flow(Some(mlp)) => {
                 let (x_bld, normed_bld) = self.fusion.forward_residual_norm(&x_bld, a, s, attn, ssm, mlp.norm())?;
                 let normed_bld = timeline::pass(&normed_bld, parts::MLP, parts::FUSION)?;
-                Ok(timeline::pass(&mlp.forward_normed(&x_bld, &normed_bld)?, parts::FUSION, parts::MLP)?)
+                Ok(mlp
+                    .forward_normed(x_bld, &normed_bld)?
+                    .map_last(|x| timeline::pass(x, parts::FUSION, parts::MLP))?)
             }
-            BlockTail::Flow(None) => Ok(self.fusion.forward_residual(&x_bld, a, s, attn, ssm)?),
+            BlockTail::Flow(None) => {
+                let [a_bnd, s_bmd] = [a, s].map(|x| x.map(Residual::sum).transpose());
+                let sum = self.fusion.forward_residual(&x_bld, a_bnd?.as_ref(), s_bmd?.as_ref(), attn, ssm)?;
+                Ok(Residual::of(sum))
+            }
         }
     }
 
-    /// The block's input, to go on with, and what the branches read of it. Where they only read its norms, splitting and both
-    /// norms are one pass.
-    fn read(&self, x_bld: &Tensor, routes: &BlockLayout) -> Result<(Tensor, BranchInput, BranchInput)> {
+    /// The block's input, to go on with, and what the branches read of it. Taking the sum, splitting and the norms are one pass where
+    /// every token is read and nothing else reads their norms.
+    fn read(&self, stream: &Residual, routes: &BlockLayout) -> Result<(Tensor, BranchInput, BranchInput)> {
         let (attn_route, ssm_route) = (&routes.attn, &routes.ssm);
-        if let (Some(attn), Some(ssm), Bridge::None) = (&self.attn, &self.ssm, self.bridge)
-            && !(attn.has_tail() || attn_route.is_empty() || ssm_route.is_empty())
-        {
-            let normed = split_norm(x_bld, None, attn_route, ssm_route, attn.norm(), ssm.norm())?;
-            return Ok((normed.sum_bld, BranchInput::Normed(normed.attn_bnd), BranchInput::Normed(normed.ssm_bmd)));
+        let (x_bld, change) = (&stream.x, stream.change.as_ref());
+        if self.bridge == Bridge::None {
+            match (&self.attn, &self.ssm) {
+                (Some(attn), Some(ssm)) if !(attn_route.is_empty() || ssm_route.is_empty()) => {
+                    let norms = (attn.norm(), ssm.norm());
+                    if attn.has_tail() {
+                        let split = split_norm_tokens(x_bld, change, attn_route, ssm_route, norms.0, norms.1)?;
+                        let attn = BranchInput::Both { x_bnd: split.attn_bnd, normed_bnd: split.normed.attn_bnd };
+                        let ssm = BranchInput::Both { x_bnd: split.ssm_bmd, normed_bnd: split.normed.ssm_bmd };
+                        return Ok((split.normed.sum_bld, attn, ssm));
+                    }
+                    let normed = split_norm(x_bld, change, attn_route, ssm_route, norms.0, norms.1)?;
+                    let (attn, ssm) = (BranchInput::Normed(normed.attn_bnd), BranchInput::Normed(normed.ssm_bmd));
+                    return Ok((normed.sum_bld, attn, ssm));
+                }
+                (Some(attn), None) if attn_route.is_all() => return read_alone(stream, attn.norm()),
+                (None, Some(ssm)) if ssm_route.is_all() => return read_alone(stream, ssm.norm()),
+                _ => {}
+            }
         }
-        let (x_bld, x_attn, x_ssm) = split_residual(x_bld, attn_route, ssm_route)?;
+        let (x_bld, x_attn, x_ssm) = split_residual(&stream.sum()?, attn_route, ssm_route)?;
         Ok((x_bld, BranchInput::Tokens(x_attn), BranchInput::Tokens(x_ssm)))
     }
 
@@ -159,7 +179,7 @@ impl Block {
         routes: &BlockLayout,
         segments_bl: Option<&Tensor>,
         cache: Option<&mut KvCache>,
-    ) -> Result<Option<Tensor>> {
+    ) -> Result<Option<Residual>> {
         let Some(branch) = &self.attn else { return Ok(None) };
         let window_segments = gathered(segments_bl, &routes.attn)?;
         let mut ctx = AttnContext::new(&routes.attn_positions);
@@ -193,11 +213,19 @@ impl Block {
         routes: &BlockLayout,
         segments_bl: Option<&Tensor>,
         state: Option<&mut SsmState>,
-    ) -> Result<Option<Tensor>> {
+    ) -> Result<Option<Residual>> {
         let Some(branch) = self.ssm.as_ref().filter(|_| !routes.ssm.is_empty()) else { return Ok(None) };
         let reset_bn = gathered(segments_bl, &routes.ssm)?.map(|segments| document_starts(&segments)).transpose()?;
         branch.forward(input, reset_bn.as_ref(), state).map(Some)
     }
+}
+
+/// What the only branch of a block reads; the one that does not exist is given the same and reads nothing.
+fn read_alone(stream: &Residual, norm: &RmsNorm) -> Result<(Tensor, BranchInput, BranchInput)> {
+    let (x_bld, normed_bld) = norm.forward_residual(&stream.x, stream.change.as_ref())?;
+    let input = || BranchInput::Both { x_bnd: x_bld.shallow_clone(), normed_bnd: normed_bld.shallow_clone() };
+    let (attn, ssm) = (input(), input());
+    Ok((x_bld, attn, ssm))
 }
 
 /// The segments of a route's tokens.

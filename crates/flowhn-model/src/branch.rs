@@ -1,9 +1,9 @@
 //! One branch of a block: norm, mixer and, in the released block, a residual and an MLP of its own.
 
 use flowhn_attn::{AttnContext, AttnInit, AttnMixer, KvCache};
-use flowhn_nn::{Bias, Path, RmsNorm, SwiGluMlp};
+use flowhn_nn::{Bias, Path, Residual, RmsNorm, SwiGluMlp};
 use flowhn_ssm::{SsmMixer, SsmState};
-use flowhn_torch::timeline;
+use flowhn_torch::{Stream, record_stream, timeline};
 use tch::Tensor;
 
 use crate::{ModelConfig, Result, init, mixer};
@@ -35,8 +35,8 @@ impl MlpSublayer {
     }
 
     /// The sublayer on tokens of which the norm is known.
-    pub fn forward_normed(&self, x_bld: &Tensor, normed_bld: &Tensor) -> Result<Tensor> {
-        Ok(x_bld.f_add(&self.mlp.forward(normed_bld)?)?)
+    pub fn forward_normed(&self, x_bld: Tensor, normed_bld: &Tensor) -> Result<Residual> {
+        Ok(Residual { x: x_bld, change: Some(self.mlp.forward(normed_bld)?) })
     }
 }
 
@@ -47,6 +47,8 @@ pub(crate) enum BranchInput {
     Tokens(Tensor),
     /// Its tokens after its norm, where it needs them no other way.
     Normed(Tensor),
+    /// Both.
+    Both { x_bnd: Tensor, normed_bnd: Tensor },
 }
 
 impl BranchInput {
@@ -56,6 +58,9 @@ impl BranchInput {
         Ok(match self {
             Self::Tokens(x_bnd) => Self::Tokens(pass(x_bnd)?),
             Self::Normed(normed_bnd) => Self::Normed(pass(normed_bnd)?),
+            Self::Both { x_bnd, normed_bnd } => {
+                Self::Both { x_bnd: x_bnd.shallow_clone(), normed_bnd: pass(normed_bnd)? }
+            }
         })
     }
 
@@ -63,6 +68,7 @@ impl BranchInput {
     pub fn normed_by(&self, norm: &RmsNorm) -> Result<(Option<Tensor>, Tensor)> {
         match self {
             Self::Normed(normed_bnd) => Ok((None, normed_bnd.shallow_clone())),
+            Self::Both { x_bnd, normed_bnd } => Ok((Some(x_bnd.shallow_clone()), normed_bnd.shallow_clone())),
             Self::Tokens(x_bnd) => {
                 let (x_bnd, normed_bnd) = norm.forward_residual(x_bnd, None)?;
                 Ok((Some(x_bnd), normed_bnd))
@@ -70,18 +76,20 @@ impl BranchInput {
         }
     }
 
-    /// What it is made of.
-    pub fn tensor(&self) -> &Tensor {
-        match self {
-            Self::Tokens(x_bnd) => x_bnd,
-            Self::Normed(normed_bnd) => normed_bnd,
-        }
+    /// Keeps the memory of its tensors until `stream` is done with it.
+    pub fn record_stream(&self, stream: Stream) -> Result<()> {
+        let (first, second) = match self {
+            Self::Tokens(x) | Self::Normed(x) => (x, None),
+            Self::Both { x_bnd, normed_bnd } => (x_bnd, Some(normed_bnd)),
+        };
+        record_stream(first, stream)?;
+        second.map_or(Ok(()), |second| Ok(record_stream(second, stream)?))
     }
 
     /// The tokens as they are, if they were kept.
     pub fn tokens(&self) -> Option<&Tensor> {
         match self {
-            Self::Tokens(x_bnd) => Some(x_bnd),
+            Self::Tokens(x_bnd) | Self::Both { x_bnd, .. } => Some(x_bnd),
             Self::Normed(_) => None,
         }
     }
@@ -95,13 +103,13 @@ pub(crate) struct BranchTail {
 }
 
 impl BranchTail {
-    fn forward(&self, x_bnd: &Tensor, mixed_bnd: &Tensor) -> Result<Tensor> {
+    fn forward(&self, x_bnd: &Tensor, mixed_bnd: Tensor) -> Result<Residual> {
         match &self.mlp {
             Some(mlp) => {
-                let (h_bnd, normed_bnd) = mlp.norm().forward_residual(x_bnd, Some(mixed_bnd))?;
-                mlp.forward_normed(&h_bnd, &normed_bnd)
+                let (h_bnd, normed_bnd) = mlp.norm().forward_residual(x_bnd, Some(&mixed_bnd))?;
+                mlp.forward_normed(h_bnd, &normed_bnd)
             }
-            None => Ok(x_bnd.f_add(mixed_bnd)?),
+            None => Ok(Residual { x: x_bnd.shallow_clone(), change: Some(mixed_bnd) }),
         }
     }
 }
@@ -145,11 +153,11 @@ impl AttnBranch {
         source_bld: Option<&Tensor>,
         ctx: &AttnContext,
         cache: Option<&mut KvCache>,
-    ) -> Result<Tensor> {
+    ) -> Result<Residual> {
         let mixed_bnd = self.mixer.forward(normed_bnd, source_bld, ctx, cache)?;
         match (&self.tail, x_bnd) {
-            (Some(tail), Some(x_bnd)) => tail.forward(x_bnd, &mixed_bnd),
-            _ => Ok(mixed_bnd),
+            (Some(tail), Some(x_bnd)) => tail.forward(x_bnd, mixed_bnd),
+            _ => Ok(Residual::of(mixed_bnd)),
         }
     }
 }
@@ -178,12 +186,12 @@ impl SsmBranch {
         input: &BranchInput,
         reset_bn: Option<&Tensor>,
         state: Option<&mut SsmState>,
-    ) -> Result<Tensor> {
+    ) -> Result<Residual> {
         let (x_bnd, normed_bnd) = input.normed_by(&self.norm)?;
         let mixed_bnd = self.mixer.forward(&normed_bnd, reset_bn, state)?;
         match (&self.tail, x_bnd) {
-            (Some(tail), Some(x_bnd)) => tail.forward(&x_bnd, &mixed_bnd),
-            _ => Ok(mixed_bnd),
+            (Some(tail), Some(x_bnd)) => tail.forward(&x_bnd, mixed_bnd),
+            _ => Ok(Residual::of(mixed_bnd)),
         }
     }
 }

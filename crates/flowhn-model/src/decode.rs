@@ -69,7 +69,7 @@ impl Decoder<'_> {
         self.model.check_input(&input)?;
         self.broken = true;
         let logits = tch::no_grad(|| {
-            let x_bmd = self.model.run(&input, Some(&mut self.caches), |_| ())?;
+            let x_bmd = self.model.run(&input, Some(&mut self.caches), |_| Ok(()))?;
             self.model.logits_of(&choose(&x_bmd)?)
         })?;
         self.broken = false;

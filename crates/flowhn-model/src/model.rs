@@ -7,7 +7,7 @@ use std::ops::Range;
 use std::rc::Rc;
 
 use flowhn_nn::{
-    Bias, Decay, Embedding, Init, Linear, Params, RmsNorm, Weight, check_ids, linear, linear_cross_entropy,
+    Bias, Decay, Embedding, Init, Linear, Params, Residual, RmsNorm, Weight, check_ids, linear, linear_cross_entropy,
     token_losses,
 };
 use flowhn_split::{ModelShape, Routing, SplitPlan};
@@ -247,7 +247,7 @@ impl Model {
     /// [`Error::Input`] for ids that are no tokens or shapes that do not fit; [`Error::Tensor`] if an operation fails.
     pub fn forward(&self, input: &Input) -> Result<Output> {
         let mut hidden = Vec::with_capacity(self.blocks.len() + 1);
-        let x_bld = self.run(input, None, |x_bld| hidden.push(x_bld.shallow_clone()))?;
+        let x_bld = self.run(input, None, |stream| Ok(hidden.push(stream.sum()?)))?;
         Ok(Output { logits: self.logits_of(&x_bld)?, hidden })
     }
 
@@ -256,7 +256,7 @@ impl Model {
     /// # Errors
     /// As [`Model::forward`].
     pub fn logits(&self, ids_bl: &Tensor, segments_bl: Option<&Tensor>) -> Result<Tensor> {
-        let x_bld = self.run(&Input::new(ids_bl).with_segments(segments_bl), None, |_| ())?;
+        let x_bld = self.run(&Input::new(ids_bl).with_segments(segments_bl), None, |_| Ok(()))?;
         self.logits_of(&x_bld)
     }
 
@@ -302,7 +302,7 @@ impl Model {
             let vocab_size = self.config.vocab_size as i64;
             check_ids("linear_cross_entropy", "targets_t", &targets_t, vocab_size, Some(IGNORE_INDEX))?;
         }
-        let x_bld = self.run(&Input::new(ids_bl).with_segments(segments_bl), None, |_| ())?;
+        let x_bld = self.run(&Input::new(ids_bl).with_segments(segments_bl), None, |_| Ok(()))?;
         let x_bld = self.norm.forward(&timeline::pass(&x_bld, parts::HEAD, parts::FUSION)?)?;
         Ok((x_bld.f_reshape([-1, self.config.d_model as i64])?, targets_t.f_to_device(self.device())?))
     }
@@ -319,12 +319,12 @@ impl Model {
         }
     }
 
-    /// Runs embedding and blocks; `visit` sees the stream before the first and after each block. With caches, goes on from them.
+    /// Runs embedding and blocks; `visit` sees the tokens of the stream before the first and after each block. With caches, goes on from them.
     pub(crate) fn run(
         &self,
         input: &Input,
         mut caches: Option<&mut [BlockCache]>,
-        mut visit: impl FnMut(&Tensor),
+        mut visit: impl FnMut(&Residual) -> Result<()>,
     ) -> Result<Tensor> {
         let seq_len = self.check_input(input)?;
         // Before anything else, so that no part of the pass waits for another part's stream.
@@ -341,20 +341,23 @@ impl Model {
         let n_front = if input.offset == 0 { n_meta as i64 } else { 0 };
         let end = n_meta + input.offset + seq_len;
         let layout = self.layout(end - seq_len - n_front as usize..end)?;
-        let of_tokens = |x_bld: &Tensor| -> Result<Tensor> {
-            if n_front == 0 { Ok(x_bld.shallow_clone()) } else { Ok(x_bld.f_narrow(1, n_front, seq_len as i64)?) }
+        let of_tokens = |stream: &Residual| -> Result<Residual> {
+            let part = |x: &Tensor| -> Result<Tensor> {
+                if n_front == 0 { Ok(x.shallow_clone()) } else { Ok(x.f_narrow(1, n_front, seq_len as i64)?) }
+            };
+            Ok(Residual { x: part(&stream.x)?, change: stream.change.as_ref().map(part).transpose()? })
         };
         let outcome = catch(|| {
             let mut inner = || -> Result<Tensor> {
                 let x_bld = self.entry(&ids_bl, n_front)?;
-                let mut x_bld = timeline::pass(&x_bld, parts::FUSION, parts::EMBEDDING)?;
-                visit(&of_tokens(&x_bld)?);
+                let mut stream = Residual::of(timeline::pass(&x_bld, parts::FUSION, parts::EMBEDDING)?);
+                visit(&of_tokens(&stream)?)?;
                 for (block_idx, block) in self.blocks.iter().enumerate() {
                     let cache = caches.as_deref_mut().map(|caches| &mut caches[block_idx]);
-                    x_bld = block.forward(&x_bld, block_idx, &layout, segments_bl.as_ref(), cache, self.side)?;
-                    visit(&of_tokens(&x_bld)?);
+                    stream = block.forward(&stream, block_idx, &layout, segments_bl.as_ref(), cache, self.side)?;
+                    visit(&of_tokens(&stream)?)?;
                 }
-                of_tokens(&x_bld)
+                Ok(of_tokens(&stream)?.sum()?)
             };
             Ok(inner())
         });

@@ -58,7 +58,7 @@ impl Model {
         let places = on_device(&|target| (target.row * seq_len + target.position) as i64)?;
         let ids = on_device(&|target| target.id)?;
         let (nats, best) = tch::no_grad(|| -> Result<_> {
-            let x_bld = self.run(&Input::new(ids_bl), None, |_| ())?;
+            let x_bld = self.run(&Input::new(ids_bl), None, |_| Ok(()))?;
             let x_td = x_bld.f_reshape([-1, self.config().d_model as i64])?;
             let (mut nats, mut best) = (Vec::new(), Vec::new());
             for (places_n, ids_n) in places.f_split(CHUNK as i64, 0)?.iter().zip(ids.f_split(CHUNK as i64, 0)?) {

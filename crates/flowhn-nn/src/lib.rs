@@ -13,6 +13,7 @@ mod loss;
 mod norm;
 mod params;
 pub mod reference;
+mod residual;
 mod rows;
 #[cfg(feature = "selftest")]
 pub mod selftest;
@@ -28,6 +29,7 @@ pub use linear::{Bias, Linear, linear};
 pub use loss::{linear_cross_entropy, token_losses};
 pub use norm::{RmsNorm, gated_rms_norm, residual_norm, rms_norm};
 pub use params::{Decay, Param, Params, Path, Weight};
+pub use residual::Residual;
 pub use swiglu::{SwiGluMlp, swiglu};
 
 /// The example of the README.

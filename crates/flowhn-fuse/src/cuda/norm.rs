@@ -9,8 +9,8 @@ use flowhn_torch::kernel::{Arg, Defines, Kernel, kind_define};
 use flowhn_torch::{BackwardCtx, ForwardCtx, Function, Result};
 
 use super::{Routes, strides};
-use crate::Route;
-use crate::kernels::ROUTED_NORM;
+use crate::kernels::{ROUTED_NORM, routed_norm as defines};
+use crate::{Route, pieces};
 
 /// Forms of `routed_norm.cu` forward.
 const FORWARD: &[RowForm] = &[RowForm::new(1, 512, 1), RowForm::new(2, 512, 1), RowForm::new(3, 256, 1)];
@@ -30,7 +30,8 @@ impl Function for GatherNorm {
         let [x_bld, weight] = inputs else { unreachable!("two inputs") };
         let call = Call::new(Self::NAME, x_bld, Routes { first: &self.route, second: None }, &[weight])?;
         let y_bnd = call.branch(&self.route)?;
-        let rstd_bl = call.forward(None, Order::Branch, [&y_bnd, &y_bnd], Order::Branch, None, self.eps)?;
+        let none = Sums::of_sequence(None);
+        let rstd_bl = call.forward(None, Order::Branch, [&y_bnd, &y_bnd], Order::Branch, none, self.eps)?;
         if ctx.is_recorded() {
             [*x_bld, *weight, &rstd_bl].into_iter().for_each(|x| ctx.save(x));
         }
@@ -46,18 +47,21 @@ impl Function for GatherNorm {
         let (batch, seq_len, d) = x_bld.size3()?;
         let none = Tensor::f_zeros([1, 1, d], (x_bld.kind(), x_bld.device()))?.f_expand([batch, seq_len, d], false)?;
         let dy = [Some(&grads[0]), None];
-        let dweights = call.backward(rstd_bl, dy, Order::Branch, &none, &dx_bld, [None, None], &[ctx.needs_grad(1)])?;
+        let ds = Sums::of_sequence(Some(&none));
+        let dweights = call.backward(rstd_bl, dy, Order::Branch, ds, &dx_bld, [None, None], &[ctx.needs_grad(1)])?;
         Ok([Some(dx_bld)].into_iter().chain(dweights).collect())
     }
 }
 
-/// Inputs x, the branches' weights and, maybe, what is added to x. Outputs: the sum, and each branch's normalised tokens.
-/// Without an addend the sum is x itself, handed on so that its gradient arrives here and is added in the same pass.
+/// Inputs x, the branches' weights and, maybe, what is added to x. Outputs: the sum, each branch's normalised tokens and, where the
+/// branches want them, each branch's tokens of the sum. Without an addend the sum is x itself, handed on so that its gradient arrives
+/// here and is added in the same pass, as those of the branches' tokens are.
 pub(crate) struct SplitNorm {
     pub(crate) attn: Route,
     pub(crate) ssm: Route,
     pub(crate) eps: f64,
     pub(crate) n_inputs: usize,
+    pub(crate) with_tokens: bool,
 }
 
 impl SplitNorm {
@@ -75,13 +79,25 @@ impl Function for SplitNorm {
         let delta = inputs.get(3).map(|delta| with_dense_rows(delta)).transpose()?;
         let sum = delta.as_ref().map(|_| call.sequence()).transpose()?;
         let change = delta.as_ref().map(|delta| [delta, delta]);
-        let eps = self.eps;
-        let rstd_bl = call.forward(change, Order::Sequence, [&a_bnd, &s_bmd], Order::Branch, sum.as_ref(), eps)?;
+        // Neighbours are a view of the sum; the tokens of several spans are written beside it.
+        let written = |route: &Route| match self.with_tokens && !route.is_single_span() {
+            true => call.branch(route).map(Some),
+            false => Ok(None),
+        };
+        let tokens = [written(&self.attn)?, written(&self.ssm)?];
+        let sums = Sums { sequence: sum.as_ref(), branches: [tokens[0].as_ref(), tokens[1].as_ref()] };
+        let rstd_bl = call.forward(change, Order::Sequence, [&a_bnd, &s_bmd], Order::Branch, sums, self.eps)?;
         let sum = sum.unwrap_or_else(|| inputs[0].shallow_clone());
         if ctx.is_recorded() {
             [&sum, inputs[1], inputs[2], &rstd_bl].into_iter().for_each(|x| ctx.save(x));
         }
-        Ok(vec![sum, a_bnd, s_bmd])
+        let mut outputs = vec![sum, a_bnd, s_bmd];
+        if self.with_tokens {
+            for (tokens, route) in tokens.into_iter().zip([&self.attn, &self.ssm]) {
+                outputs.push(tokens.map_or_else(|| pieces::take(&outputs[0], route), Ok)?);
+            }
+        }
+        Ok(outputs)
     }
 
     fn backward(&self, ctx: &BackwardCtx, grads: &[Tensor]) -> Result<Vec<Option<Tensor>>> {
@@ -89,7 +105,8 @@ impl Function for SplitNorm {
         let call = Call::new(Self::NAME, sum, self.routes(), &[attn_weight, ssm_weight])?;
         let dsum = call.sequence()?;
         let (dy, wanted) = ([Some(&grads[1]), Some(&grads[2])], [ctx.needs_grad(1), ctx.needs_grad(2)]);
-        let dweights = call.backward(rstd_bl, dy, Order::Branch, &grads[0], &dsum, [None, None], &wanted)?;
+        let ds = Sums { sequence: Some(&grads[0]), branches: [grads.get(3), grads.get(4)] };
+        let dweights = call.backward(rstd_bl, dy, Order::Branch, ds, &dsum, [None, None], &wanted)?;
         let ddelta = (self.n_inputs == 4).then(|| Some(dsum.shallow_clone()));
         Ok([Some(dsum)].into_iter().chain(dweights).chain(ddelta).collect())
     }
@@ -117,7 +134,8 @@ impl Function for MergeResidualNorm {
         let (a_bnd, s_bmd) = (with_dense_rows(a_bnd)?, with_dense_rows(s_bmd)?);
         let (sum, y) = (call.sequence()?, call.sequence()?);
         let change = Some([&a_bnd, &s_bmd]);
-        let rstd_bl = call.forward(change, Order::Branch, [&y, &y], Order::Sequence, Some(&sum), self.eps)?;
+        let sums = Sums::of_sequence(Some(&sum));
+        let rstd_bl = call.forward(change, Order::Branch, [&y, &y], Order::Sequence, sums, self.eps)?;
         if ctx.is_recorded() {
             [&sum, *weight, &rstd_bl].into_iter().for_each(|x| ctx.save(x));
         }
@@ -134,7 +152,8 @@ impl Function for MergeResidualNorm {
         let ds_bmd = ctx.needs_grad(2).then(|| call.branch(&self.ssm)).transpose()?;
         let (dy, branches) = ([Some(&grads[1]), Some(&grads[1])], [da_bnd.as_ref(), ds_bmd.as_ref()]);
         let wanted = [ctx.needs_grad(3)];
-        let dweights = call.backward(rstd_bl, dy, Order::Sequence, &grads[0], &dsum, branches, &wanted)?;
+        let ds = Sums::of_sequence(Some(&grads[0]));
+        let dweights = call.backward(rstd_bl, dy, Order::Sequence, ds, &dsum, branches, &wanted)?;
         Ok([Some(dsum), da_bnd, ds_bmd].into_iter().chain(dweights).collect())
     }
 }
@@ -144,6 +163,19 @@ impl Function for MergeResidualNorm {
 enum Order {
     Sequence,
     Branch,
+}
+
+/// The tokens before the norm, or the gradients that reach them past the norm: of the sequence and, in their order, of the branches.
+#[derive(Clone, Copy)]
+struct Sums<'a> {
+    sequence: Option<&'a Tensor>,
+    branches: [Option<&'a Tensor>; 2],
+}
+
+impl<'a> Sums<'a> {
+    fn of_sequence(sequence: Option<&'a Tensor>) -> Self {
+        Self { sequence, branches: [None, None] }
+    }
 }
 
 /// What a launch forward and one backward have in common.
@@ -204,14 +236,15 @@ impl<'a> Call<'a> {
         self.weights.get(route_idx).unwrap_or(&self.weights[0])
     }
 
-    /// Writes the normalised tokens to `y` and, where there is a change, the sums; returns the reciprocal roots, `[batch, seq_len]`.
+    /// Writes the normalised tokens to `y` and the tokens before the norm to where `sums` wants them, for the sequence only if there is a
+    /// change; returns the reciprocal roots, `[batch, seq_len]`.
     fn forward(
         &self,
         change: Option<[&Tensor; 2]>,
         change_order: Order,
         y: [&Tensor; 2],
         y_order: Order,
-        sum: Option<&Tensor>,
+        sums: Sums,
         eps: f64,
     ) -> Result<Tensor> {
         let rstd_bl = Tensor::f_empty([self.batch, self.seq_len], (Kind::Float, self.x_bld.device()))?;
@@ -228,13 +261,19 @@ impl<'a> Call<'a> {
         args.extend(change.map(Arg::opt));
         args.extend(change.into_iter().flat_map(|x| strides(x, 1, 1)));
         args.push(Arg::I32(i32::from(change_order == Order::Branch)));
-        args.extend([Arg::Tensor(self.weight(0)), Arg::Tensor(self.weight(1)), Arg::opt(sum)]);
+        args.extend([Arg::Tensor(self.weight(0)), Arg::Tensor(self.weight(1)), Arg::opt(sums.sequence)]);
+        args.extend(sums.branches.map(Arg::opt));
         args.extend(y.map(Arg::Tensor));
         args.extend([Arg::I32(i32::from(y_order == Order::Branch)), Arg::Tensor(&rstd_bl)]);
         args.extend([Arg::I32(n_blocks0 as i32), Arg::I32(self.d as i32), Arg::I32(tiling.team as i32)]);
         args.extend([aligned(self.d, &touched), Arg::F32(eps as f32)]);
         let grid = [(n_blocks0 + n_blocks1) as u32, 1, 1];
-        kernel("routed_norm_forward", &tiling.defines(self.x_kind)).launch(grid, tiling.block(), 0, &args)?;
+        kernel("routed_norm_forward", &defines(tiling.form, self.x_kind, false)).launch(
+            grid,
+            tiling.block(),
+            0,
+            &args,
+        )?;
         Ok(rstd_bl)
     }
 
@@ -245,14 +284,16 @@ impl<'a> Call<'a> {
         rstd_bl: &Tensor,
         dy: [Option<&Tensor>; 2],
         dy_order: Order,
-        ds_bld: &Tensor,
+        ds: Sums,
         dx_bld: &Tensor,
         branches: [Option<&Tensor>; 2],
         wants_dweights: &[bool],
     ) -> Result<Vec<Option<Tensor>>> {
         let dense = |x: Option<&Tensor>| x.map(with_dense_rows).transpose();
-        let (dy, ds) = ([dense(dy[0])?, dense(dy[1])?], with_dense_rows(ds_bld)?);
-        let dy = [dy[0].as_ref(), dy[1].as_ref()];
+        let (dy, ds_k) = (dy.map(dense), ds.branches.map(dense));
+        let ([dy0, dy1], [ds0, ds1], ds) = (dy, ds_k, dense(ds.sequence)?);
+        let (dy0, dy1, ds0, ds1) = (dy0?, dy1?, ds0?, ds1?);
+        let (dy, ds_k) = ([dy0.as_ref(), dy1.as_ref()], [ds0.as_ref(), ds1.as_ref()]);
         let tiling = RowTiling::new("routed_norm", self.d, BACKWARD)?;
         let [n_blocks0, n_blocks1] = self.share(|n_rows| tiling.n_resident_blocks(n_rows, self.x_bld.device()))?;
         let n_blocks = n_blocks0 + n_blocks1;
@@ -261,7 +302,7 @@ impl<'a> Call<'a> {
             false => None,
         };
         let mut touched = vec![&self.x_bld, dx_bld, self.weight(0), self.weight(1)];
-        touched.extend(dy.into_iter().chain(branches).flatten().chain([&ds]));
+        touched.extend(dy.into_iter().chain(ds_k).chain(branches).chain([ds.as_ref()]).flatten());
 
         let mut args = vec![Arg::Tensor(&self.x_bld)];
         args.extend(strides(Some(&self.x_bld), 1, 1));
@@ -269,14 +310,16 @@ impl<'a> Call<'a> {
         args.extend([Arg::I32(self.batch as i32), Arg::I32(self.seq_len as i32)]);
         args.extend(dy.map(Arg::opt));
         args.extend(dy.into_iter().flat_map(|x| strides(x, 1, 1)));
-        args.extend([Arg::I32(i32::from(dy_order == Order::Branch)), Arg::Tensor(&ds)]);
-        args.extend(strides(Some(&ds), 1, 1));
+        args.extend([Arg::I32(i32::from(dy_order == Order::Branch)), Arg::opt(ds.as_ref())]);
+        args.extend(strides(ds.as_ref(), 1, 1));
+        args.extend(ds_k.map(Arg::opt));
+        args.extend(ds_k.into_iter().flat_map(|x| strides(x, 1, 1)));
         args.extend([Arg::Tensor(self.weight(0)), Arg::Tensor(self.weight(1)), Arg::Tensor(rstd_bl)]);
         args.push(Arg::Tensor(dx_bld));
         args.extend(branches.map(Arg::opt));
         args.extend([Arg::opt(partials.as_ref()), Arg::I32(n_blocks0 as i32), Arg::I32(self.d as i32)]);
         args.extend([Arg::I32(tiling.team as i32), aligned(self.d, &touched)]);
-        let defines = tiling.defines(self.x_kind);
+        let defines = defines(tiling.form, self.x_kind, ds_k[0].is_some());
         let grid = [n_blocks as u32, 1, 1];
         kernel("routed_norm_backward", &defines).launch(grid, tiling.block(), tiling.column_bytes(self.d), &args)?;
 

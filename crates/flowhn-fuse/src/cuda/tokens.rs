@@ -50,23 +50,29 @@ pub(crate) fn merge_residual(
     attn: &Route,
     ssm: &Route,
 ) -> Result<Tensor> {
-    const OP: &str = "merge_residual";
-    let [x, a, s] = [with_dense_rows(x_bld)?, with_dense_rows(a_bnd)?, with_dense_rows(s_bmd)?];
-    let out = Tensor::f_empty(x.size(), (x.kind(), x.device()))?;
+    add("merge_residual", &[x_bld, a_bnd, s_bmd], attn, ssm)
+}
+
+/// `merge(a + da, s + ds)`.
+pub(crate) fn merge_sums(branches: [&Tensor; 2], changes: [&Tensor; 2], attn: &Route, ssm: &Route) -> Result<Tensor> {
+    add("merge_sums", &[branches, changes].concat(), attn, ssm)
+}
+
+/// Launches one of the kernels that write a sum for each token of the sequence.
+fn add(entry: &'static str, terms: &[&Tensor], attn: &Route, ssm: &Route) -> Result<Tensor> {
+    let terms = terms.iter().map(|x| with_dense_rows(x)).collect::<Result<Vec<_>>>()?;
+    let (batch, _, d) = terms[0].size3()?;
+    let seq_len = attn.seq_len() as i64;
+    let out = Tensor::f_empty([batch, seq_len, d], (terms[0].kind(), terms[0].device()))?;
     let routes = Routes { first: attn, second: Some(ssm) };
-    let (batch, seq_len, d) = x.size3()?;
-    let mut args = vec![Arg::Tensor(&x), Arg::Tensor(&a), Arg::Tensor(&s), Arg::Tensor(&out)];
-    args.extend([&x, &a, &s].into_iter().flat_map(|x| strides(Some(x), 1, 1)));
+    let mut args: Vec<Arg> = terms.iter().chain([&out]).map(Arg::Tensor).collect();
+    args.extend(terms.iter().flat_map(|x| strides(Some(x), 1, 1)));
     args.extend(routes.args());
-    args.extend([
-        Arg::I32(batch as i32),
-        Arg::I32(seq_len as i32),
-        Arg::I32(d as i32),
-        aligned(d, &[&x, &a, &s, &out]),
-    ]);
-    let defines = [("X_KIND", kind_define(OP, "x_bld", &x)?), ("WORD", 16)];
-    let kernel = Kernel { source: &TOKENS, entry: "merge_residual", defines: &defines };
-    kernel.launch(grid(routes.n_tokens(OP, batch)?), 32 * TOKENS_PER_BLOCK, 0, &args)?;
+    let touched: Vec<&Tensor> = terms.iter().chain([&out]).collect();
+    args.extend([Arg::I32(batch as i32), Arg::I32(seq_len as i32), Arg::I32(d as i32), aligned(d, &touched)]);
+    let defines = [("X_KIND", kind_define(entry, "x_bld", &terms[0])?), ("WORD", 16)];
+    let kernel = Kernel { source: &TOKENS, entry, defines: &defines };
+    kernel.launch(grid(routes.n_tokens(entry, batch)?), 32 * TOKENS_PER_BLOCK, 0, &args)?;
     Ok(out)
 }
 

@@ -5,6 +5,7 @@ mod decode;
 mod kernels;
 mod paper;
 mod train;
+mod train_files;
 
 use std::process::ExitCode;
 

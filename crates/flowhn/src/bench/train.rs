@@ -15,6 +15,8 @@ use crate::console::{self, Console};
 use crate::device::DeviceArgs;
 use crate::units;
 
+use super::train_files::{self, Beside};
+
 const AFTER_HELP: &str = "\
 Each row trains a model from configs/bench on random tokens from token shards: loader, forward, backward, clipping, AdamW with its
 schedule. A warm-up comes first. Model FLOPs are those of `flowhn plan`, forward and backward; attention's scores count as the causal
@@ -23,7 +25,10 @@ half (mfu) or as the whole square (mfu_full_scores). mfu is a fraction of the pe
 --json prints one object: `definition`, `device`, `peak` {name, flops_per_s}, `rows`: a list of {model, policy, parameters, tokens_per_step,
 tokens_per_s, step_ms {median, min, max, all}, mfu, mfu_full_scores, matmul_frac, matmul {flops_per_s, name}, max_memory_bytes, host_ms,
 last_loss, busy_frac, parts: a list of {name, ms}}. Parts come from steps of their own with marks between them; `gaps` lies between two
-steps, and busy_frac is the rest's share.";
+steps, and busy_frac is the rest's share.
+
+--out also writes train.json (the same object), train.csv and train.svg (bars of tokens/s and MFU). --beside FILE puts another program's
+speeds into the figure and the CSV: a JSON object {name, rows: a list of {model, policy, tokens_per_s, mfu}}, mfu a fraction.";
 
 const DEFINITION: &str =
     "tokens of a step over the median time of a step; model FLOPs of `flowhn plan`, forward and backward";
@@ -51,17 +56,23 @@ pub struct Args {
     /// Steps to measure
     #[arg(long, default_value_t = 30, value_parser = RangedU64ValueParser::<u64>::new().range(1..))]
     steps: u64,
+    /// Write train.json, train.csv and train.svg into this folder
+    #[arg(long, value_name = "DIR")]
+    out: Option<PathBuf>,
+    /// Another program's speeds, to stand beside ours in the files of --out
+    #[arg(long, value_name = "FILE", requires = "out")]
+    beside: Option<PathBuf>,
     /// Print one JSON object
     #[arg(long)]
     json: bool,
 }
 
 #[derive(Debug, Serialize)]
-struct Report {
+pub(super) struct Report {
     definition: &'static str,
-    device: String,
-    peak: Option<Peak>,
-    rows: Vec<Row>,
+    pub(super) device: String,
+    pub(super) peak: Option<Peak>,
+    pub(super) rows: Vec<Row>,
 }
 
 /// A rate that MFU refers to.
@@ -72,36 +83,38 @@ pub(super) struct Peak {
 }
 
 #[derive(Debug, Serialize)]
-struct Row {
-    model: String,
-    policy: String,
-    parameters: u64,
-    tokens_per_step: u64,
-    tokens_per_s: f64,
-    step_ms: StepMs,
-    mfu: f64,
-    mfu_full_scores: f64,
-    matmul_frac: f64,
+pub(super) struct Row {
+    pub(super) model: String,
+    pub(super) policy: String,
+    pub(super) parameters: u64,
+    pub(super) tokens_per_step: u64,
+    pub(super) tokens_per_s: f64,
+    pub(super) step_ms: StepMs,
+    pub(super) mfu: f64,
+    pub(super) mfu_full_scores: f64,
+    pub(super) matmul_frac: f64,
     matmul: Peak,
-    max_memory_bytes: u64,
+    pub(super) max_memory_bytes: u64,
     host_ms: f64,
     last_loss: f32,
-    busy_frac: Option<f64>,
+    pub(super) busy_frac: Option<f64>,
     parts: Vec<PartTime>,
 }
 
 #[derive(Debug, Serialize)]
-struct StepMs {
-    median: f64,
-    min: f64,
-    max: f64,
-    all: Vec<f64>,
+pub(super) struct StepMs {
+    pub(super) median: f64,
+    pub(super) min: f64,
+    pub(super) max: f64,
+    pub(super) all: Vec<f64>,
 }
 
 /// Measures row by row.
 pub fn run(args: &Args) -> Result<ExitCode> {
     let device = args.device.device()?;
     let console = Console::new();
+    // Before the measurement, which takes a while.
+    let beside = args.beside.as_deref().map(Beside::read).transpose()?;
     let mut report = Report { definition: DEFINITION, device: String::new(), peak: None, rows: Vec::new() };
     let branches = args.branches.iter().map(|branches| format!("train.branches=\"{branches}\""));
     let sets: Vec<String> = args.sets.sets.iter().cloned().chain(branches).collect();
@@ -120,6 +133,9 @@ pub fn run(args: &Args) -> Result<ExitCode> {
         }
         report.peak = Some(peak);
         report.rows.push(row);
+    }
+    if let Some(dir) = &args.out {
+        train_files::write(dir, &report, beside.as_ref())?;
     }
     if args.json {
         console::print_json(&report)?;

@@ -2,7 +2,9 @@
 
 mod operation;
 mod peers;
+mod routed;
 mod row;
+mod steps;
 mod table;
 mod timer;
 

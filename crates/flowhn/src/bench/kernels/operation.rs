@@ -79,14 +79,14 @@ pub struct Recorded {
     pub target: Option<f64>,
 }
 
-/// An operation on its tensors.
-type Run = Box<dyn Fn(&[Tensor]) -> Result<Tensor>>;
+/// An operation on its tensors: its outputs.
+type Run = Box<dyn Fn(&[Tensor]) -> Result<Vec<Tensor>>>;
 
 /// Tensors and what is done with them.
 pub struct Call {
     /// The tensors whose gradients are wanted.
     pub leaves: Vec<Tensor>,
-    /// Runs the operation and returns the output that a gradient flows into.
+    /// Runs the operation and returns the outputs that gradients flow into.
     pub run: Run,
 }
 
@@ -109,9 +109,9 @@ impl Pass {
     }
 }
 
-/// A scalar without a value, whose backward hands on a gradient that was made before: autograd starts at a scalar, and computing
+/// A scalar without a value, whose backward hands on gradients that were made before: autograd starts at a scalar, and computing
 /// one would be timed too.
-struct Start(Tensor);
+struct Start(Vec<Tensor>);
 
 impl Function for Start {
     const NAME: &'static str = "start of the backward";
@@ -121,19 +121,22 @@ impl Function for Start {
     }
 
     fn backward(&self, _: &BackwardCtx, _: &[Tensor]) -> Result<Vec<Option<Tensor>>> {
-        Ok(vec![Some(self.0.shallow_clone())])
+        Ok(self.0.iter().map(|grad| Some(grad.shallow_clone())).collect())
     }
 }
 
 impl Call {
     /// The operation, recorded; its backward may run any number of times.
     pub fn recorded(&self) -> Result<Tensor> {
-        let output = (self.run)(&self.leaves)?;
-        if output.numel() == 1 {
-            return Ok(output);
+        let mut outputs = (self.run)(&self.leaves)?;
+        if let [output] = &outputs[..]
+            && output.numel() == 1
+        {
+            return Ok(outputs.remove(0));
         }
-        let grad = random(&output.size(), output.kind(), output.device(), 77)?;
-        Ok(apply(Start(grad), &[&output])?.remove(0))
+        let grad = |output: &Tensor| random(&output.size(), output.kind(), output.device(), 77);
+        let grads = outputs.iter().map(grad).collect::<Result<_>>()?;
+        Ok(apply(Start(grads), &outputs.iter().collect::<Vec<_>>())?.remove(0))
     }
 
     /// The backward of [`Call::recorded`].
@@ -146,7 +149,7 @@ impl Call {
     pub fn only_start(device: Device) -> Result<Self> {
         Ok(Self {
             leaves: vec![random(&[8], Kind::Float, device, 1)?.set_requires_grad(true)],
-            run: Box::new(|leaves| Ok(leaves[0].shallow_clone())),
+            run: Box::new(|leaves| Ok(vec![leaves[0].shallow_clone()])),
         })
     }
 }
@@ -173,7 +176,7 @@ mod tests {
     #[test]
     fn the_start_hands_on_the_gradient() {
         let x = random(&[3, 5], Kind::Double, Device::Cpu, 2).unwrap().set_requires_grad(true);
-        let call = Call { leaves: vec![x], run: Box::new(|leaves| Ok(&leaves[0] * 2.)) };
+        let call = Call { leaves: vec![x], run: Box::new(|leaves| Ok(vec![&leaves[0] * 2.])) };
         let recorded = call.recorded().unwrap();
         let grad = Tensor::f_run_backward(&[&recorded], &call.leaves, true, false).unwrap().remove(0);
         assert!(grad.equal(&(random(&[3, 5], Kind::Double, Device::Cpu, 77).unwrap() * 2.)));

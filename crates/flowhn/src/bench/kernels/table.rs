@@ -56,6 +56,8 @@ pub fn operations(tiny: bool) -> Vec<Operation> {
     for ([b, t, h, k, p], recorded) in attentions {
         all.push(attention_of([size(b, 1), size(t, 20), h, k, size(p, 8)], recorded));
     }
+    all.extend(super::routed::operations(tiny));
+    all.extend(super::steps::operations(tiny));
     let products = [([32768, 4096, 768], 319.), ([32768, 65536, 768], 5260.), ([16384, 11264, 2048], 1095.)];
     for ([m, n, k], us) in products {
         all.push(gemm([size(m, 40), size(n, 24), size(k, 16)], Some(us)));
@@ -101,7 +103,7 @@ fn scan([b, l, e, n]: [i64; 4], recorded: Option<(f64, f64)>, target: Option<(f6
                         dt_bias_e: Some(&t[7]),
                         ..SelectiveScan::new(&t[0], &t[1], &t[2], &t[3], &t[4])
                     };
-                    Ok(selective_scan(&args)?.y_ble)
+                    Ok(vec![selective_scan(&args)?.y_ble])
                 }),
             })
         }),
@@ -142,7 +144,7 @@ fn ssd_of([b, l, h, p, n]: [i64; 5], recorded: Option<(f64, Option<f64>)>, targe
                 run: Box::new(|t| {
                     let args =
                         Ssd { d_h: Some(&t[5]), dt_bias_h: Some(&t[6]), ..Ssd::new(&t[0], &t[1], &t[2], &t[3], &t[4]) };
-                    Ok(ssd(&args)?.y_blhp)
+                    Ok(vec![ssd(&args)?.y_blhp])
                 }),
             })
         }),
@@ -165,7 +167,7 @@ fn conv([b, l, e, k]: [i64; 4]) -> Operation {
                 leaves: vec![part(&[b, l, e], BF16, 1)?, part(&[e, k], Kind::Float, 2)?, part(&[e], Kind::Float, 3)?],
                 run: Box::new(|t| {
                     let args = CausalConv1d { bias_e: Some(&t[2]), ..CausalConv1d::new(&t[0], &t[1]) };
-                    Ok(causal_conv1d(&args)?.y_ble)
+                    Ok(vec![causal_conv1d(&args)?.y_ble])
                 }),
             })
         }),
@@ -186,7 +188,7 @@ fn gated_norm(r: i64, d: i64) -> Operation {
             let part = |shape: &[i64], kind, seed| leaf(shape, kind, device, seed);
             Ok(Call {
                 leaves: vec![part(&[r, d], BF16, 1)?, part(&[r, d], BF16, 2)?, part(&[d], Kind::Float, 3)?],
-                run: Box::new(|t| gated_rms_norm(&t[0], &t[1], &t[2], EPS, 1)),
+                run: Box::new(|t| Ok(vec![gated_rms_norm(&t[0], &t[1], &t[2], EPS, 1)?])),
             })
         }),
     }
@@ -206,7 +208,7 @@ fn norm(r: i64, d: i64, (forward, backward): (f64, f64)) -> Operation {
             let part = |shape: &[i64], kind, seed| leaf(shape, kind, device, seed);
             Ok(Call {
                 leaves: vec![part(&[r, d], BF16, 1)?, part(&[d], Kind::Float, 2)?],
-                run: Box::new(|t| rms_norm(&t[0], &t[1], EPS)),
+                run: Box::new(|t| Ok(vec![rms_norm(&t[0], &t[1], EPS)?])),
             })
         }),
     }
@@ -223,7 +225,7 @@ fn swiglu_of(r: i64, d: i64) -> Operation {
         ],
         products: None,
         build: Box::new(move |device| {
-            Ok(Call { leaves: vec![leaf(&[r, d], BF16, device, 1)?], run: Box::new(|t| swiglu(&t[0])) })
+            Ok(Call { leaves: vec![leaf(&[r, d], BF16, device, 1)?], run: Box::new(|t| Ok(vec![swiglu(&t[0])?])) })
         }),
     }
 }
@@ -241,7 +243,7 @@ fn lm_head([r, d, v]: [i64; 3], us: f64, within: f64) -> Operation {
             let weight = random(&[v, d], BF16, device, 2)? * 0.02;
             Ok(Call {
                 leaves: vec![leaf(&[r, d], BF16, device, 1)?, weight.detach().set_requires_grad(true)],
-                run: Box::new(move |t| linear_cross_entropy(&t[0], &t[1], &targets, -100)),
+                run: Box::new(move |t| Ok(vec![linear_cross_entropy(&t[0], &t[1], &targets, -100)?])),
             })
         }),
     }
@@ -264,7 +266,7 @@ fn attention_of([b, t, h, k, p]: [i64; 5], (forward, backward): (f64, f64)) -> O
             let part = |heads, seed| leaf(&[b, t, heads, p], BF16, device, seed);
             Ok(Call {
                 leaves: vec![part(h, 1)?, part(k, 2)?, part(k, 3)?],
-                run: Box::new(|t| attention(&t[0], &t[1], &t[2], &Mask::causal())),
+                run: Box::new(|t| Ok(vec![attention(&t[0], &t[1], &t[2], &Mask::causal())?])),
             })
         }),
     }
@@ -284,7 +286,7 @@ pub fn gemm([m, n, k]: [i64; 3], us: Option<f64>) -> Operation {
         build: Box::new(move |device| {
             Ok(Call {
                 leaves: vec![random(&[m, k], BF16, device, 1)?, random(&[n, k], BF16, device, 2)?],
-                run: Box::new(|t| Ok(t[0].f_matmul(&t[1].f_tr()?)?)),
+                run: Box::new(|t| Ok(vec![t[0].f_matmul(&t[1].f_tr()?)?])),
             })
         }),
     }
@@ -304,8 +306,8 @@ pub fn copy(n: i64) -> Operation {
     }
 }
 
-fn copied(t: &[Tensor]) -> Result<Tensor> {
+fn copied(t: &[Tensor]) -> Result<Vec<Tensor>> {
     let mut to = t[1].shallow_clone();
     to.f_copy_(&t[0])?;
-    Ok(to)
+    Ok(vec![to])
 }

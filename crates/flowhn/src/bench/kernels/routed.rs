@@ -1,0 +1,175 @@
+//! Operations on the tokens of two branches, and what they read first: halves of a sequence, as the released block shares them out.
+// b batch, l seq_len, d d_model, h heads, p d_head, v vocab_size
+
+use flowhn_attn::{RotaryTable, rotary};
+use flowhn_fuse::{Route, merge, merge_residual, merge_residual_norm, merge_sums, split_norm, split_norm_tokens};
+use flowhn_nn::{Params, Residual, RmsNorm, embedding, residual_norm};
+use flowhn_torch::Result;
+use tch::{Device, Kind, Tensor};
+
+use super::operation::Direction::{Backward, Forward};
+use super::operation::{Call, Operation, Pass, leaf};
+
+const BF16: Kind = Kind::BFloat16;
+const EPS: f64 = 1e-6;
+
+/// The routes of both halves and a norm for either.
+struct Halves {
+    attn: Route,
+    ssm: Route,
+    norm: RmsNorm,
+}
+
+impl Halves {
+    fn new(l: i64, d: i64, device: Device) -> Result<Self> {
+        let (l, mut params) = (l as usize, Params::new(device, 0));
+        let norm = RmsNorm::new(&mut params.root(), "norm", d, EPS)?;
+        let (attn, ssm) = (Route::new(l, &[0..l / 2], device)?, Route::new(l, &[l / 2..l], device)?);
+        Ok(Self { attn, ssm, norm })
+    }
+}
+
+/// An operation on whole sequences, which come first, and halves of them.
+struct Routed {
+    op: &'static str,
+    /// Leaves of `[batch, seq_len, d]` and of `[batch, seq_len / 2, d]`.
+    leaves: [usize; 2],
+    /// Tensors as large as the sequence that are read and written forward, and backward.
+    moved: [f64; 2],
+    run: fn(&[Tensor], &Halves) -> Result<Vec<Tensor>>,
+}
+
+/// The table's lines; `tiny` makes the sizes small enough to try them on a CPU.
+pub fn operations(tiny: bool) -> Vec<Operation> {
+    let shape = if tiny { [2, 10, 16] } else { [32, 1024, 1024] };
+    let mut all = vec![
+        embedding_of(shape, if tiny { 50 } else { 65_536 }),
+        residual_norm_of(shape),
+        rotary_of(if tiny { [2, 10, 2, 8] } else { [32, 512, 16, 64] }),
+    ];
+    all.extend(routed().into_iter().map(|routed| routed.operation(shape)));
+    all
+}
+
+fn routed() -> [Routed; 6] {
+    [
+        Routed { op: "split_norm", leaves: [1, 0], moved: [2., 4.], run: split_norms },
+        Routed { op: "split_norm_tokens", leaves: [2, 0], moved: [4., 5.], run: split_norms_and_tokens },
+        Routed {
+            op: "merge",
+            leaves: [0, 2],
+            moved: [2., 2.],
+            run: |t, half| Ok(vec![merge(&t[0], &t[1], &half.attn, &half.ssm)?]),
+        },
+        Routed { op: "merge_sums", leaves: [0, 4], moved: [3., 2.], run: merged_sums },
+        Routed {
+            op: "merge_residual",
+            leaves: [1, 2],
+            moved: [3., 2.],
+            run: |t, half| Ok(vec![merge_residual(&t[0], &t[1], &t[2], &half.attn, &half.ssm)?]),
+        },
+        Routed {
+            op: "merge_residual_norm",
+            leaves: [1, 2],
+            moved: [4., 5.],
+            run: |t, half| {
+                let (sum, normed) = merge_residual_norm(&t[0], &t[1], &t[2], &half.attn, &half.ssm, &half.norm)?;
+                Ok(vec![sum, normed])
+            },
+        },
+    ]
+}
+
+fn split_norms(t: &[Tensor], half: &Halves) -> Result<Vec<Tensor>> {
+    let normed = split_norm(&t[0], None, &half.attn, &half.ssm, &half.norm, &half.norm)?;
+    Ok(vec![normed.sum_bld, normed.attn_bnd, normed.ssm_bmd])
+}
+
+fn split_norms_and_tokens(t: &[Tensor], half: &Halves) -> Result<Vec<Tensor>> {
+    let split = split_norm_tokens(&t[0], Some(&t[1]), &half.attn, &half.ssm, &half.norm, &half.norm)?;
+    let normed = split.normed;
+    Ok(vec![normed.sum_bld, normed.attn_bnd, normed.ssm_bmd, split.attn_bnd, split.ssm_bmd])
+}
+
+fn merged_sums(t: &[Tensor], half: &Halves) -> Result<Vec<Tensor>> {
+    let pending = |x: &Tensor, change: &Tensor| Residual { x: x.shallow_clone(), change: Some(change.shallow_clone()) };
+    Ok(vec![merge_sums(&pending(&t[0], &t[1]), &pending(&t[2], &t[3]), &half.attn, &half.ssm)?])
+}
+
+impl Routed {
+    fn operation(self, [b, l, d]: [i64; 3]) -> Operation {
+        let Self { op, leaves, moved, run } = self;
+        let wide = (2 * b * l * d) as f64;
+        Operation {
+            op,
+            shape: format!("B{b} L{l} D{d}"),
+            passes: vec![Pass::new(Forward, moved[0] * wide, 0.), Pass::new(Backward, moved[1] * wide, 0.)],
+            products: None,
+            build: Box::new(move |device| {
+                let lens = [l, l / 2].into_iter().zip(leaves).flat_map(|(len, n)| std::iter::repeat_n(len, n));
+                let part = |(len, seed)| leaf(&[b, len, d], BF16, device, seed);
+                let half = Halves::new(l, d, device)?;
+                Ok(Call {
+                    leaves: lens.zip(1..).map(part).collect::<Result<_>>()?,
+                    run: Box::new(move |t| run(t, &half)),
+                })
+            }),
+        }
+    }
+}
+
+fn embedding_of([b, l, d]: [i64; 3], v: i64) -> Operation {
+    let (rows, table) = ((b * l * d) as f64, (v * d) as f64);
+    Operation {
+        op: "embedding",
+        shape: format!("B{b} L{l} D{d} V{v}"),
+        // Rows of f32 to bf16; back, all rows of the gradient are written.
+        passes: vec![Pass::new(Forward, 6. * rows, 0.), Pass::new(Backward, 2. * rows + 4. * table, 0.)],
+        products: None,
+        build: Box::new(move |device| {
+            let ids = (Tensor::arange(b * l, (Kind::Int64, device)) * 7919).remainder(v).f_view([b, l])?;
+            Ok(Call {
+                leaves: vec![leaf(&[v, d], Kind::Float, device, 1)?],
+                run: Box::new(move |t| Ok(vec![embedding(&t[0], &ids, BF16, None)?])),
+            })
+        }),
+    }
+}
+
+fn residual_norm_of([b, l, d]: [i64; 3]) -> Operation {
+    let wide = (2 * b * l * d) as f64;
+    Operation {
+        op: "residual_norm",
+        shape: format!("{}x{d}", b * l),
+        passes: vec![Pass::new(Forward, 4. * wide, 0.), Pass::new(Backward, 4. * wide, 0.)],
+        products: None,
+        build: Box::new(move |device| {
+            let part = |seed| leaf(&[b * l, d], BF16, device, seed);
+            Ok(Call {
+                leaves: vec![part(1)?, part(2)?, leaf(&[d], Kind::Float, device, 3)?],
+                run: Box::new(|t| {
+                    let (sum, normed) = residual_norm(&t[0], Some(&t[1]), &t[2], EPS)?;
+                    Ok(vec![sum, normed])
+                }),
+            })
+        }),
+    }
+}
+
+fn rotary_of([b, l, h, p]: [i64; 4]) -> Operation {
+    let wide = (2 * b * l * h * p) as f64;
+    Operation {
+        op: "rotary",
+        shape: format!("B{b} L{l} {h}x{p}"),
+        passes: vec![Pass::new(Forward, 2. * wide, 0.), Pass::new(Backward, 2. * wide, 0.)],
+        products: None,
+        build: Box::new(move |device| {
+            let positions: Vec<i64> = (0..l).collect();
+            let table = RotaryTable::new(&positions, p, 10_000., device)?;
+            Ok(Call {
+                leaves: vec![leaf(&[b, l, h, p], BF16, device, 1)?],
+                run: Box::new(move |t| Ok(vec![rotary(&t[0], &table)?])),
+            })
+        }),
+    }
+}
