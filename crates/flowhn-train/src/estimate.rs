@@ -39,7 +39,7 @@ pub struct MemoryEstimate {
     pub parameters_bytes: u64,
     /// fp32 gradients.
     pub gradients_bytes: u64,
-    /// AdamW's two fp32 means.
+    /// AdamW's two means, in the type of the state; small tensors that stay fp32 are not counted apart.
     pub optimizer_bytes: u64,
     /// What a micro-batch's forward pass keeps for the backward pass.
     pub activations_bytes: u64,
@@ -65,7 +65,7 @@ impl Estimate {
             memory,
             available_bytes: available_bytes(device),
             // Weights and two means.
-            checkpoint_bytes: 3 * 4 * parameters,
+            checkpoint_bytes: 4 * parameters + memory.optimizer_bytes,
             tokens: tokens_per_step * train.steps,
             flops_per_token: sequence / model.seq_len as u64,
             flops_per_step,
@@ -105,7 +105,7 @@ impl MemoryEstimate {
         let outer = 3 * element.size_bytes() * (model.seq_len * model.d_model) as u64;
         let activations_bytes = train.batch_size as u64 * (blocks.sum::<u64>() + outer);
         let (parameters_bytes, gradients_bytes, optimizer_bytes) =
-            ((4 + copies) * parameters, 4 * parameters, 8 * parameters);
+            ((4 + copies) * parameters, 4 * parameters, train.optim_state.n_bytes(parameters));
         let total_bytes = parameters_bytes + gradients_bytes + optimizer_bytes + activations_bytes;
         Ok(Self { parameters_bytes, gradients_bytes, optimizer_bytes, activations_bytes, total_bytes })
     }
