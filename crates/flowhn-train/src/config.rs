@@ -16,6 +16,7 @@
 //! deterministic = true         # on a GPU: equal runs give equal bits; false lets attention use faster kernels that do not
 //! cuda_graph = true            # on a GPU: the step is captured once and replayed; false launches its operators one by one
 //! branches = "serial"          # "streams" on a GPU: attention runs on a stream of its own, beside the state-space branch
+//! recompute_every = 0          # 1 computes every block's activations anew in the backward pass, 2 every second's; 0 keeps all
 //! seed = 0                     # initial weights and the order of the text
 //! lr = 1e-3                    # peak learning rate
 //! min_lr_frac = 0.1            # last learning rate over the peak
@@ -42,7 +43,7 @@ use std::fmt;
 use std::path::{Path, PathBuf};
 
 use flowhn_model::config::{RawModel, from_table, load_table};
-use flowhn_model::{Branches, ModelConfig};
+use flowhn_model::{Branches, ModelConfig, RecomputeEvery};
 use serde::{Deserialize, Serialize};
 use tch::Kind;
 use toml::{Table, Value};
@@ -143,6 +144,8 @@ pub struct TrainConfig {
     pub cuda_graph: bool,
     /// Whether a block's branches run one after the other or, on a GPU, beside each other.
     pub branches: Branches,
+    /// Which blocks' activations are not kept for the backward pass but computed anew.
+    pub recompute_every: RecomputeEvery,
     /// Seed of initial weights and of the order of the text.
     pub seed: u64,
     /// Peak learning rate.
@@ -191,6 +194,7 @@ impl Default for TrainConfig {
             deterministic: true,
             cuda_graph: true,
             branches: Branches::Serial,
+            recompute_every: RecomputeEvery(0),
             seed: 0,
             lr: 1e-3,
             min_lr_frac: 0.1,
@@ -235,7 +239,7 @@ struct RawRun {
 
 /// Keys that a resumed run may change: they move files, or say when things are shown and kept, and no weight depends on them.
 /// The text behind `data.train` and the tokenizer are held to by their fingerprints instead.
-const FREE_KEYS: [&str; 13] = [
+const FREE_KEYS: [&str; 14] = [
     "data.train",
     "data.valid",
     "data.tokenizer",
@@ -248,6 +252,7 @@ const FREE_KEYS: [&str; 13] = [
     "train.sample_prompt",
     "train.cuda_graph",
     "train.branches",
+    "train.recompute_every",
     "run.dir",
 ];
 

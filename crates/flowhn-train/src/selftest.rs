@@ -29,6 +29,10 @@ pub fn cases() -> Vec<Case> {
         let name = name("stopped and resumed equals never having stopped");
         cases.push(Case::new(name, move |device| told(resumes(sets, places, device))));
     }
+    for dtype in ["train.dtype=fp32", "train.dtype=bf16"] {
+        let name = format!("train: recomputed blocks change no bit, {dtype}");
+        cases.push(Case::new(name, move |device| told(recomputes(dtype, device))));
+    }
     cases.extend(adamw::cases());
     cases
 }
@@ -81,6 +85,22 @@ fn resumes(sets: &[&str], places: &[u64], device: Device) -> Result<String> {
         })?;
     }
     Ok(format!("40 steps, stopped at {places:?}"))
+}
+
+/// Whole runs, on a GPU as captured steps.
+fn recomputes(dtype: &'static str, device: Device) -> Result<String> {
+    let small = Small::new()?;
+    let ending = |every: usize| -> Result<Ending> {
+        let every = format!("train.recompute_every={every}");
+        let sets = [dtype, &every, "train.steps=12", "train.eval_every=0"];
+        Ending::of(&small::sit(&small.config(&every, &sets)?, &on(device))?.0)
+    };
+    let want = ending(0)?;
+    for every in [1, 2] {
+        let difference = ending(every)?.difference(&want);
+        ensure(difference.is_none(), || format!("every {every}: {} differs", difference.unwrap_or_default()))?;
+    }
+    Ok("12 steps, every block and every second".to_owned())
 }
 
 fn losses_of_the_cpu(device: Device) -> Result<String> {

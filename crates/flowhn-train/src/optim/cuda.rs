@@ -11,14 +11,13 @@ use crate::kernels::ADAMW;
 
 /// Elements that a block takes.
 const CHUNK: i64 = 16_384;
-/// Threads of a block.
-const THREADS: i64 = 256;
-
+/// Threads of a block for each type of the state.
+const THREADS: [i64; 3] = [256, 256, 128];
 /// The macros of `adamw.cu` for each type of the state.
 pub(crate) const VARIANTS: [Defines; 3] = [&defines(0), &defines(1), &defines(2)];
 
-const fn defines(state: i64) -> [(&'static str, i64); 4] {
-    [("CHUNK", CHUNK), ("THREADS", THREADS), ("VECS", 2), ("STATE", state)]
+const fn defines(state: usize) -> [(&'static str, i64); 4] {
+    [("CHUNK", CHUNK), ("THREADS", THREADS[state]), ("VECS", 2), ("STATE", state as i64)]
 }
 
 /// Addresses that one launch of `adamw_addresses` takes.
@@ -35,6 +34,7 @@ const N_FACTORS: i64 = 10;
 #[derive(Debug)]
 pub(super) struct Engine {
     variant: Defines<'static>,
+    n_threads: u32,
     /// i64 `[n_params, SLOT_LEN]`.
     slots: Tensor,
     /// What was last written to `slots`.
@@ -75,6 +75,7 @@ impl Engine {
             let zeros = |shape: &[i64], kind: Kind| Tensor::f_zeros(shape, (kind, device));
             Ok(Self {
                 variant: VARIANTS[state as usize],
+                n_threads: THREADS[state as usize] as u32,
                 slots: zeros(&[n_params, SLOT_LEN as i64], Kind::Int64)?,
                 written: Vec::new(),
                 items: Tensor::from_slice(&items).f_view([-1, 2])?.f_to_device(device)?,
@@ -105,7 +106,7 @@ impl Engine {
         let norm = catch(|| Ok(Tensor::f_empty([], (Kind::Float, self.lr.device()))?))?;
         let [gradients, slots, items] = [&self.gradients, &self.slots, &self.items].map(Arg::Addresses);
         let grid = [self.n_items, 1, 1];
-        self.launch("adamw_squares", grid, THREADS as u32, &[gradients, slots, items, Arg::Tensor(&self.partials)])?;
+        self.launch("adamw_squares", grid, self.n_threads, &[gradients, slots, items, Arg::Tensor(&self.partials)])?;
         let args = [
             Arg::Tensor(&self.partials),
             Arg::I32(self.n_items as i32),
@@ -124,7 +125,7 @@ impl Engine {
             Arg::I32(self.n_items as i32),
             Arg::opt(self.maps.as_ref()),
         ];
-        self.launch("adamw_update", grid, THREADS as u32, &args)?;
+        self.launch("adamw_update", grid, self.n_threads, &args)?;
         Ok(norm)
     }
 

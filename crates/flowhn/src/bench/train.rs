@@ -78,6 +78,8 @@ struct Row {
     parameters: u64,
     tokens_per_step: u64,
     tokens_per_s: f64,
+    /// FLOPs that a step computes beside those that MFU counts.
+    recomputed_flops_per_step: u64,
     step_ms: StepMs,
     mfu: f64,
     mfu_full_scores: f64,
@@ -165,6 +167,7 @@ impl Row {
             parameters: speed.parameters,
             tokens_per_step: speed.tokens_per_step,
             tokens_per_s: speed.tokens_per_s,
+            recomputed_flops_per_step: speed.recomputed_flops_per_step,
             mfu,
             mfu_full_scores: mfu * full,
             matmul_frac: speed.flops_per_s / speed.matmul.flops_per_s,
