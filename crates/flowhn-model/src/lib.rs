@@ -14,6 +14,7 @@ mod layout;
 mod mixer;
 mod model;
 mod names;
+mod recompute;
 mod score;
 #[cfg(feature = "selftest")]
 pub mod selftest;
@@ -25,5 +26,6 @@ pub use error::{Error, Result};
 pub use golden::{GoldenReport, MAX_REL_GRAD, MAX_REL_OUTPUT, check_golden};
 pub use model::{Branches, IGNORE_INDEX, Input, Model, Output, parts};
 pub use names::{Family, ForeignName};
+pub use recompute::RecomputeEvery;
 pub use score::{Target, TargetScores};
 pub use weights::WeightFile;

@@ -16,6 +16,7 @@ use tch::{Device, Kind, Tensor};
 
 use crate::block::{Block, BlockCache};
 use crate::layout::Layout;
+use crate::recompute::RecomputeEvery;
 use crate::{Error, ModelConfig, Result, init};
 
 /// The names under which a [`timeline`] finds the parts of a model.
@@ -60,6 +61,7 @@ pub struct Model {
     compute_kind: Kind,
     /// Where attention branches run, beside the others.
     side: Option<Stream>,
+    recompute_every: RecomputeEvery,
     embed: Embedding,
     /// Learned tokens in front of every sequence, `[n_meta, d_model]`.
     meta: Option<Weight>,
@@ -71,7 +73,7 @@ pub struct Model {
 
 /// The LM head's matrix `[vocab_size, d_model]`: its own or the embedding's.
 #[derive(Debug)]
-enum Head {
+pub(crate) enum Head {
     Own(Linear),
     Tied(Weight),
 }
@@ -85,7 +87,7 @@ impl Head {
     }
 
     /// The weight as the loss takes it: beside bf16 the master itself, whose gradient then needs no rounding to bf16 and back.
-    fn weight_for(&self, kind: Kind) -> Tensor {
+    pub fn weight_for(&self, kind: Kind) -> Tensor {
         if kind == Kind::BFloat16 { self.weight().master().shallow_clone() } else { self.weight().to(kind) }
     }
 }
@@ -102,6 +104,28 @@ pub struct Input<'a> {
     pub segments_bl: Option<&'a Tensor>,
     /// Absolute position of the first token; it decides the routing and rotary angles.
     pub offset: usize,
+}
+
+/// A forward pass that has been checked and laid out.
+pub(crate) struct Pass {
+    ids_bl: Tensor,
+    segments_bl: Option<Tensor>,
+    layout: Rc<Layout>,
+    /// Learned tokens that stand in front.
+    n_front: i64,
+    seq_len: i64,
+}
+
+impl Pass {
+    /// The stream without the learned tokens.
+    pub fn of_tokens(&self, x_bld: &Tensor) -> Result<Tensor> {
+        if self.n_front == 0 { Ok(x_bld.shallow_clone()) } else { Ok(x_bld.f_narrow(1, self.n_front, self.seq_len)?) }
+    }
+
+    fn part(&self, stream: &Residual) -> Result<Residual> {
+        let change = stream.change.as_ref().map(|change| self.of_tokens(change)).transpose()?;
+        Ok(Residual { x: self.of_tokens(&stream.x)?, change })
+    }
 }
 
 impl<'a> Input<'a> {
@@ -166,6 +190,7 @@ impl Model {
             params,
             compute_kind: Kind::Float,
             side: None,
+            recompute_every: RecomputeEvery::default(),
             embed,
             meta,
             blocks,
@@ -229,6 +254,11 @@ impl Model {
         Ok(())
     }
 
+    /// Chooses the blocks that [`Model::backward`] recomputes: less memory for more FLOPs, and the same bits.
+    pub fn set_recompute_every(&mut self, every: RecomputeEvery) {
+        self.recompute_every = every;
+    }
+
     /// Brings the bf16 copies of the weights up to date where the model computes with such: on CUDA in bf16. A forward pass does so
     /// by itself; the replay of one that a CUDA graph captured does not.
     ///
@@ -265,9 +295,9 @@ impl Model {
     /// # Errors
     /// As [`Model::forward`].
     pub fn loss(&self, ids_bl: &Tensor, targets_bl: &Tensor, segments_bl: Option<&Tensor>) -> Result<Tensor> {
-        let (x_td, targets_t) = self.before_head(ids_bl, targets_bl, segments_bl)?;
-        let weight_vd = self.head.weight_for(x_td.kind());
-        catch(|| linear_cross_entropy(&x_td, &weight_vd, &targets_t, IGNORE_INDEX)).map_err(Error::from)
+        let targets_t = self.targets(ids_bl, targets_bl)?;
+        let x_bld = self.run(&Input::new(ids_bl).with_segments(segments_bl), None, |_| Ok(()))?;
+        self.loss_of(&x_bld, &self.head.weight_for(x_bld.kind()), &targets_t)
     }
 
     /// Cross-entropy of each target in nats, f32 `[batch, seq_len]`, 0 where it is [`IGNORE_INDEX`]; no gradient.
@@ -276,20 +306,17 @@ impl Model {
     /// As [`Model::forward`].
     pub fn token_losses(&self, ids_bl: &Tensor, targets_bl: &Tensor, segments_bl: Option<&Tensor>) -> Result<Tensor> {
         tch::no_grad(|| {
-            let (x_td, targets_t) = self.before_head(ids_bl, targets_bl, segments_bl)?;
+            let targets_t = self.targets(ids_bl, targets_bl)?;
+            let x_bld = self.run(&Input::new(ids_bl).with_segments(segments_bl), None, |_| Ok(()))?;
+            let x_td = self.before_head(&x_bld)?;
             let weight_vd = self.head.weight_for(x_td.kind());
             let losses_t = catch(|| token_losses(&x_td, &weight_vd, &targets_t, IGNORE_INDEX))?;
             Ok(losses_t.f_view(targets_bl.size().as_slice())?)
         })
     }
 
-    /// Normed hidden states as rows `[batch * seq_len, d_model]`, and the targets in the same order.
-    fn before_head(
-        &self,
-        ids_bl: &Tensor,
-        targets_bl: &Tensor,
-        segments_bl: Option<&Tensor>,
-    ) -> Result<(Tensor, Tensor)> {
+    /// The targets of these ids as `[batch * seq_len]`, on the model's device.
+    pub(crate) fn targets(&self, ids_bl: &Tensor, targets_bl: &Tensor) -> Result<Tensor> {
         if targets_bl.size() != ids_bl.size() {
             let (ids, targets) = (ids_bl.size(), targets_bl.size());
             return Err(Error::Input(format!(
@@ -302,21 +329,56 @@ impl Model {
             let vocab_size = self.config.vocab_size as i64;
             check_ids("linear_cross_entropy", "targets_t", &targets_t, vocab_size, Some(IGNORE_INDEX))?;
         }
-        let x_bld = self.run(&Input::new(ids_bl).with_segments(segments_bl), None, |_| Ok(()))?;
-        let x_bld = self.norm.forward(&timeline::pass(&x_bld, parts::HEAD, parts::FUSION)?)?;
-        Ok((x_bld.f_reshape([-1, self.config.d_model as i64])?, targets_t.f_to_device(self.device())?))
+        Ok(targets_t.f_to_device(self.device())?)
+    }
+
+    /// The mean cross-entropy behind the last block's output, with this matrix in the head.
+    pub(crate) fn loss_of(&self, x_bld: &Tensor, weight_vd: &Tensor, targets_t: &Tensor) -> Result<Tensor> {
+        let x_td = self.before_head(x_bld)?;
+        catch(|| linear_cross_entropy(&x_td, weight_vd, targets_t, IGNORE_INDEX)).map_err(Error::from)
+    }
+
+    /// Normed hidden states as rows `[batch * seq_len, d_model]`.
+    fn before_head(&self, x_bld: &Tensor) -> Result<Tensor> {
+        let x_bld = self.norm.forward(&timeline::pass(x_bld, parts::HEAD, parts::FUSION)?)?;
+        Ok(x_bld.f_reshape([-1, self.config.d_model as i64])?)
     }
 
     /// The stream before the first block: embeddings, at the start of a sequence with the learned tokens in front.
-    fn entry(&self, ids_bl: &Tensor, n_front: i64) -> Result<Tensor> {
-        let x_bld = self.embed.forward(ids_bl, self.compute_kind)?;
-        match &self.meta {
-            Some(meta) if n_front > 0 => {
+    pub(crate) fn entry(&self, pass: &Pass) -> Result<Tensor> {
+        let x_bld = self.embed.forward(&pass.ids_bl, self.compute_kind)?;
+        let x_bld = match &self.meta {
+            Some(meta) if pass.n_front > 0 => {
                 let meta_bmd = meta.to(self.compute_kind).f_unsqueeze(0)?.f_expand([x_bld.size()[0], -1, -1], false)?;
-                Ok(Tensor::f_cat(&[meta_bmd, x_bld], 1)?)
+                Tensor::f_cat(&[meta_bmd, x_bld], 1)?
             }
-            _ => Ok(x_bld),
-        }
+            _ => x_bld,
+        };
+        Ok(timeline::pass(&x_bld, parts::FUSION, parts::EMBEDDING)?)
+    }
+
+    /// The stream behind a block.
+    pub(crate) fn run_block(
+        &self,
+        block_idx: usize,
+        stream: &Residual,
+        pass: &Pass,
+        cache: Option<&mut BlockCache>,
+    ) -> Result<Residual> {
+        let block = &self.blocks[block_idx];
+        block.forward(stream, block_idx, &pass.layout, pass.segments_bl.as_ref(), cache, self.side)
+    }
+
+    pub(crate) fn n_blocks(&self) -> usize {
+        self.blocks.len()
+    }
+
+    pub(crate) fn head(&self) -> &Head {
+        &self.head
+    }
+
+    pub(crate) fn recompute_every(&self) -> RecomputeEvery {
+        self.recompute_every
     }
 
     /// Runs embedding and blocks; `visit` sees the tokens of the stream before the first and after each block. With caches, goes on from them.
@@ -326,13 +388,32 @@ impl Model {
         mut caches: Option<&mut [BlockCache]>,
         mut visit: impl FnMut(&Residual) -> Result<()>,
     ) -> Result<Tensor> {
+        let pass = self.begin(input, caches.is_some())?;
+        let outcome = catch(|| {
+            let mut inner = || -> Result<Tensor> {
+                let mut stream = Residual::of(self.entry(&pass)?);
+                visit(&pass.part(&stream)?)?;
+                for block_idx in 0..self.n_blocks() {
+                    let cache = caches.as_deref_mut().map(|caches| &mut caches[block_idx]);
+                    stream = self.run_block(block_idx, &stream, &pass, cache)?;
+                    visit(&pass.part(&stream)?)?;
+                }
+                Ok(pass.part(&stream)?.sum()?)
+            };
+            Ok(inner())
+        });
+        outcome?
+    }
+
+    /// Checks an input, brings it to the device and lays out who reads which token of it.
+    pub(crate) fn begin(&self, input: &Input, has_caches: bool) -> Result<Pass> {
         let seq_len = self.check_input(input)?;
         // Before anything else, so that no part of the pass waits for another part's stream.
         self.refresh_bf16_copies()?;
         let ids_bl = input.ids_bl.f_to_device(self.device())?;
         let segments_bl = input.segments_bl.map(|segments| segments.f_to_device(self.device())).transpose()?;
         let n_meta = self.config.options.n_meta;
-        if n_meta > 0 && input.offset > 0 && caches.is_none() {
+        if n_meta > 0 && input.offset > 0 && !has_caches {
             let message =
                 "a sequence begins with the learned tokens (model.n_meta), so without a cache it begins at position 0";
             return Err(Error::Input(message.to_owned()));
@@ -341,27 +422,7 @@ impl Model {
         let n_front = if input.offset == 0 { n_meta as i64 } else { 0 };
         let end = n_meta + input.offset + seq_len;
         let layout = self.layout(end - seq_len - n_front as usize..end)?;
-        let of_tokens = |stream: &Residual| -> Result<Residual> {
-            let part = |x: &Tensor| -> Result<Tensor> {
-                if n_front == 0 { Ok(x.shallow_clone()) } else { Ok(x.f_narrow(1, n_front, seq_len as i64)?) }
-            };
-            Ok(Residual { x: part(&stream.x)?, change: stream.change.as_ref().map(part).transpose()? })
-        };
-        let outcome = catch(|| {
-            let mut inner = || -> Result<Tensor> {
-                let x_bld = self.entry(&ids_bl, n_front)?;
-                let mut stream = Residual::of(timeline::pass(&x_bld, parts::FUSION, parts::EMBEDDING)?);
-                visit(&of_tokens(&stream)?)?;
-                for (block_idx, block) in self.blocks.iter().enumerate() {
-                    let cache = caches.as_deref_mut().map(|caches| &mut caches[block_idx]);
-                    stream = block.forward(&stream, block_idx, &layout, segments_bl.as_ref(), cache, self.side)?;
-                    visit(&of_tokens(&stream)?)?;
-                }
-                Ok(of_tokens(&stream)?.sum()?)
-            };
-            Ok(inner())
-        });
-        outcome?
+        Ok(Pass { ids_bl, segments_bl, layout, n_front, seq_len: seq_len as i64 })
     }
 
     /// Final norm and cross-entropy in f32 of some rows of the stream, `[rows, d_model]`; no gradient.

@@ -4,6 +4,7 @@ mod causality;
 mod decode;
 mod golden;
 mod gradients;
+mod recompute;
 mod rows;
 pub mod small;
 
@@ -14,7 +15,8 @@ use crate::{Error, Result};
 
 /// Every check of this crate.
 pub fn cases() -> Vec<Case> {
-    let lists = [golden::cases(), causality::cases(), decode::cases(), gradients::cases(), rows::cases()];
+    let lists =
+        [golden::cases(), causality::cases(), decode::cases(), gradients::cases(), recompute::cases(), rows::cases()];
     lists.into_iter().flatten().collect()
 }
 

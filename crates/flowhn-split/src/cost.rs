@@ -250,9 +250,16 @@ impl ModelFlops {
     }
 
     /// Forward and backward pass: the FLOPs of the model in a training step. Recomputed
-    /// activations do not count.
+    /// activations do not count, see [`ModelFlops::recomputed`].
     pub fn training(&self) -> u64 {
         3 * self.forward()
+    }
+
+    /// What a training step computes beside [`ModelFlops::training`] where the blocks that `takes`
+    /// tells run forward once more for their backward pass.
+    pub fn recomputed(&self, takes: impl Fn(usize) -> bool) -> u64 {
+        let blocks = self.blocks.iter().enumerate().filter(|(block_idx, _)| takes(*block_idx));
+        blocks.map(|(_, block)| block.total()).sum()
     }
 }
 

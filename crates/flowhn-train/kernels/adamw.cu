@@ -5,32 +5,36 @@
 //   m = beta1 m + (1 - beta1) c g      v = beta2 v + (1 - beta2) (c g)^2
 //   p -= lr weight_decay p             p -= lr m / (1 - beta1^t) / (sqrt(v / (1 - beta2^t)) + eps)
 //
-// Parameters p, their gradients g and means m, v are f32, each a dense run of `n` elements; beside a parameter there may be a bf16
-// copy, which the update writes as well. A gradient that is null counts as zeros. A table of slots, one a parameter, tells where
-// everything is; a table of items cuts the slots into chunks of CHUNK elements. One block works on one item, so a launch covers all
-// parameters however many they are, and blocks are handed out as others finish.
+// Parameters p and their gradients g are f32, each a dense run of `n` elements, and so are the means m, v, which STATE keeps between
+// updates as f32 (0), bf16 (1) or 8-bit codes (2; as f32 in slots without factors); beside a parameter there may be a bf16 copy, which
+// the update writes as well. A gradient that is null counts as zeros. A table of slots, one a parameter, tells where everything is; a
+// table of items cuts the slots into chunks of CHUNK elements. One block works on one item, so a launch covers all parameters however
+// many they are, and blocks are handed out as others finish.
 //
 // What makes it fast is that memory is read and written once: the gradient is scaled where it is read, the copy is rounded from the
-// register that holds the weight. A thread loads VECS vectors of 4 elements of all four arrays before it computes. The norm is the
-// only pass before; the update takes the items in the opposite order, so that it begins with gradients that are still in the L2 cache.
+// register that holds the weight. A thread loads VECS vectors of 4 elements of all four arrays before it computes; where codes share
+// a factor, these vectors of a warp are the elements that share it. The norm is the only pass before; the update takes the items in the opposite order, so that it begins with gradients that are still in the L2 cache.
 //
 // The tables, the learning rate, the counter t and everything that follows from them are on the device: the launches can be captured
 // in a CUDA graph. Sums are f64 and in a fixed order, and neither the alignment of an array nor the device changes that order.
-#include "flowhn.cuh"
+#include "adamw_state.cuh"
 
 constexpr int VEC = 4;
 
 // Where a parameter is.
 struct Slot {
-    float *p, *m, *v;
+    float* p;
+    void *m, *v;
     bf16* copy;  // null where there is none
     i64 n;
     i64 decays;
+    float *m_absmax, *v_absmax;  // of each block of codes; null where the slot's means are no codes
 };
 
 // What all elements share in a step.
 struct Factors {
     float clip, beta1, rest1, beta2, rest2, step_size, root_scale, eps, decay;
+    unsigned key;  // of the update's random bits
 };
 
 // The settings, as the host writes them.
@@ -150,6 +154,7 @@ adamw_factors(const double* partials, int n, const Settings* settings, const flo
     f.beta2 = (float)s.beta2, f.rest2 = (float)(1. - s.beta2);
     f.step_size = (float)(rate / rest[0]), f.root_scale = (float)(1. / sqrt(rest[1]));
     f.eps = (float)s.eps, f.decay = (float)(rate * s.weight_decay);
+    f.key = mix((unsigned)t);
     *factors = f;
 }
 
@@ -159,18 +164,18 @@ adamw_factors(const double* partials, int n, const Settings* settings, const flo
 constexpr int TILE = THREADS * VEC * VECS;
 
 // One element. The step is a small part of p, so a few ulp of it are none of p; without the exact root and quotient, which branch
-// for extreme values, there is no branch between loads and stores.
+// for extreme values, there is no branch between loads and stores. The means round as they do on the CPU.
 __device__ __forceinline__ void update(float& p, float& m, float& v, float g, const Factors& f, float decay) {
     g *= f.clip;
-    m = f.beta1 * m + f.rest1 * g;
-    v = f.beta2 * v + f.rest2 * g * g;
+    m = __fmaf_rn(f.beta1, m, __fmul_rn(f.rest1, g));
+    v = __fmaf_rn(f.beta2, v, __fmul_rn(__fmul_rn(f.rest2, g), g));
     p = p - decay * p;
     p = p - f.step_size * m * rcp(sqrt_approx(v) * f.root_scale + f.eps);
 }
 
-// A chunk of whole tiles, aligned to 16 bytes (8 in the copy), that has a gradient.
-template <bool COPY>
-__device__ __forceinline__ void update_tiles(float* p, float* m, float* v, const float* g, bf16* copy, int n, const Factors& f, float decay) {
+// A chunk of whole tiles, aligned to 16 bytes (8 in the copy), that has a gradient; S is f32 or bf16.
+template <bool COPY, class S>
+__device__ __forceinline__ void update_tiles(float* p, S* m, S* v, const float* g, bf16* copy, int n, const Factors& f, float decay, Noise noise) {
     p = to_device_memory(p), m = to_device_memory(m), v = to_device_memory(v), g = to_device_memory(g);
     if constexpr (COPY) copy = to_device_memory(copy);
     for (int first = threadIdx.x * VEC; first < n; first += TILE) {
@@ -185,31 +190,142 @@ __device__ __forceinline__ void update_tiles(float* p, float* m, float* v, const
             int i = first + u * THREADS * VEC;
             #pragma unroll
             for (int k = 0; k < VEC; k++) update(ps[u][k], ms[u][k], vs[u][k], gs[u][k], f, decay);
-            store_vec(p + i, ps[u]), store_vec(m + i, ms[u]), store_vec(v + i, vs[u]);
+            store_vec(p + i, ps[u]), store_means(m + i, v + i, ms[u], vs[u], noise, i);
             if constexpr (COPY) store_vec(copy + i, ps[u]);
         }
     }
 }
 
 // Any other.
-__device__ __forceinline__ void update_elements(float* p, float* m, float* v, const float* g, bf16* copy, int n, const Factors& f, float decay) {
+template <class S>
+__device__ __forceinline__ void update_elements(float* p, S* m, S* v, const float* g, bf16* copy, int n, const Factors& f, float decay, Noise noise) {
     for (int i = threadIdx.x; i < n; i += THREADS) {
-        update(p[i], m[i], v[i], g ? g[i] : 0.f, f, decay);
+        float ms[1] = {to_f32(m[i])}, vs[1] = {to_f32(v[i])};
+        update(p[i], ms[0], vs[0], g ? g[i] : 0.f, f, decay);
+        store_means(m + i, v + i, ms, vs, noise, i);
         if (copy) copy[i] = from_f32<bf16>(p[i]);
     }
 }
 
-extern "C" __global__ void __launch_bounds__(THREADS)
-adamw_update(const float* const* grads, const Slot* slots, const int2* items, const Factors* factors, int n_items) {
-    Chunk chunk(grads, slots, items[n_items - 1 - (int)blockIdx.x]);
-    Slot slot = chunk.slot;
-    Factors f = *factors;
-    float *p = chunk.at(slot.p), *m = chunk.at(slot.m), *v = chunk.at(slot.v), decay = slot.decays ? f.decay : 0.f;
+// A chunk whose means are f32 or bf16.
+template <class S>
+__device__ __forceinline__ void update_chunk(const Chunk& chunk, const Slot& slot, const Factors& f, float decay, Noise noise) {
+    float* p = chunk.at(slot.p);
+    S *m = chunk.at((S*)slot.m), *v = chunk.at((S*)slot.v);
     const float* g = chunk.g;
     bf16* copy = chunk.at(slot.copy);
     int n = chunk.n;
-    bool whole = g && n % TILE == 0 && is_aligned(p, 16) && is_aligned(m, 16) && is_aligned(v, 16) && is_aligned(g, 16) && is_aligned(copy, 8);
-    if (!whole) update_elements(p, m, v, g, copy, n, f, decay);
-    else if (copy) update_tiles<true>(p, m, v, g, copy, n, f, decay);
-    else update_tiles<false>(p, m, v, g, copy, n, f, decay);
+    constexpr int ALIGNED = VEC * sizeof(S);
+    bool whole = g && n % TILE == 0 && is_aligned(p, 16) && is_aligned(m, ALIGNED) && is_aligned(v, ALIGNED) && is_aligned(g, 16) && is_aligned(copy, 8);
+    if (!whole) update_elements(p, m, v, g, copy, n, f, decay, noise);
+    else if (copy) update_tiles<true>(p, m, v, g, copy, n, f, decay, noise);
+    else update_tiles<false>(p, m, v, g, copy, n, f, decay, noise);
+}
+
+#if STATE == 2
+// Writes the first `n` of 4 elements; at once where all are there and aligned.
+template <bool FAST, class T> __device__ __forceinline__ void store(T* p, const float (&x)[VEC], int n) {
+    if constexpr (FAST) {
+        store_vec(p, x);
+    } else {
+        #pragma unroll
+        for (int i = 0; i < VEC; i++) if (i < n) p[i] = from_f32<T>(x[i]);
+    }
+}
+
+// The first `n` of 4 codes, zeros behind them. Codes are aligned.
+template <bool FAST> __device__ __forceinline__ unsigned load_codes(const unsigned char* codes, int n) {
+    if (FAST || n >= VEC) return *(const unsigned*)codes;
+    unsigned word = 0;
+    #pragma unroll 1
+    for (int i = 0; i < n; i++) word |= (unsigned)codes[i] << 8 * i;
+    return word;
+}
+
+template <bool FAST> __device__ __forceinline__ void store_codes(unsigned char* codes, unsigned word, int n) {
+    if (FAST || n >= VEC) {
+        *(unsigned*)codes = word;
+    } else {
+        #pragma unroll 1
+        for (int i = 0; i < n; i++) codes[i] = (unsigned char)(word >> 8 * i);
+    }
+}
+
+// A chunk whose means are codes; a warp takes a block of them at a time. FAST: all blocks are whole, there is a gradient, and everything
+// is aligned.
+template <bool FAST>
+__device__ __forceinline__ void update_blocks(const Chunk& chunk, const Slot& slot, const Factors& f, float decay, const Maps& maps) {
+    float* p = to_device_memory(chunk.at(slot.p));
+    const float* g = chunk.g;
+    unsigned char *m = to_device_memory(chunk.at((unsigned char*)slot.m)), *v = to_device_memory(chunk.at((unsigned char*)slot.v));
+    float* m_absmax = to_device_memory(slot.m_absmax + chunk.start / BLOCK);
+    float* v_absmax = to_device_memory(slot.v_absmax + chunk.start / BLOCK);
+    bf16* copy = chunk.at(slot.copy);
+    int lane = threadIdx.x % 32, n = chunk.n;
+    constexpr int PARTS = BLOCK / 32 / VEC;
+    for (int block = threadIdx.x / 32; block * BLOCK < n; block += THREADS / 32) {
+        float ps[PARTS][VEC], ms[PARTS][VEC], vs[PARTS][VEC], gs[PARTS][VEC];
+        unsigned m_codes[PARTS], v_codes[PARTS];
+        int first = block * BLOCK + lane * VEC;
+        #pragma unroll
+        for (int u = 0; u < PARTS; u++) {
+            int i = first + u * 32 * VEC;
+            load<FAST>(ps[u], p + i, n - i);
+            load<FAST>(gs[u], g + i, FAST || g ? n - i : 0);
+            m_codes[u] = load_codes<FAST>(m + i, n - i), v_codes[u] = load_codes<FAST>(v + i, n - i);
+        }
+        float m_scale = m_absmax[block], v_scale = v_absmax[block];
+        #pragma unroll
+        for (int u = 0; u < PARTS; u++) {
+            #pragma unroll
+            for (int k = 0; k < VEC; k++) {
+                bool there = FAST || first + u * 32 * VEC + k < n;
+                ms[u][k] = there ? __fmul_rn(maps.signed_values[m_codes[u] >> 8 * k & 255], m_scale) : 0.f;
+                vs[u][k] = there ? __fmul_rn(maps.unsigned_values[v_codes[u] >> 8 * k & 255], v_scale) : 0.f;
+                update(ps[u][k], ms[u][k], vs[u][k], gs[u][k], f, decay);
+                // What is not there has no gradient either; a factor that is NaN would make it one.
+                if (!there) ms[u][k] = vs[u][k] = 0.f;
+            }
+            int i = first + u * 32 * VEC;
+            store<FAST>(p + i, ps[u], n - i);
+            if (copy) store<FAST>(copy + i, ps[u], n - i);
+        }
+        float m_new = warp_absmax(ms), v_new = warp_absmax(vs), m_inverse = inverse_of(m_new), v_inverse = inverse_of(v_new);
+        #pragma unroll
+        for (int u = 0; u < PARTS; u++) {
+            unsigned m_word = 0, v_word = 0;
+            #pragma unroll
+            for (int k = 0; k < VEC; k++) {
+                m_word |= signed_code(ms[u][k], m_inverse, maps) << 8 * k;
+                v_word |= unsigned_code(vs[u][k], v_inverse, maps) << 8 * k;
+            }
+            int i = first + u * 32 * VEC;
+            store_codes<FAST>(m + i, m_word, n - i), store_codes<FAST>(v + i, v_word, n - i);
+        }
+        if (lane == 0) m_absmax[block] = m_new, v_absmax[block] = v_new;
+    }
+}
+#endif
+
+// `maps`: the maps of the codes, null where there are none.
+extern "C" __global__ void __launch_bounds__(THREADS)
+adamw_update(const float* const* grads, const Slot* slots, const int2* items, const Factors* factors, int n_items, const float* maps) {
+    int2 item = items[n_items - 1 - (int)blockIdx.x];
+    Chunk chunk(grads, slots, item);
+    Slot slot = chunk.slot;
+    Factors f = *factors;
+    float decay = slot.decays ? f.decay : 0.f;
+    Noise noise{mix(f.key + (unsigned)item.x), (unsigned)chunk.start};
+#if STATE == 2
+    __shared__ Maps shared;
+    if (slot.m_absmax) {
+        for (int i = threadIdx.x; i < (int)(sizeof(Maps) / 4); i += THREADS) ((float*)&shared)[i] = maps[i];
+        __syncthreads();
+        bool whole = chunk.g && chunk.n % BLOCK == 0 && is_aligned(chunk.at(slot.p), 16) && is_aligned(chunk.g, 16) && is_aligned(chunk.at(slot.copy), 8);
+        if (whole) update_blocks<true>(chunk, slot, f, decay, shared);
+        else update_blocks<false>(chunk, slot, f, decay, shared);
+        return;
+    }
+#endif
+    update_chunk<DtypeOf<STATE == 1>::type>(chunk, slot, f, decay, noise);
 }

@@ -12,10 +12,11 @@
 //! steps = 400                  # updates
 //! batch_size = 8               # sequences of model.seq_len in a micro-batch
 //! grad_accum = 1               # micro-batches in an update
-//! dtype = "fp32"               # compute type; weights and optimiser state are fp32. "bf16" on GPUs that have it
+//! dtype = "fp32"               # compute type; weights are fp32. "bf16" on GPUs that have it
 //! deterministic = true         # on a GPU: equal runs give equal bits; false lets attention use faster kernels that do not
 //! cuda_graph = true            # on a GPU: the step is captured once and replayed; false launches its operators one by one
 //! branches = "serial"          # "streams" on a GPU: attention runs on a stream of its own, beside the state-space branch
+//! recompute_every = 0          # 1 computes every block's activations anew in the backward pass, 2 every second's; 0 keeps all
 //! seed = 0                     # initial weights and the order of the text
 //! lr = 1e-3                    # peak learning rate
 //! min_lr_frac = 0.1            # last learning rate over the peak
@@ -27,6 +28,7 @@
 //! eps = 1e-8
 //! weight_decay = 0.1
 //! clip_norm = 1.0              # 0 turns clipping off
+//! optim_state = "fp32"         # type of AdamW's two means between updates; "bf16" and "int8" take 4 and 2 bytes a parameter, not 8
 //! eval_every = 100             # steps; 0 validates only at the end
 //! eval_batches = 0             # 0 takes the whole validation set
 //! log_every = 10               # steps between readings of the device; every step is logged
@@ -41,12 +43,12 @@ use std::fmt;
 use std::path::{Path, PathBuf};
 
 use flowhn_model::config::{RawModel, from_table, load_table};
-use flowhn_model::{Branches, ModelConfig};
+use flowhn_model::{Branches, ModelConfig, RecomputeEvery};
 use serde::{Deserialize, Serialize};
 use tch::Kind;
 use toml::{Table, Value};
 
-use crate::optim::AdamWOptions;
+use crate::optim::{AdamWOptions, StateType};
 use crate::schedule::{LearningRate, Schedule};
 use crate::{Error, Result};
 
@@ -94,7 +96,7 @@ impl Default for DataConfig {
     }
 }
 
-/// The type in which a step computes. Weights, gradients and optimiser state are fp32 in either.
+/// The type in which a step computes. Weights and gradients are fp32 in either.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "lowercase")]
 pub enum Dtype {
@@ -142,6 +144,8 @@ pub struct TrainConfig {
     pub cuda_graph: bool,
     /// Whether a block's branches run one after the other or, on a GPU, beside each other.
     pub branches: Branches,
+    /// Which blocks' activations are not kept for the backward pass but computed anew.
+    pub recompute_every: RecomputeEvery,
     /// Seed of initial weights and of the order of the text.
     pub seed: u64,
     /// Peak learning rate.
@@ -164,6 +168,8 @@ pub struct TrainConfig {
     pub weight_decay: f64,
     /// Largest global norm of the gradient; 0 for any.
     pub clip_norm: f64,
+    /// Type of AdamW's means between updates.
+    pub optim_state: StateType,
     /// Steps between validations; 0 for one at the end.
     pub eval_every: u64,
     /// Batches of a validation; 0 for all.
@@ -188,6 +194,7 @@ impl Default for TrainConfig {
             deterministic: true,
             cuda_graph: true,
             branches: Branches::Serial,
+            recompute_every: RecomputeEvery(0),
             seed: 0,
             lr: 1e-3,
             min_lr_frac: 0.1,
@@ -199,6 +206,7 @@ impl Default for TrainConfig {
             eps: 1e-8,
             weight_decay: 0.1,
             clip_norm: 1.,
+            optim_state: StateType::Fp32,
             eval_every: 100,
             eval_batches: 0,
             log_every: 10,
@@ -231,7 +239,7 @@ struct RawRun {
 
 /// Keys that a resumed run may change: they move files, or say when things are shown and kept, and no weight depends on them.
 /// The text behind `data.train` and the tokenizer are held to by their fingerprints instead.
-const FREE_KEYS: [&str; 13] = [
+const FREE_KEYS: [&str; 14] = [
     "data.train",
     "data.valid",
     "data.tokenizer",
@@ -244,6 +252,7 @@ const FREE_KEYS: [&str; 13] = [
     "train.sample_prompt",
     "train.cuda_graph",
     "train.branches",
+    "train.recompute_every",
     "run.dir",
 ];
 
@@ -408,6 +417,7 @@ impl TrainConfig {
             eps: self.eps,
             weight_decay: self.weight_decay,
             clip_norm: self.clip_norm,
+            state: self.optim_state,
         }
     }
 }

@@ -24,8 +24,10 @@ pub struct Estimate {
     pub tokens: u64,
     /// Forward and backward FLOPs of the model for a token, as routed at the training length, rounded down.
     pub flops_per_token: u64,
-    /// Forward and backward FLOPs of the model in a step.
+    /// Forward and backward FLOPs of the model in a step, which MFU refers to.
     pub flops_per_step: u64,
+    /// FLOPs that a step computes beside those, for the blocks that are recomputed.
+    pub recomputed_flops_per_step: u64,
     /// The rate that MFU refers to.
     pub matmul: MatmulRate,
     /// Seconds that the run would take at that rate: a lower bound, which real steps exceed by 1 over their MFU.
@@ -39,9 +41,9 @@ pub struct MemoryEstimate {
     pub parameters_bytes: u64,
     /// fp32 gradients.
     pub gradients_bytes: u64,
-    /// AdamW's two fp32 means.
+    /// AdamW's two means, in the type of the state; small tensors that stay fp32 are not counted apart.
     pub optimizer_bytes: u64,
-    /// What a micro-batch's forward pass keeps for the backward pass.
+    /// What a micro-batch's forward pass keeps for the backward pass, and the largest block that is recomputed.
     pub activations_bytes: u64,
     /// The sum. libtorch itself, token shards and workspaces come on top.
     pub total_bytes: u64,
@@ -56,20 +58,18 @@ impl Estimate {
         let (model, train) = (&config.model, &config.train);
         let memory = MemoryEstimate::new(model, train, parameters)?;
         let tokens_per_step = (train.batch_size * train.grad_accum * model.seq_len) as u64;
-        let sequence = ModelFlops::new(&model.shape(), &model.routing()?, model.seq_len, ScoreCount::Causal)
-            .map_err(|error| Error::Model(error.into()))?
-            .training();
-        let flops_per_step = sequence * (train.batch_size * train.grad_accum) as u64;
+        let StepFlops { model: flops_per_step, recomputed } = StepFlops::new(config, ScoreCount::Causal)?;
         Ok(Self {
             parameters,
             memory,
             available_bytes: available_bytes(device),
             // Weights and two means.
-            checkpoint_bytes: 3 * 4 * parameters,
+            checkpoint_bytes: 4 * parameters + memory.optimizer_bytes,
             tokens: tokens_per_step * train.steps,
-            flops_per_token: sequence / model.seq_len as u64,
+            flops_per_token: flops_per_step / tokens_per_step,
             flops_per_step,
-            least_seconds: flops_per_step as f64 * train.steps as f64 / matmul.flops_per_s,
+            recomputed_flops_per_step: recomputed,
+            least_seconds: (flops_per_step + recomputed) as f64 * train.steps as f64 / matmul.flops_per_s,
             matmul,
         })
     }
@@ -80,11 +80,36 @@ impl Estimate {
     }
 }
 
+/// FLOPs of a training step.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize)]
+pub struct StepFlops {
+    /// Forward and backward pass of the model.
+    pub model: u64,
+    /// The forward passes of the blocks that are recomputed.
+    pub recomputed: u64,
+}
+
+impl StepFlops {
+    /// Counts those of a configuration's step.
+    ///
+    /// # Errors
+    /// As [`Estimate::new`].
+    pub fn new(config: &RunConfig, scores: ScoreCount) -> Result<Self> {
+        let (model, train) = (&config.model, &config.train);
+        let sequence = ModelFlops::new(&model.shape(), &model.routing()?, model.seq_len, scores)
+            .map_err(|error| Error::Model(error.into()))?;
+        let n_sequences = (train.batch_size * train.grad_accum) as u64;
+        let recomputed = sequence.recomputed(|block_idx| train.recompute_every.takes(block_idx));
+        Ok(Self { model: sequence.training() * n_sequences, recomputed: recomputed * n_sequences })
+    }
+}
+
 impl MemoryEstimate {
     /// The bytes that training a model of `parameters` parameters needs.
     ///
     /// Activations follow from the traffic that `flowhn_split` counts for a forward pass: every intermediate result is written
-    /// once and read about once, and is kept, so half of the traffic that is not weights.
+    /// once and read about once, and is kept, so half of the traffic that is not weights. Of a block that is recomputed the input is
+    /// kept, and all of one such block at a time.
     ///
     /// # Errors
     /// As [`Estimate::new`].
@@ -96,16 +121,23 @@ impl MemoryEstimate {
         let routing = model.routing()?;
         let plan = routing.plan(model.seq_len + model.options.n_meta).map_err(|error| Error::Model(error.into()))?;
         let shape = model.shape();
-        let blocks = shape.blocks.iter().zip(routing.blocks()).zip(plan.blocks()).map(|((shape, route), plan)| {
+        let stream = element.size_bytes() * (plan.seq_len() * model.d_model) as u64;
+        let (mut kept, mut largest) = (0, 0);
+        for (block_idx, ((shape, route), plan)) in
+            shape.blocks.iter().zip(routing.blocks()).zip(plan.blocks()).enumerate()
+        {
             let sharing: Sharing = route.sharing();
             let weights = element.size_bytes() * shape.params(sharing).total;
-            shape.bytes(sharing, plan, element).total.saturating_sub(weights) / 2
-        });
+            let block = shape.bytes(sharing, plan, element).total.saturating_sub(weights) / 2;
+            let is_recomputed = train.recompute_every.takes(block_idx);
+            kept += if is_recomputed { stream } else { block };
+            largest = largest.max(if is_recomputed { block } else { 0 });
+        }
         // The embedding's output, the final norm's, and the head's input kept in its type.
         let outer = 3 * element.size_bytes() * (model.seq_len * model.d_model) as u64;
-        let activations_bytes = train.batch_size as u64 * (blocks.sum::<u64>() + outer);
+        let activations_bytes = train.batch_size as u64 * (kept + largest + outer);
         let (parameters_bytes, gradients_bytes, optimizer_bytes) =
-            ((4 + copies) * parameters, 4 * parameters, 8 * parameters);
+            ((4 + copies) * parameters, 4 * parameters, train.optim_state.n_bytes(parameters));
         let total_bytes = parameters_bytes + gradients_bytes + optimizer_bytes + activations_bytes;
         Ok(Self { parameters_bytes, gradients_bytes, optimizer_bytes, activations_bytes, total_bytes })
     }

@@ -7,14 +7,15 @@ use flowhn_nn::{Decay, Param, Weight};
 use flowhn_torch::catch;
 use tch::{Kind, Tensor};
 
-use crate::optim::{AdamW, AdamWOptions};
+use crate::optim::{AdamW, AdamWOptions, StateType};
 use crate::{Error, Result};
 
 /// Most that a weight may differ after one step, relative to its tensor's largest value.
 pub const MAX_REL_STEP: f64 = 1e-6;
 
 /// The step that files record: every tensor decays, nothing is clipped.
-const OPTIONS: AdamWOptions = AdamWOptions { beta1: 0.9, beta2: 0.95, eps: 1e-8, weight_decay: 0.1, clip_norm: 0. };
+const OPTIONS: AdamWOptions =
+    AdamWOptions { beta1: 0.9, beta2: 0.95, eps: 1e-8, weight_decay: 0.1, clip_norm: 0., state: StateType::Fp32 };
 const LR: f64 = 1e-3;
 
 /// The largest relative error of one AdamW step (learning rate 1e-3, betas 0.9 and 0.95, epsilon 1e-8, decay 0.1 on every tensor) from

@@ -1,13 +1,20 @@
 //! AdamW over all parameters in a handful of launches, and clipping by the global norm.
 
+mod blockwise;
 pub(crate) mod cuda;
+mod host;
+mod state;
 
 use flowhn_nn::{Decay, Param, Params, Weight, Written, mark_written};
 use flowhn_torch::op::{Arg, call};
 use flowhn_torch::{Error as TensorError, catch, clear_grad};
 use tch::{Device, Kind, Tensor};
 
+pub use state::StateType;
+
 use crate::Result;
+use blockwise::Codes;
+use state::Mean;
 
 /// Settings of [`AdamW`].
 #[derive(Clone, Copy, Debug, PartialEq)]
@@ -22,6 +29,8 @@ pub struct AdamWOptions {
     pub weight_decay: f64,
     /// Gradients whose global L2 norm exceeds this are scaled down to it; 0 turns clipping off.
     pub clip_norm: f64,
+    /// The type in which the two means are kept between updates.
+    pub state: StateType,
 }
 
 /// AdamW (Loshchilov and Hutter, "Decoupled weight decay regularization", algorithm 2), with gradients clipped by their global norm.
@@ -34,9 +43,11 @@ pub struct AdamWOptions {
 /// p = p - lr weight_decay p - lr m / (1 - beta1^t) / (sqrt(v / (1 - beta2^t)) + eps)
 /// ```
 ///
-/// On the CPU that is libtorch's fused operator. On CUDA kernels of our own do it in one pass for the norm and one for the rest, which
-/// scales the gradient where it is read and writes the bf16 copy of the weight ([`Weight::bf16`]) where one is kept; parameters
-/// are f32 there.
+/// On the CPU that is libtorch's fused operator where the means are kept as f32. On CUDA kernels of our own do it in one pass for the norm
+/// and one for the rest, which scales the gradient where it is read and writes the bf16 copy of the weight ([`Weight::bf16`]) where one
+/// is kept; parameters are f32 there.
+///
+/// Between updates the means may be kept in fewer bytes ([`StateType`]); the update computes in f32 and from what was kept.
 ///
 /// A backward pass hands each parameter its gradient, or adds to the one that is there, so gradients accumulate over micro-batches until
 /// [`AdamW::zero_grad`] forgets them. All parameters count in every step: for one that no backward pass reached, the gradient is 0.
@@ -45,11 +56,12 @@ pub struct AdamWOptions {
 ///
 /// ```
 /// use flowhn_nn::{Decay, Param, Weight};
-/// use flowhn_train::optim::{AdamW, AdamWOptions};
+/// use flowhn_train::optim::{AdamW, AdamWOptions, StateType};
 /// use tch::Tensor;
 /// let weight = Tensor::from_slice(&[3f32, -2.]).set_requires_grad(true);
 /// let param = Param { name: "w".to_owned(), weight: Weight::new(weight.shallow_clone()), decay: Decay::No };
-/// let options = AdamWOptions { beta1: 0.9, beta2: 0.95, eps: 1e-8, weight_decay: 0.1, clip_norm: 1. };
+/// let state = StateType::Fp32;
+/// let options = AdamWOptions { beta1: 0.9, beta2: 0.95, eps: 1e-8, weight_decay: 0.1, clip_norm: 1., state };
 /// let mut optimizer = AdamW::new(vec![param], options)?;
 /// weight.square().sum(None).backward();
 /// let norm = optimizer.step(0.01)?;
@@ -71,8 +83,8 @@ pub struct AdamW {
 /// What does the work, with the learning rate of the next update.
 #[derive(Debug)]
 enum Engine {
-    /// libtorch's operator.
-    Libtorch { lr: f64 },
+    /// libtorch's operator, and plain Rust where the means are not kept as f32.
+    Host { lr: f64 },
     /// Our kernels, on CUDA.
     Kernels(Box<cuda::Engine>),
 }
@@ -81,8 +93,8 @@ enum Engine {
 struct Group {
     names: Vec<String>,
     weights: Vec<Weight>,
-    exp_avg: Vec<Tensor>,
-    exp_avg_sq: Vec<Tensor>,
+    exp_avg: Vec<Mean>,
+    exp_avg_sq: Vec<Mean>,
 }
 
 impl AdamW {
@@ -97,30 +109,35 @@ impl AdamW {
     /// An optimiser of these parameters, all on one device and contiguous, with its means at zero.
     ///
     /// # Errors
-    /// [`crate::Error::Tensor`] where there is no parameter, or one is not a leaf that requires a gradient, or not f32 on CUDA.
+    /// [`crate::Error::Tensor`] where there is no parameter, or one is not a leaf that requires a gradient, or not f32 on CUDA or beside
+    /// means of another type.
     pub fn new(params: Vec<Param>, options: AdamWOptions) -> Result<Self> {
         let Some(first) = params.first() else {
             return Err(TensorError::invalid("adamw", "there are no parameters").into());
         };
         let device = first.weight.master().device();
         let mut groups = [Group::default(), Group::default()];
+        let (signed, unsigned) = (Codes::signed(), Codes::unsigned());
         for Param { name, weight, decay } in params {
             let tensor = weight.master();
             if !tensor.requires_grad() || !tensor.is_leaf() || tensor.device() != device || !tensor.is_contiguous() {
                 let message = format!("{name} is not a contiguous leaf on {device:?} that requires a gradient");
                 return Err(TensorError::invalid("adamw", message).into());
             }
+            if options.state != StateType::Fp32 && tensor.kind() != Kind::Float {
+                let want = format!("Float where the state is {}", options.state);
+                return Err(TensorError::Dtype { op: "adamw", arg: "parameter", got: tensor.kind(), want }.into());
+            }
             let group = &mut groups[usize::from(decay == Decay::No)];
-            let zeros = || catch(|| Ok(tensor.detach().zeros_like()));
-            group.exp_avg.push(zeros()?);
-            group.exp_avg_sq.push(zeros()?);
+            group.exp_avg.push(Mean::zeros(tensor, options.state, &signed)?);
+            group.exp_avg_sq.push(Mean::zeros(tensor, options.state, &unsigned)?);
             group.names.push(name);
             group.weights.push(weight);
         }
         let step = Tensor::zeros([], (Kind::Float, device));
         let engine = match device.is_cuda() {
             true => Engine::Kernels(Box::new(cuda::Engine::new(&groups, &options, device)?)),
-            false => Engine::Libtorch { lr: 0. },
+            false => Engine::Host { lr: 0. },
         };
         Ok(Self { options, groups, step, engine })
     }
@@ -141,7 +158,7 @@ impl AdamW {
     /// [`crate::Error::Tensor`] if libtorch refuses.
     pub fn set_learning_rate(&mut self, lr: f64) -> Result<()> {
         match &mut self.engine {
-            Engine::Libtorch { lr: rate } => *rate = lr,
+            Engine::Host { lr: rate } => *rate = lr,
             Engine::Kernels(engine) => engine.set_learning_rate(lr)?,
         }
         Ok(())
@@ -155,7 +172,7 @@ impl AdamW {
     pub fn clip_and_update(&mut self) -> Result<Tensor> {
         let norm = tch::no_grad(|| match &mut self.engine {
             Engine::Kernels(engine) => engine.clip_and_update(&self.groups, &self.step),
-            &mut Engine::Libtorch { lr } => self.clip_and_update_by_libtorch(lr),
+            &mut Engine::Host { lr } => self.clip_and_update_on_host(lr),
         })?;
         self.mark_updated()?;
         Ok(norm)
@@ -169,7 +186,7 @@ impl AdamW {
     pub fn mark_updated(&self) -> Result<()> {
         match &self.engine {
             // The fused operator does not count its writes either.
-            Engine::Libtorch { .. } => {
+            Engine::Host { .. } => {
                 let weights = self.groups.iter().flat_map(|group| &group.weights);
                 Ok(mark_written(weights.map(|weight| (weight, Written::Master)))?)
             }
@@ -188,25 +205,37 @@ impl AdamW {
         Ok(())
     }
 
-    /// The state by name: `exp_avg.NAME` and `exp_avg_sq.NAME` of each parameter, and `step`. The tensors share storage with
-    /// the optimiser's.
+    /// The state by name: `exp_avg.NAME` and `exp_avg_sq.NAME` of each parameter in the shape of the parameter and the type that they are
+    /// kept in, and `step`. Where those are codes (u8), `exp_avg_absmax.NAME` and `exp_avg_sq_absmax.NAME` are the factors of their
+    /// blocks, f32. The tensors share storage with the optimiser's.
     pub fn state(&self) -> Vec<(String, Tensor)> {
         let mut state = vec![("step".to_owned(), self.step.shallow_clone())];
         for group in &self.groups {
             for (idx, name) in group.names.iter().enumerate() {
-                state.push((format!("exp_avg.{name}"), group.exp_avg[idx].shallow_clone()));
-                state.push((format!("exp_avg_sq.{name}"), group.exp_avg_sq[idx].shallow_clone()));
+                for (prefix, mean) in [("exp_avg", &group.exp_avg[idx]), ("exp_avg_sq", &group.exp_avg_sq[idx])] {
+                    state.push((format!("{prefix}.{name}"), mean.values.shallow_clone()));
+                    let absmax = mean.absmax.iter();
+                    state.extend(absmax.map(|absmax| (format!("{prefix}_absmax.{name}"), absmax.shallow_clone())));
+                }
             }
         }
         state
     }
 
-    /// Overwrites the state with one that [`AdamW::state`] gave, on whatever device it is.
+    /// Overwrites the state with one that [`AdamW::state`] gave, on whatever device it is. It must have been kept in the same type:
+    /// nothing is converted.
     ///
     /// # Errors
-    /// A sentence that names the tensor that is missing, unknown or of another shape.
+    /// A sentence that names the tensor that is missing, unknown or of another shape or type.
     pub fn load_state(&mut self, saved: &[(String, Tensor)]) -> std::result::Result<(), String> {
         let own = self.state();
+        // Types first: codes bring tensors of their own, which would else be called unknown.
+        for (name, tensor) in &own {
+            let saved = saved.iter().find(|(saved, _)| saved == name);
+            if let Some((_, values)) = saved.filter(|(_, values)| values.kind() != tensor.kind()) {
+                return Err(format!("{name} is {:?}, expected {:?}", values.kind(), tensor.kind()));
+            }
+        }
         if let Some((name, _)) = saved.iter().find(|(name, _)| !own.iter().any(|(known, _)| known == name)) {
             return Err(format!("{name} belongs to no parameter of this model"));
         }
@@ -243,7 +272,7 @@ impl AdamW {
         Ok(catch(|| Ok(norm.double_value(&[])))?)
     }
 
-    fn clip_and_update_by_libtorch(&mut self, lr: f64) -> Result<Tensor> {
+    fn clip_and_update_on_host(&mut self, lr: f64) -> Result<Tensor> {
         let [decaying, others] = &self.groups;
         let grads = [decaying.defined_grads()?, others.defined_grads()?];
         let norm = norm_of(&grads)?;
@@ -251,8 +280,14 @@ impl AdamW {
             scale(&grads, &catch(|| Ok((self.options.clip_norm / (&norm + 1e-6)).clamp_max(1.)))?)?;
         }
         self.step = catch(|| Ok(self.step.g_add_scalar_(1.)))?;
-        self.update(decaying, &grads[0], lr, self.options.weight_decay)?;
-        self.update(others, &grads[1], lr, 0.)?;
+        if self.options.state == StateType::Fp32 {
+            self.update(decaying, &grads[0], lr, self.options.weight_decay)?;
+            self.update(others, &grads[1], lr, 0.)?;
+        } else {
+            let factors = host::Factors::new(&self.options, self.step.double_value(&[]), lr);
+            host::update(decaying, &grads[0], &factors, true, 0)?;
+            host::update(others, &grads[1], &factors, false, decaying.weights.len())?;
+        }
         Ok(norm)
     }
 
@@ -266,8 +301,8 @@ impl AdamW {
         let args = [
             Arg::Tensors(&refs(&masters)),
             Arg::Tensors(&refs(grads)),
-            Arg::Tensors(&refs(&group.exp_avg)),
-            Arg::Tensors(&refs(&group.exp_avg_sq)),
+            Arg::Tensors(&means(&group.exp_avg)),
+            Arg::Tensors(&means(&group.exp_avg_sq)),
             // The running maxima of AMSGrad, which this is not.
             Arg::Tensors(&[]),
             Arg::Tensors(&steps),
@@ -326,4 +361,8 @@ fn scale(lists: &[Vec<Tensor>; 2], factor: &Tensor) -> Result<()> {
 
 fn refs(tensors: &[Tensor]) -> Vec<&Tensor> {
     tensors.iter().collect()
+}
+
+fn means(means: &[Mean]) -> Vec<&Tensor> {
+    means.iter().map(|mean| &mean.values).collect()
 }

@@ -15,13 +15,23 @@ use small::{Ending, Small};
 /// Every check of this crate.
 pub fn cases() -> Vec<Case> {
     let mut cases = vec![Case::on_cuda("train: losses are those of the CPU", |device| told(losses_of_the_cpu(device)))];
-    for dtype in ["fp32", "bf16"] {
-        let name = |what: &str| format!("train: {what}, {dtype}");
-        cases.push(Case::new(name("a tiny model learns"), move |device| told(learns(dtype, device))));
-        // On a checkpoint; between checkpoints; between two readings of losses; right after a validation; after the first step.
-        let places: &'static [u64] = if dtype == "fp32" { &[20, 17, 23, 15, 1] } else { &[17] };
+    // On a checkpoint; between checkpoints; between two readings of losses; right after a validation; after the first step.
+    const PLACES: &[u64] = &[20, 17, 23, 15, 1];
+    let variants: [(&str, &'static [&'static str], &'static [u64]); 4] = [
+        ("fp32", &["train.dtype=fp32"], PLACES),
+        ("bf16", &["train.dtype=bf16"], &[17]),
+        ("state in bf16", &["train.optim_state=bf16"], &[17]),
+        ("state in int8", &["train.optim_state=int8"], &[17]),
+    ];
+    for (what, sets, places) in variants {
+        let name = |claim: &str| format!("train: {claim}, {what}");
+        cases.push(Case::new(name("a tiny model learns"), move |device| told(learns(sets, device))));
         let name = name("stopped and resumed equals never having stopped");
-        cases.push(Case::new(name, move |device| told(resumes(dtype, places, device))));
+        cases.push(Case::new(name, move |device| told(resumes(sets, places, device))));
+    }
+    for dtype in ["train.dtype=fp32", "train.dtype=bf16"] {
+        let name = format!("train: recomputed blocks change no bit, {dtype}");
+        cases.push(Case::new(name, move |device| told(recomputes(dtype, device))));
     }
     cases.extend(adamw::cases());
     cases
@@ -39,13 +49,9 @@ fn on(device: Device) -> TrainOptions {
     TrainOptions { device, ..TrainOptions::default() }
 }
 
-fn dtype_set(dtype: &str) -> String {
-    format!("train.dtype={dtype}")
-}
-
-fn learns(dtype: &str, device: Device) -> Result<String> {
+fn learns(sets: &[&str], device: Device) -> Result<String> {
     let small = Small::new()?;
-    let config = small.config("learns", &[&dtype_set(dtype), "train.steps=60", "train.eval_every=0"])?;
+    let config = small.config("learns", &[sets, &["train.steps=60", "train.eval_every=0"]].concat())?;
     let (_, outcome) = small::sit(&config, &on(device))?;
     let Outcome::Done(summary) = outcome else {
         return Err(flowhn_torch::Error::invalid("train", format!("{outcome:?}")).into());
@@ -55,11 +61,10 @@ fn learns(dtype: &str, device: Device) -> Result<String> {
     Ok(format!("{got:.3} bits/byte, unigram {unigram:.3}"))
 }
 
-fn resumes(dtype: &str, places: &[u64], device: Device) -> Result<String> {
+fn resumes(sets: &[&str], places: &[u64], device: Device) -> Result<String> {
     let small = Small::new()?;
-    let dtype = dtype_set(dtype);
     let ending = |name: &str, sittings: &[TrainOptions]| -> Result<Ending> {
-        let config = small.config(name, &[&dtype])?;
+        let config = small.config(name, sets)?;
         let mut last = None;
         for options in sittings {
             // A directory has one trainer at a time.
@@ -80,6 +85,22 @@ fn resumes(dtype: &str, places: &[u64], device: Device) -> Result<String> {
         })?;
     }
     Ok(format!("40 steps, stopped at {places:?}"))
+}
+
+/// Whole runs, on a GPU as captured steps.
+fn recomputes(dtype: &'static str, device: Device) -> Result<String> {
+    let small = Small::new()?;
+    let ending = |every: usize| -> Result<Ending> {
+        let every = format!("train.recompute_every={every}");
+        let sets = [dtype, &every, "train.steps=12", "train.eval_every=0"];
+        Ending::of(&small::sit(&small.config(&every, &sets)?, &on(device))?.0)
+    };
+    let want = ending(0)?;
+    for every in [1, 2] {
+        let difference = ending(every)?.difference(&want);
+        ensure(difference.is_none(), || format!("every {every}: {} differs", difference.unwrap_or_default()))?;
+    }
+    Ok("12 steps, every block and every second".to_owned())
 }
 
 fn losses_of_the_cpu(device: Device) -> Result<String> {

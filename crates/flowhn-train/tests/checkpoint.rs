@@ -151,6 +151,7 @@ fn another_configuration_is_told_by_its_first_key_and_both_values() {
     }
     for (set, key, stored, current) in [
         ("train.lr=0.25", "train.lr", "0.005", "0.25"),
+        ("train.optim_state=int8", "train.optim_state", "\"fp32\"", "\"int8\""),
         ("model.d_ff=64", "model.d_ff", "48", "64"),
         ("train.schedule=wsd", "train.schedule", "\"cosine\"", "\"wsd\""),
         ("model.split.policy=ae_split", "model.split.policy", "cyclic_split", "ae_split"),

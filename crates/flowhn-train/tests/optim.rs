@@ -2,11 +2,12 @@
 
 use flowhn_nn::{Decay, Param, Weight};
 use flowhn_torch::testing::assert_close;
-use flowhn_train::optim::{AdamW, AdamWOptions};
+use flowhn_train::optim::{AdamW, AdamWOptions, StateType};
 use proptest::prelude::*;
 use tch::{Device, Kind, Tensor};
 
-const OPTIONS: AdamWOptions = AdamWOptions { beta1: 0.9, beta2: 0.95, eps: 1e-8, weight_decay: 0.1, clip_norm: 0.7 };
+const OPTIONS: AdamWOptions =
+    AdamWOptions { beta1: 0.9, beta2: 0.95, eps: 1e-8, weight_decay: 0.1, clip_norm: 0.7, state: StateType::Fp32 };
 
 fn leaf(name: &str, shape: &[i64], kind: Kind, decay: Decay) -> Param {
     let n: i64 = shape.iter().product();

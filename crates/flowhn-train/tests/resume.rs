@@ -118,7 +118,8 @@ fn when_things_are_shown_and_kept_changes_nothing() {
     let config = bench.config("other", &sets);
     let options = TrainOptions { prefetch: 0, ..fresh() };
     sit(&config, &TrainOptions { stop_at: Some(12), ..options.clone() });
-    let config = bench.config("other", &["train.log_every=13", "train.checkpoint_every=4"]);
+    let sets = ["train.log_every=13", "train.checkpoint_every=4", "train.recompute_every=1"];
+    let config = bench.config("other", &sets);
     let (trainer, _) = sit(&config, &TrainOptions { start: flowhn_train::run_dir::Start::Resume, ..options });
     assert_same(&ending(&trainer), want);
 }

@@ -7,8 +7,10 @@ use std::sync::Arc;
 
 use common::storage::SmallDisk;
 use common::{Bench, fresh, lines, resume, sit};
+use flowhn_split::ScoreCount;
 use flowhn_train::checkpoint::resolve;
 use flowhn_train::data::Score;
+use flowhn_train::estimate::{MemoryEstimate, StepFlops};
 use flowhn_train::eval::evaluate;
 use flowhn_train::generate::{SampleOptions, StopReason, generate};
 use flowhn_train::metrics::{StepRecord, ValidRecord, read};
@@ -260,4 +262,26 @@ fn an_estimate_adds_up() {
     let floor = 6 * (n - 320 * 32);
     assert!(estimate.flops_per_token > floor / 2 && estimate.flops_per_token < 4 * floor, "{estimate:?}");
     assert!(!estimate.exceeds_memory());
+    assert_eq!(estimate.recomputed_flops_per_step, 0);
+}
+
+#[test]
+fn kept_types_and_recomputed_blocks_show_in_the_estimate() {
+    let bench = Bench::new();
+    let of = |sets: &[&str]| {
+        let config = bench.config("trade", sets);
+        let memory = MemoryEstimate::new(&config.model, &config.train, 1_000_000).unwrap();
+        (memory, StepFlops::new(&config, ScoreCount::Causal).unwrap())
+    };
+    let (kept, flops) = of(&[]);
+    assert_eq!(of(&["train.optim_state=bf16"]).0.optimizer_bytes, 4_000_000);
+    let int8 = of(&["train.optim_state=int8"]).0;
+    assert_eq!(int8.optimizer_bytes, 2 * (1_000_000 + 4 * 3907));
+    assert_eq!(kept.total_bytes - int8.total_bytes, kept.optimizer_bytes - int8.optimizer_bytes);
+
+    // The first of two blocks; both; and the same model FLOPs each time.
+    let (half, all) = (of(&["train.recompute_every=2"]), of(&["train.recompute_every=1"]));
+    assert!(half.1.recomputed > 0 && half.1.recomputed < all.1.recomputed && flops.recomputed == 0);
+    assert!(all.1.recomputed < flops.model / 3 && [half.1.model, all.1.model] == [flops.model; 2]);
+    assert!(all.0.activations_bytes < kept.activations_bytes, "{all:?} {kept:?}");
 }

@@ -7,6 +7,11 @@ pub fn count(value: f64) -> String {
     prefixed(value, 1000., &["", " k", " M", " G", " T", " P"])
 }
 
+/// A count whose unit follows: a count without a prefix needs the space that the prefix brings.
+pub fn spaced(count: String) -> String {
+    if count.ends_with(|c: char| c.is_ascii_digit()) { count + " " } else { count }
+}
+
 /// Bytes with a decimal prefix: `4.2 GB`.
 pub fn bytes(value: u64) -> String {
     prefixed(value as f64, 1000., &[" B", " kB", " MB", " GB", " TB", " PB"])

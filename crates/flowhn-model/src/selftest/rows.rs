@@ -9,7 +9,7 @@ use crate::config::{ModelConfig, RawModel, from_table};
 use crate::{Error, Input, Model, Result};
 
 /// Name and section, but for the sizes that all share.
-const ROWS: [(&str, &str); 6] = [
+pub(super) const ROWS: [(&str, &str); 6] = [
     (
         "llama with biases",
         "d_ff = 48\nmlp_bias = true\ntie_embeddings = true\n\
@@ -59,7 +59,7 @@ pub(super) fn cases() -> Vec<Case> {
     cases
 }
 
-fn model(section: &str, device: Device) -> Result<Model> {
+pub(super) fn model(section: &str, device: Device) -> Result<Model> {
     let text = format!("vocab_size = {VOCAB}\nd_model = 32\nn_layers = 3\nseq_len = {SEQ_LEN}\n{section}\n");
     let table = text.parse().map_err(|error: toml::de::Error| Error::Input(error.to_string()))?;
     let model = Model::new(&ModelConfig::check(from_table::<RawModel>(table)?)?, device, 11)?;

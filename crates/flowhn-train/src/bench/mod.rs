@@ -6,7 +6,7 @@ use std::path::Path;
 use std::time::Instant;
 
 use flowhn_model::{Branches, Model};
-use flowhn_split::{ModelFlops, ScoreCount};
+use flowhn_split::ScoreCount;
 use flowhn_torch::timeline::Timeline;
 use flowhn_torch::{Event, MemoryStats, Stream};
 use rand_chacha::ChaCha8Rng;
@@ -16,6 +16,7 @@ use tch::Device;
 
 use crate::config::RunConfig;
 use crate::data::{Dataset, Encoded, Fingerprint, LoaderOptions, Shard, ShardMeta, ShardWriter, TrainLoader};
+use crate::estimate::StepFlops;
 use crate::optim::AdamW;
 use crate::peak::{MatmulRate, device_name, max_memory_bytes};
 use crate::step::{CapturedStep, Stepper};
@@ -44,6 +45,8 @@ pub struct StepSpeed {
     pub flops_per_step: u64,
     /// The same with the whole square of the scores.
     pub flops_per_step_full_scores: u64,
+    /// FLOPs of blocks that are recomputed, causal: a step computes them beside `flops_per_step`, and no rate counts them.
+    pub recomputed_flops_per_step: u64,
     /// Milliseconds of each measured step, in order.
     pub step_ms: Vec<f64>,
     /// The median of them.
@@ -116,22 +119,16 @@ pub fn time_steps(config: &RunConfig, device: Device, steps: u64) -> Result<Step
         return Err(flowhn_torch::Error::invalid("time_steps", message).into());
     }
 
-    let flops = |scores| -> Result<u64> {
-        let model = &config.model;
-        let sequence = ModelFlops::new(&model.shape(), &model.routing()?, model.seq_len, scores)
-            .map_err(|error| Error::Model(error.into()))?
-            .training();
-        Ok(sequence * (config.train.batch_size * config.train.grad_accum) as u64)
-    };
-    let (flops_per_step, tokens_per_step) =
-        (flops(ScoreCount::Causal)?, stepper.tokens_per_step(config.train.batch_size));
+    let StepFlops { model: flops_per_step, recomputed } = StepFlops::new(config, ScoreCount::Causal)?;
+    let tokens_per_step = stepper.tokens_per_step(config.train.batch_size);
     let median_ms = median(&step_ms);
     Ok(StepSpeed {
         device: device_name(device),
         parameters: stepper.model.params().n_elements(),
         tokens_per_step,
         flops_per_step,
-        flops_per_step_full_scores: flops(ScoreCount::Full)?,
+        flops_per_step_full_scores: StepFlops::new(config, ScoreCount::Full)?.model,
+        recomputed_flops_per_step: recomputed,
         median_ms,
         tokens_per_s: tokens_per_step as f64 / median_ms * 1e3,
         flops_per_s: flops_per_step as f64 / median_ms * 1e3,
@@ -202,6 +199,7 @@ fn stepper(config: &RunConfig, device: Device, folder: &Path, steps: u64) -> Res
     let mut model = Model::new(&config.model, device, train.seed)?;
     model.set_compute_kind(train.dtype.kind());
     model.set_branches(train.branches)?;
+    model.set_recompute_every(train.recompute_every);
     let optimizer = AdamW::of_params(model.params(), train.optimizer())?;
     Ok(Stepper {
         optimizer,

@@ -4,8 +4,12 @@ use std::collections::HashMap;
 use std::io::{self, Write};
 
 use flowhn_torch::cpu;
+use half::bf16;
 use safetensors::tensor::{Dtype, Metadata, SafeTensors, TensorInfo, TensorView};
 use tch::{Device, Kind, Tensor};
+
+/// The types that a file may have, in words.
+const KINDS: &str = "f32, f64, i64, bf16 and u8";
 
 /// Bytes that [`write`] writes for the elements, without the header.
 pub(super) fn data_bytes(tensors: &[(String, Tensor)]) -> u64 {
@@ -49,6 +53,8 @@ fn write_elements(out: &mut dyn Write, tensor: &Tensor) -> io::Result<()> {
     match host.kind() {
         Kind::Double => out.write_all(bytemuck::cast_slice(cpu::slice::<f64>(&host).map_err(io::Error::other)?)),
         Kind::Int64 => out.write_all(bytemuck::cast_slice(cpu::slice::<i64>(&host).map_err(io::Error::other)?)),
+        Kind::BFloat16 => out.write_all(bytemuck::cast_slice(cpu::slice::<bf16>(&host).map_err(io::Error::other)?)),
+        Kind::Uint8 => out.write_all(cpu::slice::<u8>(&host).map_err(io::Error::other)?),
         _ => out.write_all(bytemuck::cast_slice(cpu::slice::<f32>(&host).map_err(io::Error::other)?)),
     }
 }
@@ -58,7 +64,9 @@ fn dtype(kind: Kind) -> io::Result<Dtype> {
         Kind::Float => Ok(Dtype::F32),
         Kind::Double => Ok(Dtype::F64),
         Kind::Int64 => Ok(Dtype::I64),
-        other => Err(io::Error::other(format!("checkpoints hold f32, f64 and i64 tensors, not {other:?}"))),
+        Kind::BFloat16 => Ok(Dtype::BF16),
+        Kind::Uint8 => Ok(Dtype::U8),
+        other => Err(io::Error::other(format!("checkpoints hold {KINDS} tensors, not {other:?}"))),
     }
 }
 
@@ -77,12 +85,17 @@ fn to_tensor(view: &TensorView) -> Result<Tensor, String> {
         Dtype::F32 => cpu::build(&shape, |out: &mut [f32]| bytemuck::cast_slice_mut(out).copy_from_slice(view.data())),
         Dtype::F64 => cpu::build(&shape, |out: &mut [f64]| bytemuck::cast_slice_mut(out).copy_from_slice(view.data())),
         Dtype::I64 => cpu::build(&shape, |out: &mut [i64]| bytemuck::cast_slice_mut(out).copy_from_slice(view.data())),
-        other => return Err(format!("checkpoints hold f32, f64 and i64 tensors, not {other:?}")),
+        Dtype::BF16 => {
+            cpu::build(&shape, |out: &mut [bf16]| bytemuck::cast_slice_mut(out).copy_from_slice(view.data()))
+        }
+        Dtype::U8 => cpu::build(&shape, |out: &mut [u8]| out.copy_from_slice(view.data())),
+        other => return Err(format!("checkpoints hold {KINDS} tensors, not {other:?}")),
     })
 }
 
 #[cfg(test)]
 mod tests {
+    use flowhn_torch::testing::same_bits;
     use proptest::prelude::*;
 
     use super::*;
@@ -95,16 +108,19 @@ mod tests {
                 ("b.weight".to_owned(), Tensor::from_slice(&values)),
                 ("a".to_owned(), Tensor::from_slice(&doubles)),
                 ("step".to_owned(), Tensor::from(7i64)),
+                ("x.bf16".to_owned(), Tensor::from_slice(&values).to_kind(Kind::BFloat16)),
+                ("x.codes".to_owned(), Tensor::from_slice(&[0u8, 255, 7])),
             ];
             let mut bytes = Vec::new();
             write(&mut bytes, &tensors).unwrap();
             let back = read(&bytes).unwrap();
             let names: Vec<&str> = back.iter().map(|(name, _)| name.as_str()).collect();
-            prop_assert_eq!(names, ["a", "b.weight", "step"]);
+            prop_assert_eq!(names, ["a", "b.weight", "step", "x.bf16", "x.codes"]);
             let bits = |values: &[f32]| values.iter().map(|value| value.to_bits()).collect::<Vec<_>>();
             prop_assert_eq!(bits(cpu::slice::<f32>(&back[1].1).unwrap()), bits(&values));
             prop_assert_eq!(cpu::slice::<f64>(&back[0].1).unwrap(), doubles.as_slice());
             prop_assert_eq!(back[2].1.int64_value(&[]), 7);
+            prop_assert!(same_bits(&back[3].1, &tensors[3].1) && same_bits(&back[4].1, &tensors[4].1));
         }
     }
 

@@ -5,29 +5,36 @@ use flowhn_torch::kernel::{Arg, Defines, Kernel};
 use flowhn_torch::{Error as TensorError, Graph, catch};
 use tch::{Device, Kind, Tensor};
 
-use super::{AdamWOptions, Group};
+use super::{AdamWOptions, Group, StateType, blockwise};
 use crate::Result;
 use crate::kernels::ADAMW;
 
 /// Elements that a block takes.
 const CHUNK: i64 = 16_384;
-/// Threads of a block.
-const THREADS: i64 = 256;
-/// The macros of `adamw.cu`.
-pub(crate) const DEFINES: [(&str, i64); 3] = [("CHUNK", CHUNK), ("THREADS", THREADS), ("VECS", 2)];
+/// Threads of a block for each type of the state.
+const THREADS: [i64; 3] = [256, 256, 128];
+/// The macros of `adamw.cu` for each type of the state.
+pub(crate) const VARIANTS: [Defines; 3] = [&defines(0), &defines(1), &defines(2)];
+
+const fn defines(state: usize) -> [(&'static str, i64); 4] {
+    [("CHUNK", CHUNK), ("THREADS", THREADS[state]), ("VECS", 2), ("STATE", state as i64)]
+}
 
 /// Addresses that one launch of `adamw_addresses` takes.
 const N_ADDRESSES: usize = 56;
-/// Numbers of a slot, `Slot` of `adamw.cu`: the addresses of parameter, two means and copy, the length, and whether the parameter decays.
-const SLOT_LEN: usize = 6;
+/// Numbers of a slot, `Slot` of `adamw.cu`: the addresses of parameter, two means and copy, the length, whether the parameter decays, and
+/// the addresses of the factors of codes.
+const SLOT_LEN: usize = 8;
 /// The place of the copy's address in a slot.
 const COPY: usize = 3;
-/// Floats of `Factors`.
-const N_FACTORS: i64 = 9;
+/// Numbers of 4 bytes in `Factors`.
+const N_FACTORS: i64 = 10;
 
 /// What the kernels work from, all of it on the device, at addresses that never change.
 #[derive(Debug)]
 pub(super) struct Engine {
+    variant: Defines<'static>,
+    n_threads: u32,
     /// i64 `[n_params, SLOT_LEN]`.
     slots: Tensor,
     /// What was last written to `slots`.
@@ -43,6 +50,8 @@ pub(super) struct Engine {
     settings: Tensor,
     /// What follows from norm, step and learning rate, f32.
     factors: Tensor,
+    /// The maps of codes, bytes, where means are kept as codes.
+    maps: Option<Tensor>,
     /// The learning rate of the next update, an f32 scalar.
     lr: Tensor,
 }
@@ -61,10 +70,12 @@ impl Engine {
         }
         let n_params = weights(groups).count() as i64;
         let n_items = items.len() / 2;
-        let AdamWOptions { beta1, beta2, eps, weight_decay, clip_norm } = *options;
+        let AdamWOptions { beta1, beta2, eps, weight_decay, clip_norm, state } = *options;
         Ok(catch(|| {
             let zeros = |shape: &[i64], kind: Kind| Tensor::f_zeros(shape, (kind, device));
             Ok(Self {
+                variant: VARIANTS[state as usize],
+                n_threads: THREADS[state as usize] as u32,
                 slots: zeros(&[n_params, SLOT_LEN as i64], Kind::Int64)?,
                 written: Vec::new(),
                 items: Tensor::from_slice(&items).f_view([-1, 2])?.f_to_device(device)?,
@@ -73,6 +84,10 @@ impl Engine {
                 partials: zeros(&[n_items as i64], Kind::Double)?,
                 settings: Tensor::from_slice(&[beta1, beta2, eps, weight_decay, clip_norm]).f_to_device(device)?,
                 factors: zeros(&[N_FACTORS], Kind::Float)?,
+                maps: match state {
+                    StateType::Int8 => Some(Tensor::from_slice(&blockwise::maps_bytes()).f_to_device(device)?),
+                    StateType::Fp32 | StateType::Bf16 => None,
+                },
                 lr: zeros(&[], Kind::Float)?,
             })
         })?)
@@ -91,7 +106,7 @@ impl Engine {
         let norm = catch(|| Ok(Tensor::f_empty([], (Kind::Float, self.lr.device()))?))?;
         let [gradients, slots, items] = [&self.gradients, &self.slots, &self.items].map(Arg::Addresses);
         let grid = [self.n_items, 1, 1];
-        launch("adamw_squares", grid, THREADS as u32, &[gradients, slots, items, Arg::Tensor(&self.partials)])?;
+        self.launch("adamw_squares", grid, self.n_threads, &[gradients, slots, items, Arg::Tensor(&self.partials)])?;
         let args = [
             Arg::Tensor(&self.partials),
             Arg::I32(self.n_items as i32),
@@ -101,9 +116,16 @@ impl Engine {
             Arg::Tensor(&norm),
             Arg::Tensor(&self.factors),
         ];
-        launch("adamw_factors", [1, 1, 1], 1024, &args)?;
-        let args = [gradients, slots, items, Arg::Tensor(&self.factors), Arg::I32(self.n_items as i32)];
-        launch("adamw_update", grid, THREADS as u32, &args)?;
+        self.launch("adamw_factors", [1, 1, 1], 1024, &args)?;
+        let args = [
+            gradients,
+            slots,
+            items,
+            Arg::Tensor(&self.factors),
+            Arg::I32(self.n_items as i32),
+            Arg::opt(self.maps.as_ref()),
+        ];
+        self.launch("adamw_update", grid, self.n_threads, &args)?;
         Ok(norm)
     }
 
@@ -120,8 +142,10 @@ impl Engine {
             for ((weight, mean), mean_sq) in group.weights.iter().zip(&group.exp_avg).zip(&group.exp_avg_sq) {
                 // Brought up to date also where this step overwrites it: in a capture, it is as fresh afterwards as it was before.
                 let copy = weight.bf16_copy()?.map_or(0, |copy| copy.data_ptr() as i64);
-                let [param, mean, mean_sq] = [weight.master(), mean, mean_sq].map(|tensor| tensor.data_ptr() as i64);
-                slots.extend([param, mean, mean_sq, copy, weight.master().numel() as i64, decays]);
+                let [param, m, v] =
+                    [weight.master(), &mean.values, &mean_sq.values].map(|tensor| tensor.data_ptr() as i64);
+                slots.extend([param, m, v, copy, weight.master().numel() as i64, decays]);
+                slots.extend([mean, mean_sq].map(|mean| mean.absmax.as_ref().map_or(0, |x| x.data_ptr() as i64)));
             }
         }
         if slots == self.written {
@@ -146,9 +170,13 @@ impl Engine {
             args.push(Arg::I32(part.len() as i32));
             args.extend(part.iter().map(|gradient| Arg::opt(gradient.as_ref())));
             args.resize(3 + N_ADDRESSES, Arg::Null);
-            launch("adamw_addresses", [1, 1, 1], 1, &args)?;
+            self.launch("adamw_addresses", [1, 1, 1], 1, &args)?;
         }
         Ok(())
+    }
+
+    fn launch(&self, entry: &'static str, grid: [u32; 3], block: u32, args: &[Arg]) -> Result<()> {
+        Ok(Kernel { source: &ADAMW, entry, defines: self.variant }.launch(grid, block, 0, args)?)
     }
 }
 
@@ -159,9 +187,4 @@ fn weights(groups: &[Group; 2]) -> impl Iterator<Item = &Weight> {
 /// The gradient as the kernels read it, element after element.
 fn dense(gradient: Option<Tensor>) -> Result<Option<Tensor>> {
     Ok(catch(|| Ok(gradient.map(|gradient| gradient.f_contiguous()).transpose()?))?)
-}
-
-fn launch(entry: &'static str, grid: [u32; 3], block: u32, args: &[Arg]) -> Result<()> {
-    const VARIANT: Defines<'static> = &DEFINES;
-    Ok(Kernel { source: &ADAMW, entry, defines: VARIANT }.launch(grid, block, 0, args)?)
 }

@@ -7,7 +7,7 @@ use tch::{Device, Kind, Tensor};
 
 use super::{ensure, told};
 use crate::Result;
-use crate::optim::{AdamW, AdamWOptions};
+use crate::optim::{AdamW, AdamWOptions, StateType};
 
 const STEPS: i64 = 50;
 
@@ -22,11 +22,17 @@ pub(super) fn cases() -> Vec<Case> {
         Case::new("adamw: 50 steps without clipping", |device| told(follows_the_formula(0., device))),
         Case::new("adamw: gradients that are not finite", |device| told(not_finite(device))),
         Case::new("adamw: bf16 copies", |device| told(copies(device))),
+        Case::new("adamw: what bf16 keeps is what the CPU keeps", |device| told(keeps(StateType::Bf16, device))),
+        Case::new("adamw: what int8 keeps is what the CPU keeps", |device| told(keeps(StateType::Int8, device))),
     ]
 }
 
 fn options(clip_norm: f64) -> AdamWOptions {
-    AdamWOptions { beta1: 0.9, beta2: 0.95, eps: 1e-8, weight_decay: 0.1, clip_norm }
+    options_with(clip_norm, StateType::Fp32)
+}
+
+fn options_with(clip_norm: f64, state: StateType) -> AdamWOptions {
+    AdamWOptions { beta1: 0.9, beta2: 0.95, eps: 1e-8, weight_decay: 0.1, clip_norm, state }
 }
 
 /// Parameters of odd lengths; every third begins in the middle of an aligned vector.
@@ -82,7 +88,7 @@ impl Plain {
         lr: f64,
         step: i64,
     ) -> f64 {
-        let AdamWOptions { beta1, beta2, eps, weight_decay, clip_norm } = *options;
+        let AdamWOptions { beta1, beta2, eps, weight_decay, clip_norm, .. } = *options;
         let squares = gradients.iter().flatten().map(|g| g.to_kind(Kind::Double).square().sum(Kind::Double));
         let norm = squares.reduce(|a, b| a + b).map_or(0., |sum| sum.double_value(&[]).sqrt());
         let factor = if clip_norm > 0. { (clip_norm / (norm + 1e-6)).min(1.) } else { 1. };
@@ -117,9 +123,9 @@ impl Plain {
 type Named = Vec<(String, Tensor)>;
 
 /// What the optimiser holds, by the same names, and the norms of the steps.
-fn run(clip_norm: f64, device: Device) -> Result<(Named, Vec<f64>)> {
+fn run(options: AdamWOptions, device: Device) -> Result<(Named, Vec<f64>)> {
     let params = params(device)?;
-    let mut optimizer = AdamW::new(params.clone(), options(clip_norm))?;
+    let mut optimizer = AdamW::new(params.clone(), options)?;
     let mut norms = Vec::new();
     for step in 1..=STEPS {
         optimizer.zero_grad()?;
@@ -138,8 +144,8 @@ fn rate(step: i64) -> f64 {
 }
 
 fn follows_the_formula(clip_norm: f64, device: Device) -> Result<String> {
-    let (held, norms) = run(clip_norm, device)?;
-    let (again, _) = run(clip_norm, device)?;
+    let (held, norms) = run(options(clip_norm), device)?;
+    let (again, _) = run(options(clip_norm), device)?;
     let params = params(device)?;
     let (mut exact, mut plain) = (Plain::new(&params, Kind::Double), Plain::new(&params, Kind::Float));
     let mut n_clipped = 0;
@@ -166,6 +172,29 @@ fn follows_the_formula(clip_norm: f64, device: Device) -> Result<String> {
         worst = worst.max(if allowed > 0. { error / allowed } else { 0. });
     }
     Ok(format!("{n_clipped} clipped, {:.0} % of the allowance", 100. * worst))
+}
+
+/// Without clipping, whose factor comes from sums that differ in their last digits, a device keeps the bits that the CPU keeps, and its
+/// weights differ by the last digits of root and quotient.
+fn keeps(state: StateType, device: Device) -> Result<String> {
+    /// Of the largest weight, after all steps.
+    const MAX_REL: f64 = 1e-5;
+    let run = |device| run(options_with(0., state), device).map(|(held, _)| held);
+    let (held, again, want) = (run(device)?, run(device)?, run(Device::Cpu)?);
+    let mut worst = 0f64;
+    for (((name, got), (_, again)), (_, want)) in held.iter().zip(&again).zip(&want) {
+        ensure(same_bits(got, again), || format!("{name} differs between two runs"))?;
+        let got = got.to_device(Device::Cpu);
+        if name.starts_with("exp_avg") {
+            ensure(same_bits(&got, want), || format!("{name} is not what the CPU keeps"))?;
+        } else if got.numel() > 0 {
+            let error = ((&got - want).abs().max() / want.abs().max()).double_value(&[]);
+            ensure(error <= MAX_REL, || format!("{name} is off by {error:.1e}"))?;
+            worst = worst.max(error);
+        }
+    }
+    ensure(held.len() == want.len() && held.len() > N_PARAMS, || format!("{} tensors", held.len()))?;
+    Ok(format!("{} tensors, weights within {worst:.0e}", held.len()))
 }
 
 fn not_finite(device: Device) -> Result<String> {

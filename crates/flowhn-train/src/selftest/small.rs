@@ -4,7 +4,7 @@ use std::fmt::Write as _;
 use std::fs;
 use std::path::{Path, PathBuf};
 
-use tch::{Device, Tensor};
+use tch::{Device, Kind, Tensor};
 use tempfile::TempDir;
 
 use crate::data::{ReadOptions, train_tokenizer};
@@ -143,12 +143,12 @@ pub fn bits(trainer: &Trainer) -> Result<Vec<(String, Vec<u32>)>> {
     params.chain(trainer.optimizer_state()).map(|(name, tensor)| Ok((name, tensor_bits(&tensor)?))).collect()
 }
 
-/// The bits of an f32 tensor.
+/// The bits of a tensor as f32, which holds the values of bf16 and bytes as they are.
 ///
 /// # Errors
 /// If the tensor cannot be read.
 pub fn tensor_bits(tensor: &Tensor) -> Result<Vec<u32>> {
-    let flat = tensor.to_device(Device::Cpu).contiguous().view(-1);
+    let flat = tensor.to_device(Device::Cpu).to_kind(Kind::Float).contiguous().view(-1);
     let values: Vec<f32> = flat.try_into().map_err(flowhn_torch::Error::from)?;
     Ok(values.into_iter().map(f32::to_bits).collect())
 }

@@ -113,12 +113,8 @@ fn compute(model: &Model, optimizer: &mut AdamW, micro_batches: &[DeviceBatch]) 
     let mut loss = Tensor::zeros([], (Kind::Float, model.device()));
     optimizer.zero_grad()?;
     for DeviceBatch { ids_bl, targets_bl, segments_bl } in micro_batches {
-        let share = model.loss(ids_bl, targets_bl, segments_bl.as_ref())?;
-        loss = catch(|| {
-            let share = share / micro_batches.len() as f64;
-            share.f_backward()?;
-            Ok(loss + share.detach())
-        })?;
+        let share = model.backward(ids_bl, targets_bl, segments_bl.as_ref(), micro_batches.len())?;
+        loss = catch(|| Ok(loss.f_add(&share)?))?;
     }
     timeline::mark(OPTIMIZER)?;
     let grad_norm = optimizer.clip_and_update()?;

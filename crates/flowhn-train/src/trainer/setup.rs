@@ -42,6 +42,7 @@ impl Trainer {
         let mut model = Model::new(&config.model, options.device, config.train.seed)?;
         model.set_compute_kind(config.train.dtype.kind());
         model.set_branches(config.train.branches)?;
+        model.set_recompute_every(config.train.recompute_every);
         let mut optimizer = AdamW::of_params(model.params(), config.train.optimizer())?;
         let loader = loader(config, options, &train_data, checkpoint.as_ref())?;
         if let Some(checkpoint) = &checkpoint {

@@ -89,6 +89,8 @@ pub(super) struct Row {
     pub(super) parameters: u64,
     pub(super) tokens_per_step: u64,
     pub(super) tokens_per_s: f64,
+    /// FLOPs that a step computes beside those that MFU counts.
+    recomputed_flops_per_step: u64,
     pub(super) step_ms: StepMs,
     pub(super) mfu: f64,
     pub(super) mfu_full_scores: f64,
@@ -181,6 +183,7 @@ impl Row {
             parameters: speed.parameters,
             tokens_per_step: speed.tokens_per_step,
             tokens_per_s: speed.tokens_per_s,
+            recomputed_flops_per_step: speed.recomputed_flops_per_step,
             mfu,
             mfu_full_scores: mfu * full,
             matmul_frac: speed.flops_per_s / speed.matmul.flops_per_s,

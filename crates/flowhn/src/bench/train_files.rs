@@ -53,9 +53,10 @@ pub(super) fn write(dir: &Path, report: &Report, beside: Option<&Beside>) -> Res
 }
 
 fn csv(report: &Report, beside: Option<&Beside>) -> String {
-    let mut text = "model,policy,parameters,tokens_per_step,tokens_per_s,ms_median,ms_min,ms_max,mfu,mfu_full_scores,matmul_frac,\
+    let mut text =
+        "model,policy,parameters,tokens_per_step,tokens_per_s,ms_median,ms_min,ms_max,mfu,mfu_full_scores,matmul_frac,\
                     max_memory_bytes,busy_frac,beside_tokens_per_s,beside_mfu\n"
-        .to_owned();
+            .to_owned();
     for row in &report.rows {
         let other = beside.and_then(|beside| beside.of(row));
         let opt = |value: Option<f64>| value.map_or(String::new(), |value| value.to_string());

@@ -8,7 +8,7 @@ use flowhn_train::peak::device_name;
 use flowhn_train::run_dir::{CHECKPOINTS, LOSS_PLOT, SUMMARY};
 use flowhn_train::{RunConfig, Summary, Trainer};
 
-use crate::units::{bytes, count, grouped, seconds};
+use crate::units::{bytes, count, grouped, seconds, spaced};
 
 /// What is about to happen, a line for each thing.
 pub fn intent(trainer: &Trainer) -> String {
@@ -27,6 +27,10 @@ pub fn intent(trainer: &Trainer) -> String {
     };
     let tokens = estimate.tokens / train.steps.max(1) * left;
     let free = estimate.available_bytes.map(|free| format!(", {} are free", bytes(free))).unwrap_or_default();
+    let recomputed = match estimate.recomputed_flops_per_step {
+        0 => String::new(),
+        flops => format!(" and {}FLOP of recomputed blocks", spaced(count(flops as f64 * left as f64))),
+    };
     let lines = [
         (
             "model",
@@ -75,9 +79,10 @@ pub fn intent(trainer: &Trainer) -> String {
         (
             "time",
             format!(
-                "at least {}: {}FLOP at the measured {}FLOP/s ({}); the first steps will tell more",
+                "at least {}: {}FLOP{} at the measured {}FLOP/s ({}); the first steps will tell more",
                 seconds(estimate.least_seconds * left as f64 / train.steps.max(1) as f64),
                 spaced(count(estimate.flops_per_step as f64 * left as f64)),
+                recomputed,
                 spaced(count(estimate.matmul.flops_per_s)),
                 estimate.matmul.name,
             ),
@@ -159,9 +164,4 @@ fn policies(config: &RunConfig) -> String {
         }
     });
     runs.collect::<Vec<_>>().join(", then ")
-}
-
-/// A count whose unit follows: a count without a prefix needs the space that the prefix brings.
-fn spaced(count: String) -> String {
-    if count.ends_with(|c: char| c.is_ascii_digit()) { count + " " } else { count }
 }

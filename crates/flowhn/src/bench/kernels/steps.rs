@@ -5,7 +5,8 @@ use std::cell::RefCell;
 
 use flowhn_nn::{Decay, Param, Weight};
 use flowhn_ssm::{
-    Activation, CausalConv1dStep, DtActivation, SelectiveScanStep, SsdStep, causal_conv1d_step, selective_scan_step, ssd_step,
+    Activation, CausalConv1dStep, DtActivation, SelectiveScanStep, SsdStep, causal_conv1d_step, selective_scan_step,
+    ssd_step,
 };
 use flowhn_torch::{Error, Result, catch};
 use flowhn_train::optim::{AdamW, AdamWOptions};
