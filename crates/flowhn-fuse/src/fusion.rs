@@ -225,7 +225,7 @@ impl Fusion {
     ) -> Result<(Tensor, Tensor)> {
         const OP: &str = "fusion";
         if let (Form::Proj(proj), Topology::Split, Some(a), Some(s)) = (&self.form, self.shape.topology, a, s) {
-            self.outputs(OP, Some(&a.x), Some(&s.x), attn, ssm)?;
+            let _checked = self.outputs(OP, Some(&a.x), Some(&s.x), attn, ssm)?;
             return norm.forward_residual(x_bld, Some(&proj.forward(&merge_sums(a, s, attn, ssm)?)?));
         }
         let [a, s] = [a, s].map(|x| x.map(Residual::sum).transpose());

@@ -8,8 +8,8 @@ use flowhn_ssm::{
     Activation, CausalConv1dStep, DtActivation, SelectiveScanStep, SsdStep, causal_conv1d_step, selective_scan_step,
     ssd_step,
 };
-use flowhn_torch::{Error, Result, catch};
-use flowhn_train::optim::{AdamW, AdamWOptions};
+use flowhn_torch::{Error, catch};
+use flowhn_train::optim::{AdamW, AdamWOptions, StateType};
 use tch::{Kind, Tensor};
 
 use super::operation::Direction::Forward;
@@ -26,7 +26,9 @@ pub fn operations(tiny: bool) -> Vec<Operation> {
         all.push(ssd_of_one(if tiny { [b, 2, 8, 8] } else { [b, 24, 64, 128] }));
         all.push(conv_step(if tiny { [b, 24, 4] } else { [b, 1792, 4] }));
     }
-    all.push(adamw(if tiny { 1000 } else { 132_000_000 }));
+    for state in [StateType::Fp32, StateType::Bf16, StateType::Int8] {
+        all.push(adamw(if tiny { 10_000 } else { 132_000_000 }, state));
+    }
     all
 }
 
@@ -150,19 +152,26 @@ fn conv_step([b, e, k]: [i64; 3]) -> Operation {
 }
 
 /// The norm of the gradients, clipping and the update, of one tensor.
-fn adamw(n: i64) -> Operation {
+fn adamw(n: i64, state: StateType) -> Operation {
+    let kept = match state {
+        StateType::Fp32 => 4.,
+        StateType::Bf16 => 2.,
+        // A code, and a factor for each block of 256.
+        StateType::Int8 => 1. + 4. / 256.,
+    };
     // The gradient twice, once for its norm; the parameter and both means read and written.
-    let bytes = (4 * (2 + 2 * 3) * n) as f64;
+    let pass = Pass::new(Forward, n as f64 * (4. * (2. + 2.) + 2. * 2. * kept), 0.);
+    let fp32 = state == StateType::Fp32;
     Operation {
         op: "adamw",
-        shape: format!("{n}"),
-        passes: vec![Pass::new(Forward, bytes, 0.).against("torch, fused, without clipping", 1418., None)],
+        shape: format!("{n} {state}"),
+        passes: vec![if fp32 { pass.against("torch, fused, without clipping", 1418., None) } else { pass }],
         products: None,
         build: Box::new(move |device| {
             let leaf = random(&[n], Kind::Float, device, 1)?.set_requires_grad(true);
             catch(|| Ok((&leaf * 1e-3).sum(Kind::Float).f_backward()?))?;
             let param = Param { name: "weight".to_owned(), weight: Weight::new(leaf), decay: Decay::Yes };
-            let options = AdamWOptions { beta1: 0.9, beta2: 0.95, eps: 1e-8, weight_decay: 0.1, clip_norm: 1. };
+            let options = AdamWOptions { beta1: 0.9, beta2: 0.95, eps: 1e-8, weight_decay: 0.1, clip_norm: 1., state };
             let refused = |error: flowhn_train::Error| Error::invalid("adamw", error.to_string());
             let mut adamw = AdamW::new(vec![param], options).map_err(refused)?;
             adamw.set_learning_rate(1e-4).map_err(refused)?;
