@@ -198,6 +198,7 @@ routed_norm_backward(const X* s, i64 s_batch, i64 s_token, const i64* positions0
                 if (dchange) store_vector(out, dchange + current * d, v, team, width);
             }
         }
+        pass_last_round(current, share.n_rows, team);
         if (partials)
             write_block_columns(dw, partials + (i64)blockIdx.x * d, reinterpret_cast<float*>(shared_memory()), team, d);
     };

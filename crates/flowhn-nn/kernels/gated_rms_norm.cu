@@ -130,6 +130,7 @@ gated_rms_norm_backward(const X* x, const X* z, const X* dy, const float* weight
                 store_vector(out, dz + RowStrides{dz_outer, dz_inner}.start(outer_idx, inner_idx) + group * d, v, team, width);
             }
         }
+        pass_last_round(current, n_rows, team);
         if (partials)
             write_block_columns(dw, partials + ((i64)blockIdx.x * n_groups + group) * d,
                                 reinterpret_cast<float*>(shared_memory()), team, d);

@@ -146,6 +146,7 @@ __device__ __forceinline__ void backward(const Backward& args) {
             store_vector(out, args.dx + current * d, v, team, width);
         }
     }
+    pass_last_round(current, n_rows, team);
     if (args.partials)
         write_block_columns(dw, args.partials + (i64)blockIdx.x * d, reinterpret_cast<float*>(shared_memory()), team, d);
 }
