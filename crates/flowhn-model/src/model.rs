@@ -83,11 +83,6 @@ impl Head {
             Self::Tied(weight) => weight,
         }
     }
-
-    /// The weight as the loss takes it: beside bf16 the master itself, whose gradient then needs no rounding to bf16 and back.
-    fn weight_for(&self, kind: Kind) -> Tensor {
-        if kind == Kind::BFloat16 { self.weight().master().shallow_clone() } else { self.weight().to(kind) }
-    }
 }
 
 /// A batch of sequences.
@@ -266,8 +261,7 @@ impl Model {
     /// As [`Model::forward`].
     pub fn loss(&self, ids_bl: &Tensor, targets_bl: &Tensor, segments_bl: Option<&Tensor>) -> Result<Tensor> {
         let (x_td, targets_t) = self.before_head(ids_bl, targets_bl, segments_bl)?;
-        let weight_vd = self.head.weight_for(x_td.kind());
-        catch(|| linear_cross_entropy(&x_td, &weight_vd, &targets_t, IGNORE_INDEX)).map_err(Error::from)
+        catch(|| linear_cross_entropy(&x_td, self.head.weight(), &targets_t, IGNORE_INDEX)).map_err(Error::from)
     }
 
     /// Cross-entropy of each target in nats, f32 `[batch, seq_len]`, 0 where it is [`IGNORE_INDEX`]; no gradient.
@@ -277,8 +271,7 @@ impl Model {
     pub fn token_losses(&self, ids_bl: &Tensor, targets_bl: &Tensor, segments_bl: Option<&Tensor>) -> Result<Tensor> {
         tch::no_grad(|| {
             let (x_td, targets_t) = self.before_head(ids_bl, targets_bl, segments_bl)?;
-            let weight_vd = self.head.weight_for(x_td.kind());
-            let losses_t = catch(|| token_losses(&x_td, &weight_vd, &targets_t, IGNORE_INDEX))?;
+            let losses_t = catch(|| token_losses(&x_td, self.head.weight(), &targets_t, IGNORE_INDEX))?;
             Ok(losses_t.f_view(targets_bl.size().as_slice())?)
         })
     }
@@ -364,7 +357,7 @@ impl Model {
     /// Final norm and cross-entropy in f32 of some rows of the stream, `[rows, d_model]`; no gradient.
     pub(crate) fn losses_of_rows(&self, x_td: &Tensor, targets_t: &Tensor) -> Result<Tensor> {
         let x_td = self.norm.forward(&x_td.f_to_kind(Kind::Float)?)?;
-        catch(|| token_losses(&x_td, self.head.weight().master(), targets_t, IGNORE_INDEX)).map_err(Error::from)
+        catch(|| token_losses(&x_td, self.head.weight(), targets_t, IGNORE_INDEX)).map_err(Error::from)
     }
 
     pub(crate) fn logits_of(&self, x_bld: &Tensor) -> Result<Tensor> {

@@ -3,30 +3,25 @@
 //
 //   c_r = x_r W_target / ln 2
 //
-//   W  [vocab_size, d], f32 or bf16, d a multiple of 64          x  [n_rows, d], bf16
+//   W  [vocab_size, d], bf16, d a multiple of 64                 x  [n_rows, d], bf16
 //   targets  [n_rows], i64                                       c  [n_rows, up to a multiple of 128], f32
 //   tiles: lm_head_tiles.cuh
 //
-// Both are copies at the speed of memory; that of W also rounds it, and leaves it in order for the product with the gradient. A warp has
-// a word of W or a row of x, a lane 8 neighbours.
-//
-// Variants: W_KIND 0 f32, 1 bf16.
+// Both are copies at the speed of memory. A warp has a word of W or a row of x, a lane 8 neighbours.
 #include "lm_head_tiles.cuh"
 
-typedef DtypeOf<W_KIND>::type WeightType;
 constexpr int THREADS = 256, WARPS = THREADS / 32;
 // Stands for a logit, in units of ln 2, from which all exponentials are 0.
 constexpr float NOTHING = 1e30f;
 
-// The words of W, bf16, in tiles; those past the end become 0. `copy`, if any, has them in order.
+// The words of W in tiles; those past the end become 0.
 extern "C" __global__ void __launch_bounds__(THREADS) lm_head_pack_weight(
-    const WeightType* __restrict__ w, char* __restrict__ tiles, bf16* __restrict__ copy, int vocab_size, int d) {
+    const bf16* __restrict__ w, char* __restrict__ tiles, int vocab_size, int d) {
     int word = blockIdx.x * WARPS + threadIdx.x / 32, n_k = d / TILE_K;
     for (int piece = threadIdx.x % 32; piece < d / 8; piece += 32) {
         float values[8] = {};
         if (word < vocab_size) load_vec<8>(values, w + (i64)word * d + 8 * piece);
         store_vec<8>(reinterpret_cast<bf16*>(tiles + w_piece_at(word, piece, n_k)), values);
-        if (copy && word < vocab_size) store_vec<8>(copy + (i64)word * d + 8 * piece, values);
     }
 }
 

@@ -72,7 +72,7 @@ pub const KERNELS: &[KernelSpec] = &[
             &RowVariant::new(0, 65_536, false).defines(),
         ],
     },
-    KernelSpec { source: &LM_HEAD_PACK, variants: &[&[("W_KIND", 0)], &[("W_KIND", 1)]] },
+    KernelSpec { source: &LM_HEAD_PACK, variants: &[&[]] },
     KernelSpec {
         source: &LM_HEAD_PRODUCT,
         variants: &[&ProductVariant { stores: true }.defines(), &ProductVariant { stores: false }.defines()],

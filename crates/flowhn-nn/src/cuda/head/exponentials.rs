@@ -4,7 +4,7 @@
 
 use tch::{Device, Kind, Tensor};
 
-use flowhn_torch::kernel::{Arg, kind_define};
+use flowhn_torch::kernel::Arg;
 use flowhn_torch::{DeviceProperties, Result, op};
 
 use crate::kernels::{LM_HEAD_PACK, LM_HEAD_PRODUCT, LM_HEAD_ROWS};
@@ -24,10 +24,7 @@ pub(super) struct Exponentials<'a> {
     head: &'a Head,
     d_model: i64,
     n_multiprocessors: i64,
-    /// bf16, in order and in tiles.
-    weight: Tensor,
     weight_tiles: Tensor,
-    pack_defines: [(&'static str, i64); 1],
 }
 
 /// The memory of a chunk, which all chunks take in turn.
@@ -80,20 +77,15 @@ impl<'a> Exponentials<'a> {
         }
         let n_words = up_to(head.vocab_size, TILE_COLS);
         let weight_tiles = head.empty(&[n_words, d_model], Kind::BFloat16)?;
-        let is_exact = head.weight.kind() == Kind::BFloat16;
-        let rounded = (!is_exact).then(|| head.empty(&head.weight.size(), Kind::BFloat16)).transpose()?;
-        let pack_defines = [("W_KIND", kind_define(head.op, "weight_vd", &head.weight)?)];
         let sizes = [head.vocab_size, d_model].map(|size| Arg::I32(size as i32));
-        let tensors = [Arg::Tensor(&head.weight), Arg::Tensor(&weight_tiles), Arg::opt(rounded.as_ref())];
-        kernel(&LM_HEAD_PACK, "lm_head_pack_weight", &pack_defines).launch(
+        kernel(&LM_HEAD_PACK, "lm_head_pack_weight", &[]).launch(
             row_blocks(n_words),
             256,
             0,
-            &[&tensors[..], &sizes].concat(),
+            &[&[Arg::Tensor(&head.weight), Arg::Tensor(&weight_tiles)], &sizes[..]].concat(),
         )?;
-        let weight = rounded.unwrap_or_else(|| head.weight.shallow_clone());
         let n_multiprocessors = i64::from(properties.n_multiprocessors);
-        Ok(Some(Self { head, d_model, n_multiprocessors, weight, weight_tiles, pack_defines }))
+        Ok(Some(Self { head, d_model, n_multiprocessors, weight_tiles }))
     }
 
     /// The loss of each token; fills the gradients on the way.
@@ -150,7 +142,7 @@ impl<'a> Exponentials<'a> {
         let n_padded = up_to(rows.n_rows, TILE_ROWS);
         let tensors = [Arg::Tensor(&rows.x), Arg::Tensor(&self.weight_tiles), Arg::Tensor(&rows.targets)];
         let results = [Arg::I64(self.head.ignore_index), Arg::Tensor(&chunk.x), Arg::Tensor(&chunk.origins)];
-        kernel(&LM_HEAD_PACK, "lm_head_pack_x", &self.pack_defines).launch(
+        kernel(&LM_HEAD_PACK, "lm_head_pack_x", &[]).launch(
             row_blocks(n_padded),
             256,
             0,
@@ -195,7 +187,7 @@ impl<'a> Exponentials<'a> {
     fn input_gradient(&self, exponentials: &Tensor, gradient: &ChunkGradient, dx: &Tensor) -> Result<()> {
         let n_rows = dx.size()[0];
         let product = gradient.product.f_narrow(0, 0, n_rows)?;
-        let [factor_a, factor_b, out] = [exponentials, &self.weight, &product].map(op::Arg::Tensor);
+        let [factor_a, factor_b, out] = [exponentials, &self.head.weight, &product].map(op::Arg::Tensor);
         op::call("aten::mm", "dtype_out", &[factor_a, factor_b, FLOAT, out])?;
         let tensors = [&product, &gradient.factors, dx].map(Arg::Tensor);
         let sizes = [n_rows, self.d_model].map(|size| Arg::I32(size as i32));
