@@ -16,18 +16,18 @@ pub(super) fn cases() -> Vec<Case> {
                 // The widest vocabulary with few tokens only: the reference keeps all logits, in double precision.
                 if vocab_size < 50_257 || n_tokens < 1000 {
                     let name =
-                        format!("linear_cross_entropy: {kind:?}, {n_tokens} tokens x 24, vocabulary of {vocab_size}");
-                    cases.push(Case::new(name, move |device| check(n_tokens, 24, vocab_size, kind, device)));
+                        format!("linear_cross_entropy: {kind:?}, {n_tokens} tokens x 20, vocabulary of {vocab_size}");
+                    cases.push(Case::new(name, move |device| check(n_tokens, 20, vocab_size, kind, device)));
                 }
             }
         }
-        // Rows of a multiple of 64 in bf16 have kernels of their own on Hopper, with tiles of 128 tokens, 256 words and 64 values.
-        for [n_tokens, d_model, vocab_size] in [[1, 64, 1], [31, 64, 257], [300, 384, 1003], [129, 704, 1800]] {
+        // Rows of a multiple of 8 in bf16 have kernels of their own on Hopper, with tiles of 128 tokens, 256 words and 64 values.
+        for [n_tokens, d_model, vocab_size] in [[1, 8, 1], [31, 64, 257], [300, 384, 1003], [129, 712, 1800]] {
             let name =
                 format!("linear_cross_entropy: {kind:?}, {n_tokens} tokens x {d_model}, vocabulary of {vocab_size}");
             cases.push(Case::new(name, move |device| check(n_tokens, d_model, vocab_size, kind, device)));
         }
-        for d_model in [8, 64] {
+        for d_model in [12, 64] {
             let name = format!("linear_cross_entropy: {kind:?}, several chunks of rows of {d_model}");
             cases.push(Case::new(name, move |device| {
                 // On the CPU a chunk has 64 rows of this vocabulary, on CUDA 2048 or 4096.
@@ -35,7 +35,7 @@ pub(super) fn cases() -> Vec<Case> {
                 check(n_tokens, d_model, 65_536, kind, device)
             }));
         }
-        for d_model in [24, 64] {
+        for d_model in [20, 64] {
             let name = |what| format!("linear_cross_entropy: {kind:?}, rows of {d_model}, {what}");
             cases.push(Case::new(name("targets far below the largest logit"), move |device| {
                 far_targets(d_model, kind, device)
@@ -50,14 +50,14 @@ pub(super) fn cases() -> Vec<Case> {
                 .push(Case::new(name("a target outside the vocabulary"), move |device| outside(d_model, kind, device)));
         }
         cases.push(Case::new(format!("linear_cross_entropy: {kind:?}, rows longer than registers"), move |device| {
-            check(5, 8, 100_003, kind, device)
+            check(5, 12, 100_003, kind, device)
         }));
-        for d_model in [16, 128] {
+        for d_model in [18, 128] {
             let name = format!("token_losses: {kind:?}, rows of {d_model}");
             cases.push(Case::new(name, move |device| check_token_losses(d_model, kind, device)));
         }
     }
-    for d_model in [24, 64] {
+    for d_model in [20, 64] {
         let name = format!("linear_cross_entropy: BFloat16, rows of {d_model}, weight in f32");
         let kinds = [Kind::BFloat16, Kind::Float];
         cases.push(Case::new(name, move |device| check_kinds(70, d_model, 300, kinds, device)));
