@@ -7,7 +7,7 @@ use std::ops::Range;
 use std::rc::Rc;
 
 use flowhn_nn::{
-    Bias, Decay, Embedding, Init, Linear, Params, Residual, RmsNorm, Weight, check_ids, linear, linear_cross_entropy,
+    Bias, Decay, Embedding, HeadMatrix, Init, Linear, Params, Residual, RmsNorm, Weight, check_ids, linear, linear_cross_entropy,
     token_losses,
 };
 use flowhn_split::{ModelShape, Routing, SplitPlan};
@@ -84,11 +84,6 @@ impl Head {
             Self::Own(linear) => linear.weight(),
             Self::Tied(weight) => weight,
         }
-    }
-
-    /// The weight as the loss takes it: beside bf16 the master itself, whose gradient then needs no rounding to bf16 and back.
-    pub fn weight_for(&self, kind: Kind) -> Tensor {
-        if kind == Kind::BFloat16 { self.weight().master().shallow_clone() } else { self.weight().to(kind) }
     }
 }
 
@@ -297,7 +292,7 @@ impl Model {
     pub fn loss(&self, ids_bl: &Tensor, targets_bl: &Tensor, segments_bl: Option<&Tensor>) -> Result<Tensor> {
         let targets_t = self.targets(ids_bl, targets_bl)?;
         let x_bld = self.run(&Input::new(ids_bl).with_segments(segments_bl), None, |_| Ok(()))?;
-        self.loss_of(&x_bld, &self.head.weight_for(x_bld.kind()), &targets_t)
+        self.loss_of(&x_bld, self.head.weight(), &targets_t)
     }
 
     /// Cross-entropy of each target in nats, f32 `[batch, seq_len]`, 0 where it is [`IGNORE_INDEX`]; no gradient.
@@ -309,8 +304,7 @@ impl Model {
             let targets_t = self.targets(ids_bl, targets_bl)?;
             let x_bld = self.run(&Input::new(ids_bl).with_segments(segments_bl), None, |_| Ok(()))?;
             let x_td = self.before_head(&x_bld)?;
-            let weight_vd = self.head.weight_for(x_td.kind());
-            let losses_t = catch(|| token_losses(&x_td, &weight_vd, &targets_t, IGNORE_INDEX))?;
+            let losses_t = catch(|| token_losses(&x_td, self.head.weight(), &targets_t, IGNORE_INDEX))?;
             Ok(losses_t.f_view(targets_bl.size().as_slice())?)
         })
     }
@@ -333,7 +327,12 @@ impl Model {
     }
 
     /// The mean cross-entropy behind the last block's output, with this matrix in the head.
-    pub(crate) fn loss_of(&self, x_bld: &Tensor, weight_vd: &Tensor, targets_t: &Tensor) -> Result<Tensor> {
+    pub(crate) fn loss_of<'a>(
+        &self,
+        x_bld: &Tensor,
+        weight_vd: impl Into<HeadMatrix<'a>>,
+        targets_t: &Tensor,
+    ) -> Result<Tensor> {
         let x_td = self.before_head(x_bld)?;
         catch(|| linear_cross_entropy(&x_td, weight_vd, targets_t, IGNORE_INDEX)).map_err(Error::from)
     }
@@ -428,7 +427,7 @@ impl Model {
     /// Final norm and cross-entropy in f32 of some rows of the stream, `[rows, d_model]`; no gradient.
     pub(crate) fn losses_of_rows(&self, x_td: &Tensor, targets_t: &Tensor) -> Result<Tensor> {
         let x_td = self.norm.forward(&x_td.f_to_kind(Kind::Float)?)?;
-        catch(|| token_losses(&x_td, self.head.weight().master(), targets_t, IGNORE_INDEX)).map_err(Error::from)
+        catch(|| token_losses(&x_td, self.head.weight(), targets_t, IGNORE_INDEX)).map_err(Error::from)
     }
 
     pub(crate) fn logits_of(&self, x_bld: &Tensor) -> Result<Tensor> {

@@ -8,7 +8,7 @@
 
 use std::cell::Cell;
 
-use flowhn_nn::Residual;
+use flowhn_nn::{HeadMatrix, Residual};
 use flowhn_torch::{BackwardCtx, Error as TensorError, ForwardCtx, Function, apply, catch};
 use serde::{Deserialize, Serialize};
 use tch::{Kind, Tensor};
@@ -77,14 +77,17 @@ impl Model {
             pieces.push(Piece { x_bld: std::mem::replace(&mut x_bld, next_bld), y_bld });
         }
 
-        let weight_vd = self.head().weight_for(x_bld.kind());
         // The gradients of a weight that embedding and head share add up before they join those of earlier shares, as they would in
         // one graph.
-        let tied_vd = match self.head() {
+        let tied = match self.head() {
             Head::Own(_) => None,
-            Head::Tied(_) => Some(leaf(&weight_vd)?),
+            Head::Tied(weight) => {
+                let weight_vd = if x_bld.kind() == Kind::BFloat16 { weight.to(Kind::Float) } else { weight.to(x_bld.kind()) };
+                Some((leaf(&weight_vd)?, weight_vd))
+            }
         };
-        let loss = self.loss_of(&pass.of_tokens(&x_bld)?, tied_vd.as_ref().unwrap_or(&weight_vd), &targets_t)?;
+        let matrix = tied.as_ref().map_or_else(|| self.head().weight().into(), |(leaf_vd, _)| HeadMatrix::from(leaf_vd));
+        let loss = self.loss_of(&pass.of_tokens(&x_bld)?, matrix, &targets_t)?;
         let share = go_back(&loss, n_shares)?;
         drop(loss);
 
@@ -98,9 +101,9 @@ impl Model {
             drop(y_bld);
             grad_bld = take_grad(x_bld)?;
         }
-        match tied_vd {
+        match tied {
             None => feed(&[&embedded_bld], vec![grad_bld])?,
-            Some(tied_vd) => feed(&[&embedded_bld, &weight_vd], vec![grad_bld, take_grad(tied_vd)?])?,
+            Some((leaf_vd, weight_vd)) => feed(&[&embedded_bld, &weight_vd], vec![grad_bld, take_grad(leaf_vd)?])?,
         }
         Ok(share)
     }

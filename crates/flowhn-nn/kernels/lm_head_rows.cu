@@ -1,19 +1,21 @@
-// What follows the LM head's first product where that writes exponentials (lm_head_sm90.cu).
+// What precedes and follows the LM head's first product where that writes exponentials (lm_head_sm90.cu).
 //
 //   c_r = x_r W_target,   E_rv = exp(x_r W_v - c_r) but 0 for the target,   S_r = sum_v E_rv,   loss_r = ln(1 + S_r)
 //   dl_rv = f_r E_rv with f_r = scale / (1 + S_r) for all but the target, for which it is - f_r S_r
 //   so with E_r,target = - S_r,   dx_r = f_r (E W)_r,   dW = E^T (f x)
 //
-//   x        [n_rows, d], bf16, d a multiple of 64           product  E W, [n_rows, d], f32
+//   x        [n_rows, d], bf16, d a multiple of 8            product  E W, [n_rows, d], f32
+//   W        [vocab_size, d], bf16                           c        [n_rows], f32, in units of ln 2
 //   targets  [n_rows], i64; `ignored` counts nothing: loss 0, gradient 0; others outside the vocabulary give NaN
-//   E, sums, the tiles of W: as in lm_head_sm90.cu
-//   losses, factors  [n_rows], f32                           scaled  f x, [n_rows, d], bf16
+//   E, sums: as in lm_head_sm90.cu
+//   losses, factors  [n_rows], f32                           scaled  f x, [n_rows, d], bf16, or null
 //
 // So a pass over E is never needed: its rows' factors go to x and to the small product with W, and one element of a row changes.
 // Measured from the target's logit, no exponential can overflow unless a word's logit is far above the target's. Rows that have such
 // a word are found by their sum, and their block does them again from the largest logit, with products of its own: slow, rare, right.
 //
-// lm_head_finish: a block has 8 rows; all of it adds up their sums, then each warp has one row. lm_head_scale: a warp has one row.
+// lm_head_origins and lm_head_scale: a warp has one row. lm_head_finish: a block has 8 rows; all of it adds up their sums, then each
+// warp has one row.
 //
 // Variants: GRAD 1: leaves what the gradients need, 0: losses only.
 #include "lm_head_tiles.cuh"
@@ -22,11 +24,13 @@
 constexpr int THREADS = 256, WARPS = THREADS / 32;
 // Sums from here on may come from a word that overflows in one of the products to come.
 constexpr float LARGEST_SUM = 2.8e17f;
+// Stands for a logit, in units of ln 2, from which all exponentials are 0.
+constexpr float NOTHING = 1e30f;
 
 __device__ __forceinline__ float not_a_number() { return __uint_as_float(0x7fc00000u); }
 
 // The products of a row of x with the words from `first` on, one a lane; lanes past the last word have the last one's.
-__device__ __forceinline__ float dots(const float* x, const char* tiles, int first, int vocab_size, int d) {
+__device__ __forceinline__ float dots(const float* x, const bf16* w, int first, int vocab_size, int d) {
     constexpr int AT_ONCE = 2;
     float own = 0.f;
     for (int i = 0; i < 32; i += AT_ONCE) {
@@ -36,7 +40,7 @@ __device__ __forceinline__ float dots(const float* x, const char* tiles, int fir
             #pragma unroll
             for (int j = 0; j < AT_ONCE; j++) {
                 int word = min(first + i + j, vocab_size - 1);
-                load_vec<8>(b[j], reinterpret_cast<const bf16*>(tiles + w_piece_at(word, piece, d / TILE_K)));
+                load_vec<8>(b[j], w + (i64)word * d + 8 * piece);
             }
             load_vec<8>(a, x + 8 * piece);
             #pragma unroll
@@ -66,7 +70,7 @@ __device__ __forceinline__ Total joined(Total a, Total b) {
 
 // One row from its largest logit, by the whole block; returns the sum over all words but the target, and the target's logit, from there.
 __device__ __noinline__ float2 redo_row(
-    const bf16* x, const char* w, bf16* e, int target, int vocab_size, int d, Total* shared, float* row) {
+    const bf16* x, const bf16* w, bf16* e, int target, int vocab_size, int d, Total* shared, float* row) {
     const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
     __syncthreads();
     for (int i = threadIdx.x; i < d; i += THREADS) row[i] = to_f32(x[i]);
@@ -96,9 +100,29 @@ __device__ __noinline__ float2 redo_row(
     return make_float2(total.sum, target_logit - total.largest);
 }
 
+// c in units of ln 2: that which turns all to 0 where there is no target.
+extern "C" __global__ void __launch_bounds__(THREADS) lm_head_origins(
+    const bf16* __restrict__ x, const bf16* __restrict__ w, const i64* __restrict__ targets, i64 ignored, float* __restrict__ c, int n_rows,
+    int vocab_size, int d) {
+    int row = blockIdx.x * WARPS + threadIdx.x / 32;
+    if (row >= n_rows) return;
+    i64 target = targets[row];
+    bool has_target = target != ignored && target >= 0 && target < vocab_size;
+    float dot = 0.f;
+    for (int piece = threadIdx.x % 32; has_target && piece < d / 8; piece += 32) {
+        float a[8], b[8];
+        load_vec<8>(a, x + (i64)row * d + 8 * piece);
+        load_vec<8>(b, w + target * d + 8 * piece);
+        #pragma unroll
+        for (int i = 0; i < 8; i++) dot = fmaf(a[i], b[i], dot);
+    }
+    dot = warp_sum(dot);
+    if (threadIdx.x % 32 == 0) c[row] = has_target ? dot * LOG2_E : NOTHING;
+}
+
 // d floats of shared memory.
 extern "C" __global__ void __launch_bounds__(THREADS) lm_head_finish(
-    const float* __restrict__ sums, const bf16* __restrict__ x, const char* __restrict__ w, const i64* __restrict__ targets,
+    const float* __restrict__ sums, const bf16* __restrict__ x, const bf16* __restrict__ w, const i64* __restrict__ targets,
     i64 ignored, const float* __restrict__ scale, bf16* e, i64 row_stride, float* __restrict__ losses, float* __restrict__ factors,
     bf16* __restrict__ scaled, int n_rows, int vocab_size, int d) {
     __shared__ float parts[WARPS][32 / WARPS][WARPS];
@@ -142,7 +166,7 @@ extern "C" __global__ void __launch_bounds__(THREADS) lm_head_finish(
     if constexpr (GRAD == 1) {
         factor = __shfl_sync(FULL_WARP, factor, warp);
         row = first + warp;
-        if (row >= n_rows) return;
+        if (!scaled || row >= n_rows) return;
         for (int column = lane * 8; column < d; column += 256) {
             float values[8];
             load_vec<8>(values, x + (i64)row * d + column);

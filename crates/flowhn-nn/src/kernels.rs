@@ -25,15 +25,8 @@ pub(crate) const SWIGLU_ROWS: u32 = 2;
 pub(crate) static CROSS_ENTROPY: KernelSource =
     KernelSource { name: "cross_entropy.cu", text: include_str!("../kernels/cross_entropy.cu"), headers: &[] };
 
-/// The tiles in which [`LM_HEAD_PRODUCT`] takes its factors.
+/// The tiles of [`LM_HEAD_PRODUCT`].
 const LM_HEAD_HEADERS: &[(&str, &str)] = &[("lm_head_tiles.cuh", include_str!("../kernels/lm_head_tiles.cuh"))];
-
-/// What precedes [`LM_HEAD_PRODUCT`].
-pub(crate) static LM_HEAD_PACK: KernelSource = KernelSource {
-    name: "lm_head_pack.cu",
-    text: include_str!("../kernels/lm_head_pack.cu"),
-    headers: LM_HEAD_HEADERS,
-};
 
 /// The first product of [`linear_cross_entropy`](crate::linear_cross_entropy) on Hopper, which leaves exponentials.
 pub(crate) static LM_HEAD_PRODUCT: KernelSource = KernelSource {
@@ -42,7 +35,7 @@ pub(crate) static LM_HEAD_PRODUCT: KernelSource = KernelSource {
     headers: LM_HEAD_HEADERS,
 };
 
-/// What follows [`LM_HEAD_PRODUCT`].
+/// What precedes and follows [`LM_HEAD_PRODUCT`].
 pub(crate) static LM_HEAD_ROWS: KernelSource = KernelSource {
     name: "lm_head_rows.cu",
     text: include_str!("../kernels/lm_head_rows.cu"),
@@ -72,7 +65,6 @@ pub const KERNELS: &[KernelSpec] = &[
             &RowVariant::new(0, 65_536, false).defines(),
         ],
     },
-    KernelSpec { source: &LM_HEAD_PACK, variants: &[&[("W_KIND", 0)], &[("W_KIND", 1)]] },
     KernelSpec {
         source: &LM_HEAD_PRODUCT,
         variants: &[&ProductVariant { stores: true }.defines(), &ProductVariant { stores: false }.defines()],

@@ -26,7 +26,7 @@ pub use flowhn_torch::{Error, Result};
 pub use init::Init;
 pub use kernels::KERNELS;
 pub use linear::{Bias, Linear, linear};
-pub use loss::{linear_cross_entropy, token_losses};
+pub use loss::{HeadMatrix, linear_cross_entropy, token_losses};
 pub use norm::{RmsNorm, gated_rms_norm, residual_norm, rms_norm};
 pub use params::{Decay, Param, Params, Path, Weight};
 pub use residual::Residual;

@@ -88,6 +88,6 @@ pub fn linear(x: &Tensor, weight: &Weight) -> Result<Tensor> {
 }
 
 /// Whether the product takes the weight's bf16 copy instead of a cast through autograd.
-fn meets_bf16_copy(x: &Tensor, weight: &Weight) -> bool {
+pub(crate) fn meets_bf16_copy(x: &Tensor, weight: &Weight) -> bool {
     x.device().is_cuda() && x.kind() == Kind::BFloat16 && weight.master().kind() == Kind::Float
 }

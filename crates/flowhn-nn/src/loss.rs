@@ -10,6 +10,52 @@ use crate::cuda;
 use crate::cuda::head::LinearCrossEntropyCuda;
 use crate::embedding::check_ids;
 use crate::rows::{for_float_kind, no_kernel};
+use crate::{Weight, linear};
+
+/// The matrix of an LM head, `[vocab_size, d_model]`: made from a tensor or from a [`Weight`].
+///
+/// A tensor is in the type of the activations, or f32 beside bf16, and is then rounded for each call. A weight may be in any type: on
+/// CUDA its bf16 copy, if it keeps one, meets bf16 activations. The gradient goes to the tensor or the weight's master, as exact as it
+/// was summed.
+#[derive(Clone, Copy, Debug)]
+pub struct HeadMatrix<'a>(Source<'a>);
+
+#[derive(Clone, Copy, Debug)]
+enum Source<'a> {
+    Tensor(&'a Tensor),
+    Weight(&'a Weight),
+}
+
+impl<'a> From<&'a Tensor> for HeadMatrix<'a> {
+    fn from(tensor: &'a Tensor) -> Self {
+        Self(Source::Tensor(tensor))
+    }
+}
+
+impl<'a> From<&'a Weight> for HeadMatrix<'a> {
+    fn from(weight: &'a Weight) -> Self {
+        Self(Source::Weight(weight))
+    }
+}
+
+impl HeadMatrix<'_> {
+    /// What the gradient goes to: in the type of x, or f32 beside bf16.
+    fn master(&self, x: &Tensor) -> Tensor {
+        match self.0 {
+            Source::Tensor(tensor) => tensor.shallow_clone(),
+            Source::Weight(weight) if x.kind() == Kind::BFloat16 => weight.master().shallow_clone(),
+            Source::Weight(weight) => weight.to(x.kind()),
+        }
+    }
+
+    /// What the products take, in the type of x and without autograd.
+    fn factor(&self, x: &Tensor, master: &Tensor) -> Result<Tensor> {
+        match self.0 {
+            Source::Weight(weight) if linear::meets_bf16_copy(x, weight) => weight.bf16(),
+            _ => Ok(tch::no_grad(|| master.f_to_kind(x.kind()))?.f_detach()?),
+        }
+    }
+}
 
 /// Returns the mean over tokens of `-ln softmax(x W^T)[target]`, leaving out tokens whose target is `ignore_index`.
 ///
@@ -25,8 +71,7 @@ use crate::rows::{for_float_kind, no_kernel};
 ///
 /// # Shapes
 /// - `x_td`: `[n_tokens, d_model]`, f32, bf16 or, on the CPU, f64
-/// - `weight_vd`: `[vocab_size, d_model]`, in the type of `x_td`, or f32 beside bf16: it is then rounded here, and its
-///   gradient stays as exact as it was summed
+/// - `weight_vd`: `[vocab_size, d_model]`, a tensor or a [`Weight`]; see [`HeadMatrix`]
 /// - `targets_t`: `[n_tokens]`, i64, each in `0..vocab_size` or `ignore_index`
 /// - returns a scalar, f32 (f64 for f64 inputs), in nats a token
 ///
@@ -45,18 +90,23 @@ use crate::rows::{for_float_kind, no_kernel};
 /// # Errors
 /// [`Error::Shape`], [`Error::Dtype`] or [`Error::Device`], naming the argument at fault; [`Error::Invalid`] with the
 /// position and value of a target outside the vocabulary (on the CPU).
-pub fn linear_cross_entropy(
+pub fn linear_cross_entropy<'a>(
     x_td: &Tensor,
-    weight_vd: &Tensor,
+    weight_vd: impl Into<HeadMatrix<'a>>,
     targets_t: &Tensor,
     ignore_index: i64,
 ) -> Result<Tensor> {
     const OP: &str = LinearCrossEntropyCpu::NAME;
-    check_arguments(OP, x_td, weight_vd, targets_t)?;
-    let inputs = [x_td, weight_vd, targets_t];
+    let weight_vd = weight_vd.into();
+    let master_vd = weight_vd.master(x_td);
+    check_arguments(OP, x_td, &master_vd, targets_t)?;
     let mut outputs = match x_td.device() {
-        Device::Cpu => apply(LinearCrossEntropyCpu { ignore_index }, &inputs)?,
-        Device::Cuda(_) => apply(LinearCrossEntropyCuda::new(ignore_index, weight_vd.kind()), &inputs)?,
+        Device::Cpu => apply(LinearCrossEntropyCpu { ignore_index }, &[x_td, &master_vd, targets_t])?,
+        Device::Cuda(_) => {
+            let factor_vd = weight_vd.factor(x_td, &master_vd)?;
+            let function = LinearCrossEntropyCuda::new(ignore_index, master_vd.kind());
+            apply(function, &[x_td, &master_vd, targets_t, &factor_vd])?
+        }
         got => return Err(no_kernel(OP, "x_td", got)),
     };
     Ok(outputs.swap_remove(0))
@@ -80,19 +130,29 @@ pub fn linear_cross_entropy(
 ///
 /// # Errors
 /// Those of [`linear_cross_entropy`].
-pub fn token_losses(x_td: &Tensor, weight_vd: &Tensor, targets_t: &Tensor, ignore_index: i64) -> Result<Tensor> {
+pub fn token_losses<'a>(
+    x_td: &Tensor,
+    weight_vd: impl Into<HeadMatrix<'a>>,
+    targets_t: &Tensor,
+    ignore_index: i64,
+) -> Result<Tensor> {
     const OP: &str = "token_losses";
-    check_arguments(OP, x_td, weight_vd, targets_t)?;
+    let weight_vd = weight_vd.into();
+    let master_vd = weight_vd.master(x_td);
+    check_arguments(OP, x_td, &master_vd, targets_t)?;
     match x_td.device() {
         Device::Cpu => {}
-        Device::Cuda(_) => return tch::no_grad(|| cuda::head::token_losses(x_td, weight_vd, targets_t, ignore_index)),
+        Device::Cuda(_) => {
+            let factor_vd = weight_vd.factor(x_td, &master_vd)?;
+            return tch::no_grad(|| cuda::head::token_losses(x_td, &factor_vd, targets_t, ignore_index));
+        }
         got => return Err(no_kernel(OP, "x_td", got)),
     }
     let targets_t = targets_t.contiguous();
-    let targets = check_ids(OP, "targets_t", &targets_t, weight_vd.size()[0], Some(ignore_index))?;
+    let targets = check_ids(OP, "targets_t", &targets_t, master_vd.size()[0], Some(ignore_index))?;
     tch::no_grad(|| {
         for_float_kind!(OP, "x_td", x_td.kind(),
-            T => head::losses::<T>(&x_td.contiguous(), &in_kind(weight_vd, x_td), targets, ignore_index))
+            T => head::losses::<T>(&x_td.contiguous(), &in_kind(&master_vd, x_td), targets, ignore_index))
     })
 }
 

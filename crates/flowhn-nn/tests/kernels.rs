@@ -11,9 +11,9 @@ const TUNED: &[&str] = &[
     "swiglu_forward X_KIND=1",
     "swiglu_backward X_KIND=1",
     "cross_entropy_rows X_KIND=1",
-    "lm_head_pack_weight W_KIND=0",
     "lm_head_product STORE=1",
     "lm_head_product STORE=0",
+    "lm_head_origins GRAD=1",
     "lm_head_finish GRAD=1",
     "embedding_backward X_KIND=1",
 ];

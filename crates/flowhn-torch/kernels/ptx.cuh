@@ -268,7 +268,7 @@ __device__ __forceinline__ void wgmma_64x256(float (&d)[32][4], unsigned long lo
         : "l"(a), "l"(b), "r"((int)add) : "memory");
 }
 
-// ---- Hopper's barriers and bulk copies in shared memory ---------------------------------------------------------------------
+// ---- Hopper's barriers in shared memory ---------------------------------------------------------------------------------------
 // A barrier is 8 bytes of shared memory. A phase of it ends when all arrivals and all bytes that were announced have come; the
 // parity of phases begins at 0.
 
@@ -294,11 +294,34 @@ __device__ __forceinline__ void mbarrier_wait(unsigned barrier, unsigned parity)
                      : "=r"(is_over) : "r"(barrier), "r"(parity) : "memory");
     } while (!is_over);
 }
-// Starts copying neighbouring bytes, a multiple of 16 at a multiple of 16, to shared memory; tells the barrier.
-__device__ __forceinline__ void bulk_load(unsigned dst, const void* src, int n_bytes, unsigned barrier) {
-    asm volatile("cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1], %2, [%3];" ::"r"(dst),
-                 "l"(__cvta_generic_to_global(src)), "r"(n_bytes), "r"(barrier) : "memory");
+
+// ---- Hopper's copies of boxes of a matrix -----------------------------------------------------------------------------------
+// A box is rows of 128 bytes, which lie in shared memory as products want them: at a multiple of 1024, the 16-byte pieces of a row
+// swizzled by its number modulo 8. The map says where the matrix is and how many rows a box has. It comes as a
+// `const __grid_constant__` parameter, for which the launch takes `Arg::Boxes`.
+struct alignas(64) BoxMap {
+    unsigned long long words[16];
+};
+// Starts copying the box whose first element is in that column and row to shared memory; tells the barrier of all its bytes. What lies
+// outside the matrix becomes 0.
+__device__ __forceinline__ void box_load(unsigned dst, const BoxMap& map, int column, int row, unsigned barrier) {
+    asm volatile("cp.async.bulk.tensor.2d.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1, {%2, %3}], [%4];" ::"r"(dst),
+                 "l"(&map), "r"(column), "r"(row), "r"(barrier) : "memory");
 }
+// Starts copying a box from shared memory; what lies outside the matrix goes nowhere. `wgmma_publish` and a barrier come first.
+__device__ __forceinline__ void box_store(const BoxMap& map, int column, int row, unsigned src) {
+    asm volatile("cp.async.bulk.tensor.2d.global.shared::cta.bulk_group [%0, {%1, %2}], [%3];" ::"l"(&map), "r"(column), "r"(row), "r"(src)
+                 : "memory");
+}
+__device__ __forceinline__ void box_commit() { asm volatile("cp.async.bulk.commit_group;" ::: "memory"); }
+// Waits until at most `N` of this thread's latest groups of stores still read shared memory.
+template <int N> __device__ __forceinline__ void box_wait_read() { asm volatile("cp.async.bulk.wait_group.read %0;" ::"n"(N) : "memory"); }
+// Stores four 8x8 matrices of 16-bit values: lane 8 m + i names row i of matrix m; each lane gives two neighbours of row lane / 4.
+__device__ __forceinline__ void stmatrix_x4(unsigned address, const unsigned (&r)[4]) {
+    asm volatile("stmatrix.sync.aligned.m8n8.x4.shared.b16 [%0], {%1, %2, %3, %4};" ::"r"(address), "r"(r[0]), "r"(r[1]), "r"(r[2]),
+                 "r"(r[3]) : "memory");
+}
+
 // Changes the number of registers that each thread of a group of four warps has.
 template <int N> __device__ __forceinline__ void registers_give() { asm volatile("setmaxnreg.dec.sync.aligned.u32 %0;" ::"n"(N)); }
 template <int N> __device__ __forceinline__ void registers_take() { asm volatile("setmaxnreg.inc.sync.aligned.u32 %0;" ::"n"(N)); }

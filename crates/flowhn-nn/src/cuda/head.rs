@@ -42,11 +42,12 @@ impl LinearCrossEntropyCuda {
     }
 }
 
+/// The inputs are x, the master of the weight, which the gradient goes to, the targets, and the weight in the type of x.
 impl Function for LinearCrossEntropyCuda {
     const NAME: &'static str = "linear_cross_entropy";
 
     fn forward(&mut self, ctx: &mut ForwardCtx, inputs: &[&Tensor]) -> Result<Vec<Tensor>> {
-        let head = Head::new(Self::NAME, inputs[0], inputs[1], inputs[2], self.ignore_index)?;
+        let head = Head::new(Self::NAME, inputs[0], inputs[3], inputs[2], self.ignore_index)?;
         let mut gradients = Gradients {
             scale: head.scale()?,
             dx: ctx.needs_grad(0).then(|| head.x.f_empty_like()).transpose()?,
@@ -77,7 +78,7 @@ impl Function for LinearCrossEntropyCuda {
         let scaled = |input_idx: usize, grad: &Tensor, kind: Kind| {
             ctx.needs_grad(input_idx).then(|| scaled(grad, &factor, kind)).transpose()
         };
-        Ok(vec![scaled(0, dx, dx.kind())?, scaled(1, dweight, self.weight_kind)?, None])
+        Ok(vec![scaled(0, dx, dx.kind())?, scaled(1, dweight, self.weight_kind)?, None, None])
     }
 }
 
@@ -90,7 +91,7 @@ pub(crate) fn token_losses(x: &Tensor, weight: &Tensor, targets: &Tensor, ignore
 struct Head {
     op: &'static str,
     x: Tensor,
-    /// In the type of x, or f32 beside bf16.
+    /// In the type of x.
     weight: Tensor,
     targets: Tensor,
     ignore_index: i64,

@@ -53,6 +53,15 @@ pub(super) fn launch(
     }
     let mut values: Vec<u64> = args.iter().map(|arg| arg.bits()).collect();
     let mut pointers: Vec<*mut c_void> = values.iter_mut().map(|value| (value as *mut u64).cast()).collect();
+    let boxes = args
+        .iter()
+        .enumerate()
+        .filter_map(|(idx, arg)| if let Arg::Boxes(boxes) = arg { Some((idx, boxes)) } else { None });
+    let maps = boxes.map(|(idx, boxes)| Ok((idx, boxes.map()?))).collect::<std::result::Result<Vec<_>, String>>();
+    let mut maps = maps.map_err(|message| kernel.error(message))?;
+    for (idx, map) in &mut maps {
+        pointers[*idx] = (map as *mut sys::CUtensorMap).cast();
+    }
     // SAFETY: the function is loaded in the current context; every pointer leads to a value with at least as many bytes as the
     // kernel declares for it (compared above), and the driver copies them before it returns. The tensors' memory is given back to
     // libtorch's allocator in stream order, so it outlives the kernel, which runs in libtorch's current stream.

@@ -5,6 +5,7 @@
 //! tile sizes) are chosen by integer macros. Machine code is kept on disk, see [`cache_dir`]. With `FLOWHN_KERNEL_TRACE=DIR` in the
 //! environment launches are recorded for `flowhn-replay`, which launches them again without libtorch.
 
+mod boxes;
 mod cache;
 mod driver;
 pub(crate) mod memset;
@@ -16,6 +17,7 @@ use tch::{Device, Tensor};
 
 use crate::{Error, Result};
 
+pub use boxes::Boxes;
 pub use cache::{cache_dir, cache_problem};
 pub use nvrtc::{Compiled, EntryResources, compile};
 
@@ -66,6 +68,8 @@ pub enum Arg<'a> {
     Tensor(&'a Tensor),
     /// As `Tensor`, for one whose elements are addresses of device memory that the kernel reaches through them.
     Addresses(&'a Tensor),
+    /// A matrix of which boxes are copied, a `const __grid_constant__ BoxMap` of `ptx.cuh`. On compute capability 9.0 and newer.
+    Boxes(Boxes<'a>),
     /// A null pointer.
     Null,
     /// An `int`.
@@ -86,13 +90,24 @@ impl<'a> Arg<'a> {
         match self {
             Self::Tensor(_) | Self::Addresses(_) | Self::Null | Self::I64(_) => 8,
             Self::I32(_) | Self::F32(_) => 4,
+            Self::Boxes(_) => boxes::MAP_BYTES,
         }
     }
 
-    /// What the driver reads, low bytes first.
+    /// The tensor behind the argument, if it is one.
+    fn tensor(self) -> Option<&'a Tensor> {
+        match self {
+            Self::Tensor(tensor) | Self::Addresses(tensor) | Self::Boxes(Boxes { matrix: tensor, .. }) => Some(tensor),
+            Self::Null | Self::I32(_) | Self::I64(_) | Self::F32(_) => None,
+        }
+    }
+
+    /// What the driver reads, low bytes first; of a matrix its address, from which the map is made.
     fn bits(self) -> u64 {
         match self {
-            Self::Tensor(tensor) | Self::Addresses(tensor) => tensor.data_ptr() as u64,
+            Self::Tensor(tensor) | Self::Addresses(tensor) | Self::Boxes(Boxes { matrix: tensor, .. }) => {
+                tensor.data_ptr() as u64
+            }
             Self::Null => 0,
             Self::I32(value) => u64::from(value as u32),
             Self::I64(value) => value as u64,
@@ -123,8 +138,7 @@ impl Kernel<'_> {
 
     fn device_of(&self, args: &[Arg]) -> Result<usize> {
         let mut found = None;
-        for arg in args {
-            let (Arg::Tensor(tensor) | Arg::Addresses(tensor)) = arg else { continue };
+        for tensor in args.iter().filter_map(|arg| arg.tensor()) {
             let device = tensor.device();
             match (device, found) {
                 (Device::Cuda(device_idx), None) => found = Some(device_idx),

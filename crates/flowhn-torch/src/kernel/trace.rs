@@ -3,8 +3,8 @@
 //! With `FLOWHN_KERNEL_TRACE=DIR` in the environment every launch is written to a trace in `DIR` (the crate `flowhn-trace` tells the
 //! format) before it takes place: its code, its arguments, and the bytes that its tensors reach. Launches that differ in nothing but
 //! the values of floating-point tensors are recorded once. Those whose tensors reach more than `FLOWHN_KERNEL_TRACE_MAX_BYTES`, 64 MiB
-//! if that is not set, those that a CUDA graph captures, and those that reach memory through tables of addresses, are counted only.
-//! Recording waits for the device at every launch.
+//! if that is not set, those that a CUDA graph captures, and those that reach memory through tables of addresses or maps of matrices, are
+//! counted only. Recording waits for the device at every launch.
 
 use std::collections::{HashMap, HashSet};
 use std::io;
@@ -89,6 +89,8 @@ impl Recorder {
             Some("a CUDA graph captures it".to_owned())
         } else if call.args.iter().any(|arg| matches!(arg, Arg::Addresses(_))) {
             Some("it reaches memory through addresses in a table".to_owned())
+        } else if call.args.iter().any(|arg| matches!(arg, Arg::Boxes(_))) {
+            Some("it reaches memory through the map of a matrix".to_owned())
         } else if n_bytes > self.max_bytes {
             Some(format!("its tensors reach {n_bytes} bytes, {MAX_BYTES} is {}", self.max_bytes))
         } else {
@@ -214,7 +216,7 @@ mod tests {
     use tch::{Device, Tensor};
 
     use super::*;
-    use crate::kernel::KernelSource;
+    use crate::kernel::{Boxes, KernelSource};
 
     static SOURCE: KernelSource = KernelSource { name: "k.cu", text: "", headers: &[] };
 
@@ -342,5 +344,11 @@ mod tests {
         assert_eq!(reason(400, false, &x), None);
         assert_eq!(reason(399, false, &half), None, "a view counts for what it reaches");
         assert!(reason(400, true, &x).unwrap().contains("CUDA graph"));
+        let boxes = Arg::Boxes(Boxes { matrix: &x, n_rows: 8 });
+        let (_folder, records) = recorded(400, false, &[&[boxes, Arg::Tensor(&half)]]);
+        assert!(
+            matches!(&records[..], [Record::Skipped(skipped)] if skipped.reason.contains("map of a matrix")),
+            "{records:?}"
+        );
     }
 }

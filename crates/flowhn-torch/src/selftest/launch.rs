@@ -3,9 +3,9 @@
 use tch::{Device, Kind, Tensor};
 
 use super::{all_equal, ensure, error_of};
-use crate::kernel::{Arg, Kernel, KernelSource, compile, kind_define};
+use crate::kernel::{Arg, Boxes, Kernel, KernelSource, compile, kind_define};
 use crate::testing::Case;
-use crate::{Error, Priority, Result, Stream, record_stream};
+use crate::{DeviceProperties, Error, Priority, Result, Stream, record_stream};
 
 /// `y = factor * x`; block `i` also uses dynamic shared memory, one float a thread.
 const SCALE: KernelSource = KernelSource {
@@ -25,12 +25,41 @@ extern "C" __global__ void selftest_scale(const X* x, X* y, int n, float factor)
     headers: &[],
 };
 
+/// Copies a matrix in boxes of 8 rows and 64 columns, a block each; adds up what it found, outside the matrix too.
+const COPY: KernelSource = KernelSource {
+    name: "selftest_boxes.cu",
+    text: r#"
+#include "flowhn.cuh"
+#include "smem.cuh"
+#ifdef __CUDA_ARCH_FEAT_SM90_ALL
+extern "C" __global__ void selftest_boxes(const __grid_constant__ BoxMap from, const __grid_constant__ BoxMap to, float* sums) {
+    const bf16* found = (const bf16*)shared_memory();
+    unsigned box = smem_address(found), barrier = box + 1024;
+    int column = blockIdx.x * 64, row = blockIdx.y * 8;
+    mbarrier_init(barrier, 1);
+    mbarrier_init_fence();
+    mbarrier_expect(barrier, 1024);
+    box_load(box, from, column, row, barrier);
+    mbarrier_wait(barrier, 0);
+    float sum = 0.f;
+    for (int i = 0; i < 512; i++) sum += to_f32(found[i]);
+    sums[blockIdx.y * gridDim.x + blockIdx.x] = sum;
+    box_store(to, column, row, box);
+    box_commit();
+    box_wait_read<0>();
+}
+#endif
+"#,
+    headers: &[],
+};
+
 const BLOCK: u32 = 128;
 const N: i64 = 1000;
 
 pub(super) fn cases() -> Vec<Case> {
     vec![
         Case::new("kernel: f32 and bf16 on the default stream and another", runs),
+        Case::new("kernel: a matrix copied in boxes", boxes),
         Case::new("kernel: wrong arguments are refused", wrong_arguments),
         Case::new("kernel: tensors of another device are refused", wrong_device),
         Case::new("kernel: too much shared memory is refused", too_much_shared_memory),
@@ -82,6 +111,32 @@ fn runs(device: Device) -> Result<String> {
         side.synchronize()?;
         all_equal(&y, 6.)?;
     }
+    Ok(String::new())
+}
+
+/// The matrix lies in wider ones; what is beside it is neither read nor written.
+fn boxes(device: Device) -> Result<String> {
+    compile(&COPY, &[], "sm_90a")?;
+    let kernel = Kernel { source: &COPY, entry: "selftest_boxes", defines: &[] };
+    let Device::Cuda(device_idx) = device else { return Ok("compiles".to_owned()) };
+    if DeviceProperties::of(device_idx)?.compute_capability != 90 {
+        return Ok("for compute capability 9.0 alone".to_owned());
+    }
+    let wide = || -> Result<Tensor> { Ok(Tensor::f_full([25, 216], f64::NAN, (Kind::BFloat16, device))?) };
+    let inside = |x: &Tensor| -> Result<Tensor> { Ok(x.f_narrow(0, 2, 21)?.f_narrow(1, 8, 200)?) };
+    let (from, to) = (inside(&wide()?)?.f_fill_(1.)?, wide()?);
+    let sums = Tensor::f_zeros([3, 4], (Kind::Float, device))?;
+    let matrix = inside(&to)?;
+    let arg = |matrix, n_rows| Arg::Boxes(Boxes { matrix, n_rows });
+    kernel.launch([4, 3, 1], 1, 1024 + 8, &[arg(&from, 8), arg(&matrix, 8), Arg::Tensor(&sums)])?;
+    all_equal(&matrix, 1.)?;
+    let n_written = to.f_isnan()?.f_logical_not()?.f_sum(Kind::Int64)?.int64_value(&[]);
+    ensure(n_written == 21 * 200, || format!("{n_written} elements were written"))?;
+    let n_found = sums.f_sum(Kind::Float)?.double_value(&[]);
+    ensure(n_found == 21. * 200., || format!("the boxes add up to {n_found}"))?;
+    let message =
+        error_of(kernel.launch([1, 1, 1], 1, 1024 + 8, &[arg(&from.tr(), 8), arg(&matrix, 8), Arg::Tensor(&sums)]))?;
+    ensure(message.contains("dense rows at multiples of 16 bytes"), || message.clone())?;
     Ok(String::new())
 }
 

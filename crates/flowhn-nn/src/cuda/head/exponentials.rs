@@ -4,39 +4,36 @@
 
 use tch::{Device, Kind, Tensor};
 
-use flowhn_torch::kernel::{Arg, kind_define};
+use flowhn_torch::kernel::{Arg, Boxes};
 use flowhn_torch::{DeviceProperties, Result, op};
 
-use crate::kernels::{LM_HEAD_PACK, LM_HEAD_PRODUCT, LM_HEAD_ROWS};
+use crate::kernels::{LM_HEAD_PRODUCT, LM_HEAD_ROWS};
 
 use super::{FLOAT, Gradients, Head, TILE_ROWS, chunk_rows, kernel};
 
-/// Words of a tile of the product and values of k of a stage, as in `lm_head_tiles.cuh`; its rows are [`TILE_ROWS`].
+/// Words of a tile of the product, as in `lm_head_tiles.cuh`; its rows are [`TILE_ROWS`].
 const TILE_COLS: i64 = 256;
-const TILE_K: i64 = 64;
-/// Rows that a block of `lm_head_pack.cu` and `lm_head_rows.cu` takes.
+/// Rows that a warp of the product stores at a time.
+const STORED_ROWS: u32 = 16;
+/// Rows that a block of `lm_head_rows.cu` takes.
 const BLOCK_ROWS: i64 = 8;
 /// The widest row that a block of `lm_head_finish` can hold in shared memory.
 const MAX_WIDTH: i64 = 32_768;
+/// Rows begin at 16 bytes and so are of a multiple of this many bf16 values.
+const PIECE: i64 = 8;
 
 /// What all chunks share.
 pub(super) struct Exponentials<'a> {
     head: &'a Head,
     d_model: i64,
     n_multiprocessors: i64,
-    /// bf16, in order and in tiles.
-    weight: Tensor,
-    weight_tiles: Tensor,
-    pack_defines: [(&'static str, i64); 1],
+    /// `[t]`, what the exponentials are measured from.
+    origins: Tensor,
 }
 
 /// The memory of a chunk, which all chunks take in turn.
 struct Chunk {
     n_rows: i64,
-    /// x in tiles, which the product takes; from then on, x times the factors of its rows.
-    x: Tensor,
-    /// `[r]`, what the exponentials are measured from.
-    origins: Tensor,
     /// `[column tiles, r]`, of the exponentials.
     sums: Tensor,
     gradient: Option<ChunkGradient>,
@@ -49,19 +46,25 @@ struct ChunkGradient {
     /// `[r]`, f32.
     factors: Tensor,
     /// `[r, d]`, f32: dx before its rows have their factors.
-    product: Tensor,
+    product: Option<Tensor>,
+    /// `[r, d]`, bf16: x times the factors of its rows, where that cannot lie in dx.
+    scaled: Option<Tensor>,
 }
 
 /// The rows of the arguments that belong to a chunk.
 struct Rows {
     x: Tensor,
     targets: Tensor,
+    origins: Tensor,
     losses: Tensor,
+    dx: Option<Tensor>,
+    /// x times the factors of its rows, if the gradient of the weight is wanted.
+    scaled: Option<Tensor>,
     n_rows: i64,
 }
 
 impl<'a> Exponentials<'a> {
-    /// `None` where this way does not fit. It takes bf16 on compute capability 9.0, aligned to 16 bytes, and rows of a multiple of 64 up
+    /// `None` where this way does not fit. It takes bf16 on compute capability 9.0, aligned to 16 bytes, and rows of a multiple of 8 up
     /// to 32768; any number of rows and words.
     pub(super) fn new(head: &'a Head) -> Result<Option<Self>> {
         let Device::Cuda(device_idx) = head.x.device() else { return Ok(None) };
@@ -70,102 +73,101 @@ impl<'a> Exponentials<'a> {
         let is_aligned = |tensor: &Tensor| (tensor.data_ptr() as usize).is_multiple_of(16);
         let fits = properties.compute_capability == 90
             && head.x.kind() == Kind::BFloat16
-            && (TILE_K..=MAX_WIDTH).contains(&d_model)
-            && d_model % TILE_K == 0
+            && (PIECE..=MAX_WIDTH).contains(&d_model)
+            && d_model % PIECE == 0
             && head.n_tokens > 0
             && is_aligned(&head.x)
             && is_aligned(&head.weight);
         if !fits {
             return Ok(None);
         }
-        let n_words = up_to(head.vocab_size, TILE_COLS);
-        let weight_tiles = head.empty(&[n_words, d_model], Kind::BFloat16)?;
-        let is_exact = head.weight.kind() == Kind::BFloat16;
-        let rounded = (!is_exact).then(|| head.empty(&head.weight.size(), Kind::BFloat16)).transpose()?;
-        let pack_defines = [("W_KIND", kind_define(head.op, "weight_vd", &head.weight)?)];
-        let sizes = [head.vocab_size, d_model].map(|size| Arg::I32(size as i32));
-        let tensors = [Arg::Tensor(&head.weight), Arg::Tensor(&weight_tiles), Arg::opt(rounded.as_ref())];
-        kernel(&LM_HEAD_PACK, "lm_head_pack_weight", &pack_defines).launch(
-            row_blocks(n_words),
+        let origins = head.floats(&[head.n_tokens])?;
+        let tensors = [&head.x, &head.weight, &head.targets].map(Arg::Tensor);
+        let sizes = [head.n_tokens, head.vocab_size, d_model].map(|size| Arg::I32(size as i32));
+        kernel(&LM_HEAD_ROWS, "lm_head_origins", &[("GRAD", 1)]).launch(
+            row_blocks(head.n_tokens),
             256,
             0,
-            &[&tensors[..], &sizes].concat(),
+            &[&tensors[..], &[Arg::I64(head.ignore_index), Arg::Tensor(&origins)], &sizes].concat(),
         )?;
-        let weight = rounded.unwrap_or_else(|| head.weight.shallow_clone());
         let n_multiprocessors = i64::from(properties.n_multiprocessors);
-        Ok(Some(Self { head, d_model, n_multiprocessors, weight, weight_tiles, pack_defines }))
+        Ok(Some(Self { head, d_model, n_multiprocessors, origins }))
     }
 
     /// The loss of each token; fills the gradients on the way.
     pub(super) fn losses(&self, mut gradients: Option<&mut Gradients>) -> Result<Tensor> {
-        let Head { x, targets, n_tokens, vocab_size, .. } = self.head;
+        let Head { x, targets, n_tokens, .. } = self.head;
         let losses = self.head.floats(&[*n_tokens])?;
-        let chunk = self.chunk(gradients.is_some())?;
+        let chunk = self.chunk(gradients.as_deref())?;
         for start in (0..*n_tokens).step_by(chunk.n_rows as usize) {
             let n_rows = chunk.n_rows.min(n_tokens - start);
             let part = |tensor: &Tensor| tensor.f_narrow(0, start, n_rows);
-            let rows = Rows { x: part(x)?, targets: part(targets)?, losses: part(&losses)?, n_rows };
+            let dx = gradients.as_deref().and_then(|gradients| gradients.dx.as_ref()).map(part).transpose()?;
+            let scaled = match (&chunk.gradient, gradients.as_deref()) {
+                (Some(ChunkGradient { scaled: Some(scaled), .. }), _) => Some(scaled.f_narrow(0, 0, n_rows)?),
+                (_, Some(Gradients { dweight: Some(_), .. })) => dx.as_ref().map(Tensor::shallow_clone),
+                _ => None,
+            };
+            let (targets, origins, losses) = (part(targets)?, part(&self.origins)?, part(&losses)?);
+            let rows = Rows { x: part(x)?, targets, origins, losses, dx, scaled, n_rows };
             self.exponentials(&chunk, &rows)?;
             self.finish(&chunk, &rows, gradients.as_ref().map(|gradients| &gradients.scale))?;
-            let (Some(Gradients { dx, dweight, .. }), Some(gradient)) = (gradients.as_deref_mut(), &chunk.gradient)
-            else {
+            let (Some(Gradients { dweight, .. }), Some(gradient)) = (gradients.as_deref_mut(), &chunk.gradient) else {
                 continue;
             };
-            let exponentials = gradient.exponentials.f_narrow(0, 0, n_rows)?.f_narrow(1, 0, *vocab_size)?;
-            if let Some(dx) = dx {
-                self.input_gradient(&exponentials, gradient, &part(dx)?)?;
+            let exponentials = gradient.exponentials.f_narrow(0, 0, n_rows)?.f_narrow(1, 0, self.head.vocab_size)?;
+            // First the weight's, whose factor may lie where dx comes.
+            if let (Some(dweight), Some(scaled)) = (dweight, &rows.scaled) {
+                dweight.add_product(&exponentials, scaled)?;
             }
-            if let Some(dweight) = dweight {
-                dweight.add_product(&exponentials, &chunk.x.f_narrow(0, 0, n_rows)?)?;
+            if let (Some(dx), Some(product)) = (&rows.dx, &gradient.product) {
+                self.input_gradient(&exponentials, &gradient.factors, product, dx)?;
             }
         }
         Ok(losses)
     }
 
-    fn chunk(&self, with_gradient: bool) -> Result<Chunk> {
+    fn chunk(&self, gradients: Option<&Gradients>) -> Result<Chunk> {
         let (head, d) = (self.head, self.d_model);
+        let (wants_dx, wants_dweight) =
+            gradients.map_or((false, false), |gradients| (gradients.dx.is_some(), gradients.dweight.is_some()));
         let n_column_tiles = up_to(head.vocab_size, TILE_COLS) / TILE_COLS;
-        // What is small beside the exponentials, 5 % at most, is not counted; rows that are a power of two suit the products best.
-        let row_bytes = if with_gradient { 2 * self.row_stride() } else { 2 * d + 4 * n_column_tiles };
+        let has_scaled = wants_dweight && !wants_dx;
+        // What is small beside the exponentials, 7 % at most for rows of 2048, is not counted; rows that are a power of two suit the
+        // products best.
+        let row_bytes = if gradients.is_some() { 2 * self.row_stride() } else { 4 * n_column_tiles };
         let n_rows = chunk_rows(head.n_tokens, row_bytes);
-        let n_padded = up_to(n_rows, TILE_ROWS);
         let gradient = || -> Result<ChunkGradient> {
             Ok(ChunkGradient {
                 exponentials: head.empty(&[n_rows, self.row_stride()], Kind::BFloat16)?,
                 factors: head.floats(&[n_rows])?,
-                product: head.floats(&[n_rows, d])?,
+                product: wants_dx.then(|| head.floats(&[n_rows, d])).transpose()?,
+                scaled: has_scaled.then(|| head.empty(&[n_rows, d], Kind::BFloat16)).transpose()?,
             })
         };
         Ok(Chunk {
             n_rows,
-            x: head.empty(&[n_padded, d], Kind::BFloat16)?,
-            origins: head.floats(&[n_padded])?,
-            sums: head.floats(&[n_column_tiles, n_padded])?,
-            gradient: with_gradient.then(gradient).transpose()?,
+            sums: head.floats(&[n_column_tiles, up_to(n_rows, TILE_ROWS)])?,
+            gradient: gradients.is_some().then(gradient).transpose()?,
         })
     }
 
     /// The exponentials of a chunk and their sums in the column tiles.
     fn exponentials(&self, chunk: &Chunk, rows: &Rows) -> Result<()> {
-        let n_padded = up_to(rows.n_rows, TILE_ROWS);
-        let tensors = [Arg::Tensor(&rows.x), Arg::Tensor(&self.weight_tiles), Arg::Tensor(&rows.targets)];
-        let results = [Arg::I64(self.head.ignore_index), Arg::Tensor(&chunk.x), Arg::Tensor(&chunk.origins)];
-        kernel(&LM_HEAD_PACK, "lm_head_pack_x", &self.pack_defines).launch(
-            row_blocks(n_padded),
-            256,
-            0,
-            &[&tensors[..], &results, &self.sizes(rows, self.d_model)].concat(),
-        )?;
-        let variant = ProductVariant { stores: chunk.gradient.is_some() };
-        let n_tiles = n_padded / TILE_ROWS * (up_to(self.head.vocab_size, TILE_COLS) / TILE_COLS);
-        let tensors = [&chunk.x, &self.weight_tiles, &rows.targets, &chunk.origins].map(Arg::Tensor);
-        let exponentials = chunk.gradient.as_ref().map(|gradient| &gradient.exponentials);
-        let results = [Arg::opt(exponentials), Arg::I64(self.row_stride()), Arg::Tensor(&chunk.sums)];
+        let boxes = |matrix, n_rows| Arg::Boxes(Boxes { matrix, n_rows });
+        let mut args = vec![boxes(&rows.x, TILE_ROWS as u32), boxes(&self.head.weight, TILE_COLS as u32)];
+        let stored =
+            chunk.gradient.as_ref().map(|gradient| gradient.exponentials.f_narrow(0, 0, rows.n_rows)).transpose()?;
+        args.extend(stored.as_ref().map(|exponentials| boxes(exponentials, STORED_ROWS)));
+        args.extend([&rows.targets, &rows.origins, &chunk.sums].map(Arg::Tensor));
+        args.extend(self.sizes(rows));
+        let variant = ProductVariant { stores: stored.is_some() };
+        let n_tiles = up_to(rows.n_rows, TILE_ROWS) / TILE_ROWS * (up_to(self.head.vocab_size, TILE_COLS) / TILE_COLS);
         kernel(&LM_HEAD_PRODUCT, "lm_head_product", &variant.defines()).launch(
             [n_tiles.min(self.n_multiprocessors) as u32, 1, 1],
             ProductVariant::N_THREADS,
-            ProductVariant::SHARED_BYTES,
-            &[&tensors[..], &results, &self.sizes(rows, self.d_model / TILE_K)].concat(),
+            variant.shared_bytes(),
+            &args,
         )
     }
 
@@ -173,7 +175,7 @@ impl<'a> Exponentials<'a> {
     fn finish(&self, chunk: &Chunk, rows: &Rows, scale: Option<&Tensor>) -> Result<()> {
         let gradient = chunk.gradient.as_ref();
         let defines = [("GRAD", gradient.is_some().into())];
-        let tensors = [&chunk.sums, &rows.x, &self.weight_tiles, &rows.targets].map(Arg::Tensor);
+        let tensors = [&chunk.sums, &rows.x, &self.head.weight, &rows.targets].map(Arg::Tensor);
         let results = [
             Arg::I64(self.head.ignore_index),
             Arg::opt(scale),
@@ -181,23 +183,23 @@ impl<'a> Exponentials<'a> {
             Arg::I64(self.row_stride()),
             Arg::Tensor(&rows.losses),
             Arg::opt(gradient.map(|gradient| &gradient.factors)),
-            Arg::Tensor(&chunk.x),
+            Arg::opt(rows.scaled.as_ref()),
         ];
         kernel(&LM_HEAD_ROWS, "lm_head_finish", &defines).launch(
             row_blocks(rows.n_rows),
             256,
             self.d_model as usize * size_of::<f32>(),
-            &[&tensors[..], &results, &self.sizes(rows, self.d_model)].concat(),
+            &[&tensors[..], &results, &self.sizes(rows)].concat(),
         )
     }
 
     /// dx, from a product that stays f32 until its rows have their factors.
-    fn input_gradient(&self, exponentials: &Tensor, gradient: &ChunkGradient, dx: &Tensor) -> Result<()> {
+    fn input_gradient(&self, exponentials: &Tensor, factors: &Tensor, product: &Tensor, dx: &Tensor) -> Result<()> {
         let n_rows = dx.size()[0];
-        let product = gradient.product.f_narrow(0, 0, n_rows)?;
-        let [factor_a, factor_b, out] = [exponentials, &self.weight, &product].map(op::Arg::Tensor);
+        let product = product.f_narrow(0, 0, n_rows)?;
+        let [factor_a, factor_b, out] = [exponentials, &self.head.weight, &product].map(op::Arg::Tensor);
         op::call("aten::mm", "dtype_out", &[factor_a, factor_b, FLOAT, out])?;
-        let tensors = [&product, &gradient.factors, dx].map(Arg::Tensor);
+        let tensors = [&product, factors, dx].map(Arg::Tensor);
         let sizes = [n_rows, self.d_model].map(|size| Arg::I32(size as i32));
         kernel(&LM_HEAD_ROWS, "lm_head_scale", &[("GRAD", 1)]).launch(
             row_blocks(n_rows),
@@ -207,14 +209,14 @@ impl<'a> Exponentials<'a> {
         )
     }
 
-    /// Rows, words and a size of a row, as the kernels take them.
-    fn sizes(&self, rows: &Rows, row: i64) -> [Arg<'static>; 3] {
-        [rows.n_rows, self.head.vocab_size, row].map(|size| Arg::I32(size as i32))
+    /// Rows, words and the size of a row, as the kernels take them.
+    fn sizes(&self, rows: &Rows) -> [Arg<'static>; 3] {
+        [rows.n_rows, self.head.vocab_size, self.d_model].map(|size| Arg::I32(size as i32))
     }
 
     /// Rows of exponentials begin at 16 bytes, whatever the vocabulary.
     fn row_stride(&self) -> i64 {
-        up_to(self.head.vocab_size, 8)
+        up_to(self.head.vocab_size, PIECE)
     }
 }
 
@@ -229,11 +231,16 @@ impl ProductVariant {
     const STAGES: i64 = 4;
     /// A group that copies and two that multiply, of four warps each.
     const N_THREADS: u32 = 384;
-    /// A stage has 64 values of k of 128 rows and 256 words and two barriers; one more barrier is for the groups.
-    const SHARED_BYTES: usize = Self::STAGES as usize * (2 * 64 * (128 + 256) + 2 * 8) + 8;
 
-    pub(crate) const fn defines(self) -> [(&'static str, i64); 3] {
-        [("STAGES", Self::STAGES), ("LAG", 2), ("STORE", self.stores as i64)]
+    pub(crate) const fn defines(self) -> [(&'static str, i64); 2] {
+        [("STAGES", Self::STAGES), ("STORE", self.stores as i64)]
+    }
+
+    /// A stage has 64 values of k of 128 rows and 256 words and two barriers; where exponentials are stored, each of the 8 warps has two
+    /// places of 16 rows of 64.
+    const fn shared_bytes(self) -> usize {
+        let places = if self.stores { 8 * 2 * (2 * 16 * 64) } else { 0 };
+        Self::STAGES as usize * (2 * 64 * (128 + 256) + 2 * 8) + places
     }
 }
 

@@ -13,25 +13,22 @@ use super::{Gradients, Head, chunk_rows, kernel};
 /// What all chunks share.
 pub(super) struct Logits<'a> {
     head: &'a Head,
-    /// In the type of x.
-    weight: Tensor,
     x_kind: i64,
 }
 
 impl<'a> Logits<'a> {
     pub(super) fn new(head: &'a Head) -> Result<Self> {
-        let (weight, x_kind) = (head.weight.f_to_kind(head.x.kind())?, kind_define(head.op, "x_td", &head.x)?);
-        Ok(Self { head, weight, x_kind })
+        Ok(Self { head, x_kind: kind_define(head.op, "x_td", &head.x)? })
     }
 
     pub(super) fn losses(&self, mut gradients: Option<&mut Gradients>) -> Result<Tensor> {
-        let Head { x, targets, n_tokens, vocab_size, .. } = self.head;
+        let Head { x, weight, targets, n_tokens, vocab_size, .. } = self.head;
         let losses = self.head.floats(&[*n_tokens])?;
         // Rows begin at 16 bytes, whatever the vocabulary.
         let row_stride = (vocab_size + 7) / 8 * 8;
         let n_rows = chunk_rows(*n_tokens, row_stride * x.kind().elt_size_in_bytes() as i64);
         let buffer = self.head.empty(&[n_rows, row_stride], x.kind())?;
-        let weight_t = self.weight.f_tr()?;
+        let weight_t = weight.f_tr()?;
         for start in (0..*n_tokens).step_by(n_rows as usize) {
             let n_rows = n_rows.min(n_tokens - start);
             let chunk = |tensor: &Tensor| tensor.f_narrow(0, start, n_rows);
@@ -41,7 +38,7 @@ impl<'a> Logits<'a> {
             self.rows(&logits, &targets, &losses, gradients.as_ref().map(|gradients| &gradients.scale))?;
             let Some(Gradients { dx, dweight, .. }) = gradients.as_deref_mut() else { continue };
             if let Some(dx) = dx {
-                let _ = logits.f_mm_out(&chunk(dx)?, &self.weight)?;
+                let _ = logits.f_mm_out(&chunk(dx)?, weight)?;
             }
             if let Some(dweight) = dweight {
                 dweight.add_product(&logits, &x)?;
