@@ -2,6 +2,7 @@
 //! was not.
 
 mod adamw;
+mod fp8;
 pub mod small;
 
 use flowhn_torch::testing::Case;
@@ -21,8 +22,9 @@ pub fn cases() -> Vec<Case> {
         // On a checkpoint; between checkpoints; between two readings of losses; right after a validation; after the first step.
         let places: &'static [u64] = if dtype == "fp32" { &[20, 17, 23, 15, 1] } else { &[17] };
         let name = name("stopped and resumed equals never having stopped");
-        cases.push(Case::new(name, move |device| told(resumes(dtype, places, device))));
+        cases.push(Case::new(name, move |device| told(resumes(&[&dtype_set(dtype)], places, device))));
     }
+    cases.extend(fp8::cases());
     cases.extend(adamw::cases());
     cases
 }
@@ -55,11 +57,10 @@ fn learns(dtype: &str, device: Device) -> Result<String> {
     Ok(format!("{got:.3} bits/byte, unigram {unigram:.3}"))
 }
 
-fn resumes(dtype: &str, places: &[u64], device: Device) -> Result<String> {
+fn resumes(sets: &[&str], places: &[u64], device: Device) -> Result<String> {
     let small = Small::new()?;
-    let dtype = dtype_set(dtype);
     let ending = |name: &str, sittings: &[TrainOptions]| -> Result<Ending> {
-        let config = small.config(name, &[&dtype])?;
+        let config = small.config(name, sets)?;
         let mut last = None;
         for options in sittings {
             // A directory has one trainer at a time.

@@ -2,6 +2,7 @@
 
 use std::fmt::Write as _;
 
+use flowhn_model::Fp8Projections;
 use flowhn_model::config::BlockKind;
 use flowhn_split::policy_per_block;
 use flowhn_train::peak::device_name;
@@ -27,6 +28,10 @@ pub fn intent(trainer: &Trainer) -> String {
     };
     let tokens = estimate.tokens / train.steps.max(1) * left;
     let free = estimate.available_bytes.map(|free| format!(", {} are free", bytes(free))).unwrap_or_default();
+    let in_fp8 = match trainer.model().fp8_projections() {
+        Fp8Projections { n_meant: 0, .. } => String::new(),
+        Fp8Projections { n_fp8, n_meant } => format!(", {n_fp8} of {n_meant} projections in fp8,"),
+    };
     let lines = [
         (
             "model",
@@ -50,7 +55,7 @@ pub fn intent(trainer: &Trainer) -> String {
         (
             "run",
             format!(
-                "{steps} steps of {}{accumulated} sequences of {} tokens: {} tokens, {:.2} times the text; {} on {}",
+                "{steps} steps of {}{accumulated} sequences of {} tokens: {} tokens, {:.2} times the text; {}{in_fp8} on {}",
                 train.batch_size,
                 model.seq_len,
                 grouped(tokens),
