@@ -68,6 +68,7 @@ impl Decoder<'_> {
         let input = Input::new(ids_bm).at(self.position);
         self.model.check_input(&input)?;
         self.broken = true;
+        let _paused = self.model.params().pause_fp8();
         let logits = tch::no_grad(|| {
             let x_bmd = self.model.run(&input, Some(&mut self.caches), |_| Ok(()))?;
             self.model.logits_of(&choose(&x_bmd)?)

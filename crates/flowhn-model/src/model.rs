@@ -7,8 +7,8 @@ use std::ops::Range;
 use std::rc::Rc;
 
 use flowhn_nn::{
-    Bias, Decay, Embedding, HeadMatrix, Init, Linear, Params, Residual, RmsNorm, Weight, check_ids, linear, linear_cross_entropy,
-    token_losses,
+    Bias, Decay, Embedding, Fp8Projections, HeadMatrix, Init, Linear, Params, Residual, RmsNorm, Weight, check_ids,
+    linear, linear_cross_entropy, token_losses,
 };
 use flowhn_split::{ModelShape, Routing, SplitPlan};
 use flowhn_torch::{Priority, Stream, catch, timeline};
@@ -46,6 +46,17 @@ pub enum Branches {
     Streams,
 }
 
+/// The type of the factors that the blocks' projections multiply while a model trains.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, serde::Serialize, serde::Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum Linears {
+    /// That of activations.
+    #[default]
+    Dtype,
+    /// 8-bit floats, from bf16 activations, where both sizes of a projection are multiples of 16.
+    Fp8,
+}
+
 /// Targets with this value count nothing.
 pub const IGNORE_INDEX: i64 = -100;
 
@@ -62,6 +73,7 @@ pub struct Model {
     /// Where attention branches run, beside the others.
     side: Option<Stream>,
     recompute_every: RecomputeEvery,
+    fp8: Fp8Projections,
     embed: Embedding,
     /// Learned tokens in front of every sequence, `[n_meta, d_model]`.
     meta: Option<Weight>,
@@ -186,6 +198,7 @@ impl Model {
             compute_kind: Kind::Float,
             side: None,
             recompute_every: RecomputeEvery::default(),
+            fp8: Fp8Projections::default(),
             embed,
             meta,
             blocks,
@@ -254,6 +267,38 @@ impl Model {
         self.recompute_every = every;
     }
 
+    /// Chooses the type of the factors that the blocks' projections multiply in [`Model::loss`], after the type of activations has been
+    /// chosen; to be done once. All other uses of the model compute in the type of activations: a model's scores do not depend on how
+    /// it was trained. Embedding, head, norms and convolutions stay as they are.
+    ///
+    /// # Errors
+    /// [`Error::Input`] for fp8 beside activations that are not bf16; [`Error::Tensor`] on a device without 8-bit floats.
+    pub fn set_linears(&mut self, linears: Linears) -> Result<()> {
+        if linears == Linears::Fp8 {
+            if self.compute_kind != Kind::BFloat16 {
+                let kind = self.compute_kind;
+                return Err(Error::Input(format!("projections in fp8 need bf16 activations, and those are {kind:?}")));
+            }
+            self.fp8 = self.params.use_fp8(|name| name.starts_with("layers."))?;
+        }
+        Ok(())
+    }
+
+    /// How many projections take their products in fp8.
+    pub fn fp8_projections(&self) -> Fp8Projections {
+        self.fp8
+    }
+
+    /// Begins a training step: where projections are in fp8, chooses the scales and rounds the weights. It belongs before the step's
+    /// first [`Model::loss`], and into the CUDA graph that captures the step.
+    ///
+    /// # Errors
+    /// [`Error::Tensor`] if the device refuses.
+    pub fn begin_step(&self) -> Result<()> {
+        self.refresh_bf16_copies()?;
+        Ok(self.params.begin_fp8_step()?)
+    }
+
     /// Brings the bf16 copies of the weights up to date where the model computes with such: on CUDA in bf16. A forward pass does so
     /// by itself; the replay of one that a CUDA graph captured does not.
     ///
@@ -272,6 +317,7 @@ impl Model {
     /// [`Error::Input`] for ids that are no tokens or shapes that do not fit; [`Error::Tensor`] if an operation fails.
     pub fn forward(&self, input: &Input) -> Result<Output> {
         let mut hidden = Vec::with_capacity(self.blocks.len() + 1);
+        let _paused = self.params.pause_fp8();
         let x_bld = self.run(input, None, |stream| Ok(hidden.push(stream.sum()?)))?;
         Ok(Output { logits: self.logits_of(&x_bld)?, hidden })
     }
@@ -281,6 +327,7 @@ impl Model {
     /// # Errors
     /// As [`Model::forward`].
     pub fn logits(&self, ids_bl: &Tensor, segments_bl: Option<&Tensor>) -> Result<Tensor> {
+        let _paused = self.params.pause_fp8();
         let x_bld = self.run(&Input::new(ids_bl).with_segments(segments_bl), None, |_| Ok(()))?;
         self.logits_of(&x_bld)
     }
@@ -300,6 +347,7 @@ impl Model {
     /// # Errors
     /// As [`Model::forward`].
     pub fn token_losses(&self, ids_bl: &Tensor, targets_bl: &Tensor, segments_bl: Option<&Tensor>) -> Result<Tensor> {
+        let _paused = self.params.pause_fp8();
         tch::no_grad(|| {
             let targets_t = self.targets(ids_bl, targets_bl)?;
             let x_bld = self.run(&Input::new(ids_bl).with_segments(segments_bl), None, |_| Ok(()))?;

@@ -82,11 +82,13 @@ impl Model {
         let tied = match self.head() {
             Head::Own(_) => None,
             Head::Tied(weight) => {
-                let weight_vd = if x_bld.kind() == Kind::BFloat16 { weight.to(Kind::Float) } else { weight.to(x_bld.kind()) };
+                let weight_vd =
+                    if x_bld.kind() == Kind::BFloat16 { weight.to(Kind::Float) } else { weight.to(x_bld.kind()) };
                 Some((leaf(&weight_vd)?, weight_vd))
             }
         };
-        let matrix = tied.as_ref().map_or_else(|| self.head().weight().into(), |(leaf_vd, _)| HeadMatrix::from(leaf_vd));
+        let matrix =
+            tied.as_ref().map_or_else(|| self.head().weight().into(), |(leaf_vd, _)| HeadMatrix::from(leaf_vd));
         let loss = self.loss_of(&pass.of_tokens(&x_bld)?, matrix, &targets_t)?;
         let share = go_back(&loss, n_shares)?;
         drop(loss);

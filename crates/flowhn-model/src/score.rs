@@ -57,6 +57,7 @@ impl Model {
         };
         let places = on_device(&|target| (target.row * seq_len + target.position) as i64)?;
         let ids = on_device(&|target| target.id)?;
+        let _paused = self.params().pause_fp8();
         let (nats, best) = tch::no_grad(|| -> Result<_> {
             let x_bld = self.run(&Input::new(ids_bl), None, |_| Ok(()))?;
             let x_td = x_bld.f_reshape([-1, self.config().d_model as i64])?;

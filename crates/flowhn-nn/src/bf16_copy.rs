@@ -127,7 +127,7 @@ pub fn mark_written<'a>(weights: impl IntoIterator<Item = (&'a Weight, Written)>
 }
 
 /// A view of none of the elements, which shares the count of writes.
-fn no_elements(tensor: &Tensor) -> Result<Tensor> {
+pub(crate) fn no_elements(tensor: &Tensor) -> Result<Tensor> {
     Ok(tch::no_grad(|| tensor.f_view(-1)?.f_narrow(0, 0, 0))?)
 }
 

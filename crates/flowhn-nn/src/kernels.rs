@@ -46,6 +46,14 @@ pub(crate) static LM_HEAD_ROWS: KernelSource = KernelSource {
 pub(crate) static SCALED_CAST: KernelSource =
     KernelSource { name: "scaled_cast.cu", text: include_str!("../kernels/scaled_cast.cu"), headers: &[] };
 
+/// Rounding to fp8.
+pub(crate) static FP8_CAST: KernelSource =
+    KernelSource { name: "fp8_cast.cu", text: include_str!("../kernels/fp8_cast.cu"), headers: &[] };
+
+/// The scales of [`FP8_CAST`].
+pub(crate) static FP8_SCALES: KernelSource =
+    KernelSource { name: "fp8_scales.cu", text: include_str!("../kernels/fp8_scales.cu"), headers: &[] };
+
 /// [`embedding`](crate::embedding).
 pub(crate) static EMBEDDING: KernelSource =
     KernelSource { name: "embedding.cu", text: include_str!("../kernels/embedding.cu"), headers: &[] };
@@ -78,6 +86,8 @@ pub const KERNELS: &[KernelSpec] = &[
             &[("IN_KIND", 1), ("OUT_KIND", 1)],
         ],
     },
+    KernelSpec { source: &FP8_CAST, variants: &[&[("FORMAT", 0)], &[("FORMAT", 1)]] },
+    KernelSpec { source: &FP8_SCALES, variants: &[&[]] },
     KernelSpec {
         source: &EMBEDDING,
         variants: &[

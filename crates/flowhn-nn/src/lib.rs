@@ -6,6 +6,7 @@
 mod bf16_copy;
 mod cuda;
 mod embedding;
+mod fp8;
 mod init;
 mod kernels;
 mod linear;
@@ -23,6 +24,7 @@ mod swiglu;
 pub use bf16_copy::{Written, mark_written};
 pub use embedding::{Embedding, check_ids, embedding};
 pub use flowhn_torch::{Error, Result};
+pub use fp8::{Fp8Paused, Fp8Projections};
 pub use init::Init;
 pub use kernels::KERNELS;
 pub use linear::{Bias, Linear, linear};

@@ -7,6 +7,7 @@ use tch::{Kind, Tensor};
 use flowhn_torch::{Result, apply};
 
 use crate::cuda::linear::LinearCuda;
+use crate::fp8::{LinearFp8, check_activations};
 
 use crate::{Decay, Init, Path, Weight};
 
@@ -42,6 +43,7 @@ impl Linear {
         let mut path = path.push(name);
         let weight = path.weight("weight", &[d_out, d_in], init, Decay::Yes)?;
         weight.want_bf16_copy();
+        weight.mark_projection();
         let bias = match bias {
             Bias::None => None,
             Bias::Init(init) => Some(path.weight("bias", &[d_out], init, Decay::No)?),
@@ -56,7 +58,7 @@ impl Linear {
     pub fn forward(&self, x: &Tensor) -> Result<Tensor> {
         let Some(bias) = &self.bias else { return linear(x, &self.weight) };
         let bias = bias.to(x.kind());
-        match meets_bf16_copy(x, &self.weight) {
+        match self.weight.takes_fp8() || meets_bf16_copy(x, &self.weight) {
             true => Ok(linear(x, &self.weight)?.f_add(&bias)?),
             false => Ok(x.f_linear(&self.weight.to(x.kind()), Some(&bias))?),
         }
@@ -76,11 +78,17 @@ impl Linear {
 /// Returns `x W^T` in the type of `x`, which is f32, bf16 or, on the CPU, f64; the gradient of the weight is that of its master.
 ///
 /// On CUDA, bf16 activations meet the weight's bf16 copy, or the weight rounded for the call where none is kept, and the product that
-/// is the gradient of the weight is left in f32.
+/// is the gradient of the weight is left in f32. Where the weight is used in fp8 ([`Params::use_fp8`](crate::Params::use_fp8)), all three
+/// products take factors rounded to that.
 ///
 /// # Errors
-/// [`flowhn_torch::Error::Torch`] if the last axis of `x` is not that of the weight.
+/// [`flowhn_torch::Error::Torch`] if the last axis of `x` is not that of the weight; in fp8 [`flowhn_torch::Error::Shape`], and
+/// [`flowhn_torch::Error::Dtype`] for activations that are not bf16.
 pub fn linear(x: &Tensor, weight: &Weight) -> Result<Tensor> {
+    if let Some(factors) = weight.fp8()? {
+        check_activations(x, weight)?;
+        return Ok(apply(LinearFp8::new(factors), &[x, weight.master()])?.swap_remove(0));
+    }
     if meets_bf16_copy(x, weight) {
         return Ok(apply(LinearCuda, &[x, weight.master(), &weight.bf16()?])?.swap_remove(0));
     }

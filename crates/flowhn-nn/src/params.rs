@@ -9,6 +9,7 @@ use tch::{Device, Kind, Tensor};
 use flowhn_torch::{Error, Result, cpu};
 
 use crate::bf16_copy::Bf16Copy;
+use crate::fp8::{Fp8Copy, Fp8Scales};
 use crate::init::{Init, stream};
 
 /// An fp32 master parameter. Handles are cheap and share storage: a layer holds one, the list of [`Params`] another.
@@ -18,12 +19,13 @@ use crate::init::{Init, stream};
 pub struct Weight {
     master: Tensor,
     pub(crate) copy: Rc<Bf16Copy>,
+    pub(crate) fp8: Rc<Fp8Copy>,
 }
 
 impl Weight {
     /// A parameter of these values, which the handle shares.
     pub fn new(master: Tensor) -> Self {
-        Self { master, copy: Rc::default() }
+        Self { master, copy: Rc::default(), fp8: Rc::default() }
     }
 
     /// The master itself: a leaf of autograd, f32.
@@ -44,7 +46,7 @@ impl Weight {
 
 impl Clone for Weight {
     fn clone(&self) -> Self {
-        Self { master: self.master.shallow_clone(), copy: Rc::clone(&self.copy) }
+        Self { master: self.master.shallow_clone(), copy: Rc::clone(&self.copy), fp8: Rc::clone(&self.fp8) }
     }
 }
 
@@ -74,12 +76,14 @@ pub struct Params {
     device: Device,
     seed: u64,
     list: Vec<Param>,
+    /// The scales of projections in fp8, if there are any.
+    pub(crate) fp8: Option<Rc<Fp8Scales>>,
 }
 
 impl Params {
     /// An empty list for `device`; initial values follow from `seed` and each parameter's name.
     pub fn new(device: Device, seed: u64) -> Self {
-        Self { device, seed, list: Vec::new() }
+        Self { device, seed, list: Vec::new(), fp8: None }
     }
 
     /// The place where layers register their parameters.

@@ -1,6 +1,7 @@
 //! Checks of normalisation, SwiGLU, the embedding and the loss that run on any device.
 
 mod embedding;
+mod fp8;
 mod head;
 mod norm;
 mod swiglu;
@@ -10,6 +11,7 @@ use flowhn_torch::testing::Case;
 /// Every check of this crate.
 pub fn cases() -> Vec<Case> {
     let mut cases = embedding::cases();
+    cases.extend(fp8::cases());
     cases.extend(head::cases());
     cases.extend(norm::cases());
     cases.extend(swiglu::cases());

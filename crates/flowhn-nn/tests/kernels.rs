@@ -16,6 +16,8 @@ const TUNED: &[&str] = &[
     "lm_head_origins GRAD=1",
     "lm_head_finish GRAD=1",
     "embedding_backward X_KIND=1",
+    "fp8_cast FORMAT=0",
+    "fp8_cast FORMAT=1",
 ];
 
 #[test]

@@ -52,6 +52,20 @@ __device__ __forceinline__ unsigned pack_bf16(float lo, float hi) {
 
 __device__ __forceinline__ unsigned short bf16_bits(float x) { return (unsigned short)(pack_bf16(x, 0.f) & 0xffff); }
 
+#if __CUDA_ARCH__ >= 890
+// Two floats rounded to nearest even as fp8, `lo` in the low byte; what is larger than the largest number becomes that, NaN stays.
+__device__ __forceinline__ unsigned short pack_e4m3(float lo, float hi) {
+    unsigned short bits;
+    asm("cvt.rn.satfinite.e4m3x2.f32 %0, %1, %2;" : "=h"(bits) : "f"(hi), "f"(lo));
+    return bits;
+}
+__device__ __forceinline__ unsigned short pack_e5m2(float lo, float hi) {
+    unsigned short bits;
+    asm("cvt.rn.satfinite.e5m2x2.f32 %0, %1, %2;" : "=h"(bits) : "f"(hi), "f"(lo));
+    return bits;
+}
+#endif
+
 // The products of two pairs of bf16 values, each rounded once.
 __device__ __forceinline__ unsigned mul_bf16_pair(unsigned a, unsigned b) {
     unsigned bits;

@@ -21,8 +21,10 @@ use crate::{Error, Result};
 
 /// The parameters, by the names that the model gives them.
 pub const MODEL_FILE: &str = "model.safetensors";
-/// The optimiser's state: `exp_avg.NAME`, `exp_avg_sq.NAME` and `step`.
+/// The optimiser's state: `exp_avg.NAME`, `exp_avg_sq.NAME` and `step`; in fp8 also [`FP8_SCALES`].
 pub const OPTIMIZER_FILE: &str = "optimizer.safetensors";
+/// In the optimiser's file, what the scales of projections in fp8 follow from ([`flowhn_nn::Params::fp8_scales`]).
+pub const FP8_SCALES: &str = "fp8_scales";
 /// The checked configuration of the run.
 pub const CONFIG_FILE: &str = "config.toml";
 /// Where the run stood, and the sizes and hashes of the other files.

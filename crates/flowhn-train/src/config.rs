@@ -13,6 +13,7 @@
 //! batch_size = 8               # sequences of model.seq_len in a micro-batch
 //! grad_accum = 1               # micro-batches in an update
 //! dtype = "fp32"               # compute type; weights are fp32. "bf16" on GPUs that have it
+//! linears = "dtype"            # "fp8" with dtype = "bf16": the blocks' projections multiply 8-bit floats, on GPUs that have them
 //! deterministic = true         # on a GPU: equal runs give equal bits; false lets attention use faster kernels that do not
 //! cuda_graph = true            # on a GPU: the step is captured once and replayed; false launches its operators one by one
 //! branches = "serial"          # "streams" on a GPU: attention runs on a stream of its own, beside the state-space branch
@@ -43,7 +44,7 @@ use std::fmt;
 use std::path::{Path, PathBuf};
 
 use flowhn_model::config::{RawModel, from_table, load_table};
-use flowhn_model::{Branches, ModelConfig, RecomputeEvery};
+use flowhn_model::{Branches, Linears, ModelConfig, RecomputeEvery};
 use serde::{Deserialize, Serialize};
 use tch::Kind;
 use toml::{Table, Value};
@@ -138,6 +139,8 @@ pub struct TrainConfig {
     pub grad_accum: usize,
     /// Compute type.
     pub dtype: Dtype,
+    /// The type of the factors that the blocks' projections multiply.
+    pub linears: Linears,
     /// Whether equal runs give equal bits on a GPU too. Our own kernels always do; attention has faster ones that do not.
     pub deterministic: bool,
     /// Whether a step on a GPU is one CUDA graph.
@@ -191,6 +194,7 @@ impl Default for TrainConfig {
             batch_size: 8,
             grad_accum: 1,
             dtype: Dtype::Fp32,
+            linears: Linears::Dtype,
             deterministic: true,
             cuda_graph: true,
             branches: Branches::Serial,
@@ -377,6 +381,11 @@ impl TrainConfig {
         }
         if let Some((key, value)) = fractions.into_iter().find(|(_, value)| !(0. ..=1.).contains(value)) {
             return Err(Error::setting(key, value, "it must be in 0..=1"));
+        }
+        if self.linears == Linears::Fp8 && self.dtype != Dtype::Bf16 {
+            let want =
+                "8-bit floats are made of bf16 activations: set train.dtype = \"bf16\", or train.linears = \"dtype\"";
+            return Err(Error::setting("train.linears", "fp8", want));
         }
         for (key, value) in [("train.beta1", self.beta1), ("train.beta2", self.beta2)] {
             if !(0. ..1.).contains(&value) {

@@ -2,6 +2,7 @@
 //! was not.
 
 mod adamw;
+mod fp8;
 pub mod small;
 
 use flowhn_torch::testing::Case;
@@ -33,6 +34,7 @@ pub fn cases() -> Vec<Case> {
         let name = format!("train: recomputed blocks change no bit, {dtype}");
         cases.push(Case::new(name, move |device| told(recomputes(dtype, device))));
     }
+    cases.extend(fp8::cases());
     cases.extend(adamw::cases());
     cases
 }

@@ -2,7 +2,7 @@
 
 mod setup;
 
-pub(crate) use setup::prepare_device;
+pub(crate) use setup::{fp8_scales, prepare_device, set_linears};
 
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
@@ -166,9 +166,9 @@ impl Trainer {
         &self.valid
     }
 
-    /// The optimiser's state by name, see [`crate::optim::AdamW::state`].
+    /// The optimiser's state by name, see [`crate::optim::AdamW::state`], and the scales of fp8, where there are any.
     pub fn optimizer_state(&self) -> Vec<(String, Tensor)> {
-        self.stepper.optimizer.state()
+        self.stepper.optimizer.state().into_iter().chain(fp8_scales(&self.stepper.model)).collect()
     }
 
     /// Reads the losses of the steps since the last reading, checks and logs them.
@@ -243,7 +243,7 @@ impl Trainer {
             },
             config: &self.config.to_toml()?,
             model: params.map(|param| (param.name.clone(), param.weight.master().detach())).collect(),
-            optimizer: self.stepper.optimizer.state(),
+            optimizer: self.optimizer_state(),
         };
         let (storage, dir) = (self.run.storage(), self.run.checkpoints());
         let path = checkpoint::save(storage, &dir, &snapshot)?;

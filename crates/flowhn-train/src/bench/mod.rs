@@ -20,7 +20,7 @@ use crate::estimate::StepFlops;
 use crate::optim::AdamW;
 use crate::peak::{MatmulRate, device_name, max_memory_bytes};
 use crate::step::{CapturedStep, Stepper};
-use crate::trainer::{SideStream, prepare_device};
+use crate::trainer::{SideStream, prepare_device, set_linears};
 use crate::{Error, Result};
 
 pub use decode::{DecodeRow, DecodeSpeed, time_decoding};
@@ -39,6 +39,8 @@ pub struct StepSpeed {
     pub device: String,
     /// Parameters of the model.
     pub parameters: u64,
+    /// Projections of the blocks: those whose products are in fp8, and all where any was to be.
+    pub fp8_projections: [usize; 2],
     /// Tokens of a step.
     pub tokens_per_step: u64,
     /// Forward and backward FLOPs of the model in a step, attention's scores counted as the causal half.
@@ -122,9 +124,11 @@ pub fn time_steps(config: &RunConfig, device: Device, steps: u64) -> Result<Step
     let StepFlops { model: flops_per_step, recomputed } = StepFlops::new(config, ScoreCount::Causal)?;
     let tokens_per_step = stepper.tokens_per_step(config.train.batch_size);
     let median_ms = median(&step_ms);
+    let fp8 = stepper.model.fp8_projections();
     Ok(StepSpeed {
         device: device_name(device),
         parameters: stepper.model.params().n_elements(),
+        fp8_projections: [fp8.n_fp8, fp8.n_meant],
         tokens_per_step,
         flops_per_step,
         flops_per_step_full_scores: StepFlops::new(config, ScoreCount::Full)?.model,
@@ -200,6 +204,7 @@ fn stepper(config: &RunConfig, device: Device, folder: &Path, steps: u64) -> Res
     model.set_compute_kind(train.dtype.kind());
     model.set_branches(train.branches)?;
     model.set_recompute_every(train.recompute_every);
+    set_linears(&mut model, train.linears)?;
     let optimizer = AdamW::of_params(model.params(), train.optimizer())?;
     Ok(Stepper {
         optimizer,

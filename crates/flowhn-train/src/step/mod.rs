@@ -112,6 +112,7 @@ fn compute(model: &Model, optimizer: &mut AdamW, micro_batches: &[DeviceBatch]) 
     timeline::begin(parts::EMBEDDING)?;
     let mut loss = Tensor::zeros([], (Kind::Float, model.device()));
     optimizer.zero_grad()?;
+    model.begin_step()?;
     for DeviceBatch { ids_bl, targets_bl, segments_bl } in micro_batches {
         let share = model.backward(ids_bl, targets_bl, segments_bl.as_ref(), micro_batches.len())?;
         loss = catch(|| Ok(loss.f_add(&share)?))?;

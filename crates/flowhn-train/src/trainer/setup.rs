@@ -3,12 +3,12 @@
 use std::fs;
 use std::sync::Mutex;
 
-use flowhn_model::Model;
+use flowhn_model::{Linears, Model};
 use flowhn_torch::Flag;
-use tch::Device;
+use tch::{Device, Tensor};
 
 use super::{Clock, TrainOptions, Trainer};
-use crate::checkpoint::{self, Checkpoint, CheckpointProblem, OPTIMIZER_FILE};
+use crate::checkpoint::{self, Checkpoint, CheckpointProblem, FP8_SCALES, OPTIMIZER_FILE};
 use crate::config::RunConfig;
 use crate::data::{
     self, Dataset, LoaderOptions, PrepareOptions, ReadOptions, Tokenizer, TrainLoader, ValidationSet, prepare,
@@ -43,11 +43,15 @@ impl Trainer {
         model.set_compute_kind(config.train.dtype.kind());
         model.set_branches(config.train.branches)?;
         model.set_recompute_every(config.train.recompute_every);
+        set_linears(&mut model, config.train.linears)?;
         let mut optimizer = AdamW::of_params(model.params(), config.train.optimizer())?;
         let loader = loader(config, options, &train_data, checkpoint.as_ref())?;
         if let Some(checkpoint) = &checkpoint {
             checkpoint.load_into(model.params())?;
-            optimizer.load_state(&checkpoint.optimizer()?).map_err(|message| {
+            let (scales, state) =
+                checkpoint.optimizer()?.into_iter().partition::<Vec<_>, _>(|(name, _)| name == FP8_SCALES);
+            let fit = optimizer.load_state(&state).and_then(|()| load_fp8_scales(&model, scales.first()));
+            fit.map_err(|message| {
                 let problem = CheckpointProblem::Tensors { file: OPTIMIZER_FILE, message };
                 Error::checkpoint(checkpoint.path(), problem)
             })?;
@@ -103,6 +107,28 @@ pub(crate) fn prepare_device(device: Device, deterministic: bool) -> Result<()> 
         Flag::Deterministic.set(true)?;
     }
     Ok(())
+}
+
+/// Chooses the type of the factors of projections.
+pub(crate) fn set_linears(model: &mut Model, linears: Linears) -> Result<()> {
+    model.set_linears(linears).map_err(|error| {
+        let want = format!("{error}; train.linears = \"dtype\" computes in the type of activations");
+        Error::setting("train.linears", "fp8", want)
+    })
+}
+
+/// The scales of fp8 by the name that they have in a checkpoint, beside the optimiser's state; they share storage with the model's.
+pub(crate) fn fp8_scales(model: &Model) -> Option<(String, Tensor)> {
+    model.params().fp8_scales().map(|scales| (FP8_SCALES.to_owned(), scales))
+}
+
+/// Overwrites the scales of fp8 with those of a checkpoint; either says what is missing, as [`AdamW::load_state`] does.
+fn load_fp8_scales(model: &Model, saved: Option<&(String, Tensor)>) -> std::result::Result<(), String> {
+    match (model.params().fp8_scales(), saved) {
+        (None, None) => Ok(()),
+        (Some(_), None) => Err(format!("it has no {FP8_SCALES}")),
+        (_, Some((_, values))) => model.params().load_fp8_scales(values).map_err(|error| error.to_string()),
+    }
 }
 
 fn find_checkpoint(

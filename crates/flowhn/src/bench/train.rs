@@ -24,7 +24,8 @@ half (mfu) or as the whole square (mfu_full_scores). mfu is a fraction of the pe
 
 --json prints one object: `definition`, `device`, `peak` {name, flops_per_s}, `rows`: a list of {model, policy, parameters, tokens_per_step,
 tokens_per_s, step_ms {median, min, max, all}, mfu, mfu_full_scores, matmul_frac, matmul {flops_per_s, name}, max_memory_bytes, host_ms,
-last_loss, busy_frac, parts: a list of {name, ms}}. Parts come from steps of their own with marks between them; `gaps` lies between two
+last_loss, busy_frac, fp8_projections {in_fp8, of}, parts: a list of {name, ms}}. With train.linears = \"fp8\", MFU stays a fraction of the bf16
+peak. Parts come from steps of their own with marks between them; `gaps` lies between two
 steps, and busy_frac is the rest's share.
 
 --out also writes train.json (the same object), train.csv and train.svg (bars of tokens/s and MFU). --beside FILE puts another program's
@@ -100,7 +101,15 @@ pub(super) struct Row {
     host_ms: f64,
     last_loss: f32,
     pub(super) busy_frac: Option<f64>,
+    fp8_projections: Option<InFp8>,
     parts: Vec<PartTime>,
+}
+
+/// How many of the blocks' projections are in fp8.
+#[derive(Clone, Copy, Debug, Serialize)]
+struct InFp8 {
+    in_fp8: usize,
+    of: usize,
 }
 
 #[derive(Debug, Serialize)]
@@ -177,6 +186,7 @@ impl Row {
         let fold = |start: f64, f: fn(f64, f64) -> f64| speed.step_ms.iter().copied().fold(start, f);
         let full = speed.flops_per_step_full_scores as f64 / speed.flops_per_step as f64;
         let mfu = speed.flops_per_s / peak.flops_per_s;
+        let [in_fp8, of] = speed.fp8_projections;
         Self {
             model,
             policy,
@@ -198,6 +208,7 @@ impl Row {
             host_ms: speed.host_ms,
             last_loss: speed.last_loss,
             busy_frac: speed.busy_frac,
+            fp8_projections: (of > 0).then_some(InFp8 { in_fp8, of }),
             parts: speed.parts,
         }
     }
@@ -226,7 +237,18 @@ impl Row {
             100. * self.matmul_frac,
             units::bytes(self.max_memory_bytes),
             self.host_ms,
-        ) + &self.parts_line()
+        ) + &self.fp8_line()
+            + &self.parts_line()
+    }
+
+    /// What of the model is in fp8, below the row.
+    fn fp8_line(&self) -> String {
+        match self.fp8_projections {
+            Some(InFp8 { in_fp8, of }) => {
+                format!("       {in_fp8} of {of} projections in fp8; MFU is of the bf16 peak\n")
+            }
+            None => String::new(),
+        }
     }
 }
 

@@ -2,6 +2,7 @@
 
 use std::fmt::Write as _;
 
+use flowhn_model::Fp8Projections;
 use flowhn_model::config::BlockKind;
 use flowhn_split::policy_per_block;
 use flowhn_train::peak::device_name;
@@ -31,6 +32,10 @@ pub fn intent(trainer: &Trainer) -> String {
         0 => String::new(),
         flops => format!(" and {}FLOP of recomputed blocks", spaced(count(flops as f64 * left as f64))),
     };
+    let in_fp8 = match trainer.model().fp8_projections() {
+        Fp8Projections { n_meant: 0, .. } => String::new(),
+        Fp8Projections { n_fp8, n_meant } => format!(", {n_fp8} of {n_meant} projections in fp8,"),
+    };
     let lines = [
         (
             "model",
@@ -54,7 +59,7 @@ pub fn intent(trainer: &Trainer) -> String {
         (
             "run",
             format!(
-                "{steps} steps of {}{accumulated} sequences of {} tokens: {} tokens, {:.2} times the text; {} on {}",
+                "{steps} steps of {}{accumulated} sequences of {} tokens: {} tokens, {:.2} times the text; {}{in_fp8} on {}",
                 train.batch_size,
                 model.seq_len,
                 grouped(tokens),
