@@ -91,7 +91,7 @@ pub(crate) enum Head {
 }
 
 impl Head {
-    fn weight(&self) -> &Weight {
+    pub fn weight(&self) -> &Weight {
         match self {
             Self::Own(linear) => linear.weight(),
             Self::Tied(weight) => weight,
