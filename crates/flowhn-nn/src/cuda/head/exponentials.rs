@@ -133,8 +133,8 @@ impl<'a> Exponentials<'a> {
             gradients.map_or((false, false), |gradients| (gradients.dx.is_some(), gradients.dweight.is_some()));
         let n_column_tiles = up_to(head.vocab_size, TILE_COLS) / TILE_COLS;
         let has_scaled = wants_dweight && !wants_dx;
-        // What is small beside the exponentials, 7 % at most for rows of 2048, is not counted; rows that are a power of two suit the
-        // products best.
+        // What is small beside the exponentials, 7 % of them for 65536 words and rows of 2048, is not counted; rows that are a power of
+        // two suit the products best.
         let row_bytes = if gradients.is_some() { 2 * self.row_stride() } else { 4 * n_column_tiles };
         let n_rows = chunk_rows(head.n_tokens, row_bytes);
         let gradient = || -> Result<ChunkGradient> {
