@@ -9,15 +9,21 @@
 //
 // A warp takes 32 V neighbouring channels and a run of tokens; a thread V channels, loaded as one word. It walks along the run
 // with the last K - 1 inputs in registers, so that each input is read once (but for the K - 1 tokens before a run, which the
-// neighbouring warp has just read and the cache still holds). Tokens are copied U ahead into a ring in shared memory, where each
-// thread reads only what it copied itself: enough bytes are under way without a barrier and without registers that wait for them.
+// neighbouring warp has just read and the cache still holds).
 //
-// The backward walks the same way: it recomputes s_t, and keeps beside the inputs the K - 1 gradients of inputs that later tokens
-// still add to. One pass thus reads x and dy once and writes dx once. The gradients of weight and bias stay in registers along
-// the run, are added up over the warps of a block, and written as one part a block, which `causal_conv1d_parts` adds in order.
+// The forward is short: a run is U tokens, all loaded before the first is used, and many blocks follow each other as in a copy
+// (only with many taps is a run several times U). The backward's runs are long; its tokens are copied U ahead into a ring in shared
+// memory, where each thread reads only what it copied itself: enough bytes are under way without a barrier and without registers
+// that wait for them.
+//
+// The backward recomputes s_t, and keeps beside the inputs the K - 1 gradients of inputs that later tokens still add to. One pass
+// thus reads x and dy once and writes dx once. The gradients of weight and bias stay in registers along the run, are added up over
+// the warps of a block, and written as one part a block, which `causal_conv1d_parts` adds in order.
+//
+// weight and bias begin at multiples of 16 bytes.
 //
 // Variants: X_KIND 0 f32, 1 bf16; D_CONV taps (K); VEC channels a thread (V); AHEAD tokens (U); SILU 0 or 1; RESETS 0 without
-// them; N_WARPS of a block; N_BLOCKS that a multiprocessor must hold of the backward at least.
+// them; N_WARPS of a block; N_BLOCKS and FORWARD_BLOCKS that a multiprocessor must hold of the backward and of the forward.
 #include "flowhn.cuh"
 #include "smem.cuh"
 
@@ -107,12 +113,15 @@ struct Window {
     int n_visible;
 
     __device__ __forceinline__ void load_taps(const float* weight, const float* bias_e, int channel) {
+        float side_by_side[V * K];
+        load_vec<V * K>(side_by_side, weight + (i64)channel * K);
         #pragma unroll
         for (int v = 0; v < V; v++) {
-            bias[v] = bias_e ? bias_e[channel + v] : 0.f;
+            bias[v] = 0.f;
             #pragma unroll
-            for (int k = 0; k < K; k++) taps[k][v] = weight[(i64)(channel + v) * K + k];
+            for (int k = 0; k < K; k++) taps[k][v] = side_by_side[v * K + k];
         }
+        if (bias_e) load_vec<V>(bias, bias_e + channel);
     }
 
     // Takes the input of the next token.
@@ -157,7 +166,10 @@ struct Window {
     }
 };
 
-extern "C" __global__ void __launch_bounds__(32 * WARPS) causal_conv1d_forward(
+// With few taps a run of the forward is one group of U tokens; with many, what a run reads again before it would cost too much.
+constexpr bool ONE_GROUP = K <= 4;
+
+extern "C" __global__ void __launch_bounds__(32 * WARPS, FORWARD_BLOCKS) causal_conv1d_forward(
     const T* __restrict__ x, i64 x_batch, i64 x_token, const float* __restrict__ weight, const float* __restrict__ bias,
     const float* __restrict__ initial, const unsigned char* __restrict__ reset, T* __restrict__ y, i64 y_batch, i64 y_token,
     float* __restrict__ final_state, int seq_len, int channels, int run) {
@@ -169,37 +181,39 @@ extern "C" __global__ void __launch_bounds__(32 * WARPS) causal_conv1d_forward(
     if (initial) initial += state;
     if (RESETS) reset += (i64)place.batch * seq_len;
 
-    Ring<1> ring;
-    auto copy_ahead = [&](int slot, int token) {
-        if (token < place.end) ring.copy(slot, 0, x + token * x_token);
-        ring.commit();
+    Raw group[U];
+    auto load_group = [&](int token) {
+        #pragma unroll
+        for (int u = 0; u < U; u++)
+            if (token + u < place.end) group[u] = load_raw(x + (token + u) * x_token);
     };
-    #pragma unroll
-    for (int u = 0; u < U; u++) copy_ahead(u, place.first + u);
-
+    load_group(place.first);
     Window window;
     window.load_taps(weight, bias, place.channel);
     window.load_before(x, x_token, initial, reset, place.first, channels);
 
-    auto step = [&](int slot, int token) {
-        ring.wait();
+    auto step = [&](const Raw& raw, int token) {
         float input[V], out[V];
-        widen(input, ring.read(slot, 0, x + token * x_token));
-        copy_ahead(slot, token + U);
+        widen(input, raw);
         window.push(input, RESETS && reset[token]);
         #pragma unroll
         for (int v = 0; v < V; v++) out[v] = activate(window.sum(v));
         store_vec<V>(y + token * y_token, out);
     };
-
-    int token = place.first;
     #pragma unroll 1
-    for (; token + U <= place.end; token += U) {
-        #pragma unroll
-        for (int u = 0; u < U; u++) step(u, token + u);
+    for (int token = place.first;;) {
+        if (token + U <= place.end) {
+            #pragma unroll
+            for (int u = 0; u < U; u++) step(group[u], token + u);
+        } else {
+            #pragma unroll
+            for (int u = 0; u < U; u++)
+                if (token + u < place.end) step(group[u], token + u);
+        }
+        token += U;
+        if (ONE_GROUP || token >= place.end) break;
+        load_group(token);
     }
-    #pragma unroll 1
-    for (int u = 0; token < place.end; u++, token++) step(u, token);
 
     if (place.end == seq_len) {
         #pragma unroll

@@ -7,16 +7,19 @@
 // Shapes and strides as in selective_scan_forward.cu, which has recorded the state before every CHUNK-th token. Grid: blocks of
 // channels, segments of the sequence, batch. A block walks the chunks of its segment from the last to the first:
 //
-// 1. pairs of channels make step sizes and dy' of the whole chunk in shared memory;
+// 1. threads read pairs of channels, all rows of the chunk at once, and make step sizes and dy' in shared memory;
 // 2. every lane scans the chunk once and leaves its 4 states at every 8th token in shared memory;
 // 3. from the last 8 tokens to the first, it scans them again, now keeping states and decays in registers, and walks back;
-// 4. pairs of channels finish dx, ddt and dz.
+// 4. threads read the pairs again and finish dx, ddt and dz.
 //
 // What makes it fast: two exponentials a state and token are cheap beside the arithmetic, so that recomputing beats memory
-// traffic. Sums over a channel's states take 3 shuffles for 4 tokens. Sums over channels, for db and dc, would take a shuffle a
-// value; instead a tensor core multiplies the values with a pattern of ones: lanes are laid out so that the operand is what each
-// lane holds already, and 4 instructions and 2 shuffles sum up 16 values a lane. These products see 11 bits of each value, more
-// than bf16 keeps; where anything is f32, a second product adds the bits cut off (EXACT).
+// traffic. A multiprocessor has registers for three warps a scheduler, too few to hide loads: a chunk is asked for in the L2 cache
+// while the one after it is walked, all its loads are under way before the first is used, and what a lane needs of a channel and
+// token is one word of 16 bytes in shared memory, whose place its sums take. Sums over a channel's states take 3 shuffles for 4
+// tokens. Sums over channels, for db and dc, would take a shuffle a value; instead a tensor core multiplies the values with a
+// pattern of ones: lanes are laid out so that the operand is what each lane holds already, and 4 instructions and 2 shuffles sum
+// up 16 values a lane. These products see 11 bits of each value, more than bf16 keeps; where anything is f32, a second product
+// adds the bits cut off (EXACT).
 //
 // No atomics: partial sums of blocks go to memory, and selective_scan_sum_states and selective_scan_sum_channels add them up in
 // a fixed order.
@@ -30,6 +33,38 @@ constexpr bool EXACT = X_KIND == 0 || B_KIND == 0 || C_KIND == 0;
 // Tokens whose states and decays a lane keeps in registers.
 constexpr int STRIP = 8;
 constexpr int STRIPS = CHUNK / STRIP;
+// Rows of a chunk that a thread works on element by element, and how many of them it finishes at once.
+constexpr int STEPS = CHUNK / ROWS;
+constexpr int FINISHED = 4;
+static_assert(STEPS % FINISHED == 0, "");
+
+// Row `t` of a tile, whose rows are less than 4 GiB apart: one instruction.
+template <class T> __device__ __forceinline__ T* row_of(T* tile, unsigned t, unsigned row_bytes) {
+    return (T*)((const char*)tile + (unsigned long long)t * row_bytes);
+}
+
+// Where the rows of a block's sequence begin.
+struct Sequence {
+    const X *dy, *x;
+    const Dt* dt;
+    const Z* z;
+    const B* b;
+    const C* c;
+    X* dx;
+    Dt* ddt;
+    Z* dz;
+    // Read again at the end, so that nothing made of it stays in registers.
+    int d_inner;
+};
+static_assert(sizeof(Sequence) <= 128, "");
+
+// What a thread reads of a chunk: a pair of channels of every ROWS-th token.
+template <int ROWS_READ> struct Activations {
+    static constexpr int N = ROWS_READ;
+    Pair<X> x[N], dy[N];
+    Pair<Dt> dt[N];
+    Pair<Z> z[N];
+};
 
 // Sums over the 8 channels of a warp. A lane brings values of 4 tokens and 4 states, and keeps the sums of token lane % 4 and of
 // the two states from lane / 4 * 2 on. `ones[r]` is 1 where lane / 4 == r.
@@ -66,23 +101,23 @@ __device__ __forceinline__ int warp_sum_at(int which, int t, int n) {
 }
 
 extern "C" __global__ void __launch_bounds__(THREADS, MIN_BLOCKS)
-selective_scan_backward(X* dx, Dt* ddt, Z* dz, i64 dz_batch, i64 dz_token, float* state_parts, float* rate_parts, float* channel_parts, float* start_grad,
+selective_scan_backward(X* dx, Dt* ddt, Z* dz, i64 dz_batch, i64 dz_token, float* state_parts, float* rate_parts, float* channel_parts,
+                        float* start_grad,
                         const X* dy, const X* x, const Dt* dt, const Z* z, const B* b, const C* c, i64 dy_batch, i64 dy_token,
                         i64 x_batch, i64 x_token, i64 dt_batch, i64 dt_token, i64 z_batch, i64 z_token, i64 b_batch,
                         i64 b_token, i64 c_batch, i64 c_token, const float* a, const float* d, const float* dt_bias,
                         const float* chunk_states, const float* end_grad, const unsigned char* reset, i64 reset_batch,
                         i64 reset_token, int seq_len, int d_inner, int d_state, int segment_len) {
-    float* steps = reinterpret_cast<float*>(shared_memory());  // [CHUNK][SUM_STRIDE] pairs of dt and dt x
-    float* gated = steps + CHUNK * SUM_STRIDE * 2;             // [CHUNK][CHANNELS] dy'
-    float* y_sums = gated + CHUNK * CHANNELS;                  // [CHUNK][SUM_STRIDE] c h, if there is a gate
-    // [CHUNK][SUM_STRIDE] pairs of sum_n g b and sum_n a k, in the place of steps that no slice will need any more.
-    float* step_sums = SLICES == 1 ? steps : y_sums + (GATED ? CHUNK * SUM_STRIDE : 0);
-    float* b_tile = y_sums + ((GATED ? 1 : 0) + (SLICES == 1 ? 0 : 2)) * CHUNK * SUM_STRIDE; // [CHUNK][SLICE]
-    float* c_tile = b_tile + CHUNK * SLICE;
-    float* warp_sums = c_tile + CHUNK * SLICE;                 // [2][WARPS][db, dc][STRIP][SLICE]
+    // [CHUNK][CHANNELS] dt, dt x and dy', one word unused.
+    float4* steps = reinterpret_cast<float4*>(shared_memory());
+    float* b_tile = reinterpret_cast<float*>(steps + CHUNK * CHANNELS);  // [b, c][CHUNK][SLICE]
+    float* warp_sums = b_tile + 2 * CHUNK * SLICE;             // [2][WARPS][db, dc][STRIP][SLICE]
     float4* marks = reinterpret_cast<float4*>(warp_sums + 2 * WARPS * 2 * STRIP * SLICE);  // [STRIPS][THREADS]
     float4* parts = marks + STRIPS * THREADS;                  // [THREADS] gradients of skip and bias so far
-    float4* slices = parts + THREADS;                          // [2 SLICES][THREADS] g and da, if they are not in registers
+    Sequence* sequence = reinterpret_cast<Sequence*>(parts + THREADS);  // 8 words of 16 bytes
+    float4* slices = parts + THREADS + 8;                      // [2 SLICES][THREADS] g and da, if they are not in registers
+    // Sums over states of g b, a k and c h, in the place of steps if no other slice needs those.
+    float4* sums = SLICES == 1 ? steps : slices + 2 * SLICES * THREADS;
 
     int tid = threadIdx.x, lane = tid % 32, warp = tid / 32, group = lane / 8;
     int channel = warp * 8 + lane % 8, e = blockIdx.x * CHANNELS + channel;
@@ -92,9 +127,15 @@ selective_scan_backward(X* dx, Dt* ddt, Z* dz, i64 dz_batch, i64 dz_token, float
     int first = segment * segment_len, end = min(seq_len, first + segment_len);
     int n_chunks = (seq_len + CHUNK - 1) / CHUNK;
     i64 border = batch * n_segments + segment;
-    dy += batch * dy_batch, x += batch * x_batch, dt += batch * dt_batch, b += batch * b_batch, c += batch * c_batch;
-    dx += batch * seq_len * d_inner, ddt += batch * seq_len * d_inner;
-    if (GATED) z += batch * z_batch, dz += batch * dz_batch;
+    // The addresses of this block's sequence wait in shared memory, which leaves registers to the scan.
+    if (tid == 0) {
+        sequence->d_inner = d_inner;
+        sequence->dy = dy + batch * dy_batch, sequence->x = x + batch * x_batch, sequence->dt = dt + batch * dt_batch;
+        sequence->b = b + batch * b_batch, sequence->c = c + batch * c_batch;
+        sequence->dx = dx + batch * seq_len * d_inner, sequence->ddt = ddt + batch * seq_len * d_inner;
+        if (GATED) sequence->z = z + batch * z_batch, sequence->dz = dz + batch * dz_batch;
+    }
+    __syncthreads();
     state_parts += ((i64)blockIdx.x * gridDim.z + batch) * seq_len * (2 * SLICE * SLICES);
     if (end_grad) end_grad += border * d_inner * d_state;
 
@@ -117,27 +158,75 @@ selective_scan_backward(X* dx, Dt* ddt, Z* dz, i64 dz_batch, i64 dz_token, float
         }
     }
 
-    for (int token = first + (end - first - 1) / CHUNK * CHUNK; token >= first; token -= CHUNK) {
+    // Reads rows `from`, `from + ROWS`, .. of a chunk.
+    auto fetch = [&](auto& to, int token, int from) {
+        int start = token + from;
+        const X* x_tile = to_device_memory(sequence->x) + start * x_token + pair_e;
+        const X* dy_tile = to_device_memory(sequence->dy) + start * dy_token + pair_e;
+        const Dt* dt_tile = to_device_memory(sequence->dt) + start * dt_token + pair_e;
+        const Z* z_tile = to_device_memory(sequence->z) + start * z_token + pair_e;
+        #pragma unroll
+        for (int k = 0; k < to.N; k++) {
+            int t = k * ROWS, there = start + t < end ? width : 0;
+            to.x[k] = load_pair<PAIRED_CHANNELS>(row_of(x_tile, t, (unsigned)x_token * (unsigned)sizeof(X)), there);
+            to.dt[k] = load_pair<PAIRED_CHANNELS>(row_of(dt_tile, t, (unsigned)dt_token * (unsigned)sizeof(Dt)), there);
+            to.dy[k] = load_pair<PAIRED_CHANNELS>(row_of(dy_tile, t, (unsigned)dy_token * (unsigned)sizeof(X)), there);
+            if (GATED) to.z[k] = load_pair<PAIRED_CHANNELS>(row_of(z_tile, t, (unsigned)z_token * (unsigned)sizeof(Z)), there);
+        }
+    };
+    // Asks for what a chunk will read, 32 bytes a thread and tensor, so that it is in the L2 cache by then.
+    auto prefetch_chunk = [&](int token) {
+        constexpr unsigned SECTOR = 32 / sizeof(X), SECTORS = CHANNELS / SECTOR;
+        unsigned at = blockIdx.x * CHANNELS + threadIdx.x % SECTORS * SECTOR;
+        if (at < d_inner) {
+            #pragma unroll
+            for (int k = 0; k < CHUNK; k += THREADS / SECTORS) {
+                int t = token + k + threadIdx.x / SECTORS;
+                prefetch_l2(to_device_memory(sequence->x) + t * x_token + at);
+                prefetch_l2(to_device_memory(sequence->dt) + t * dt_token + at);
+                prefetch_l2(to_device_memory(sequence->dy) + t * dy_token + at);
+                if (GATED) prefetch_l2(to_device_memory(sequence->z) + t * z_token + at);
+            }
+        }
+        if (e < d_inner && lane % 2 == 0) {
+            i64 state = (batch * n_chunks + token / CHUNK) * SLICES * 4 + group;
+            prefetch_l2(reinterpret_cast<const float4*>(chunk_states) + state * d_inner + (unsigned)e);
+        }
+    };
+    StateTile<B, CHUNK> b_next;
+    StateTile<C, CHUNK> c_next;
+    States h_next;
+    auto fetch_states = [&](int token, int slice) {
+        int n_tokens = min(CHUNK, end - token);
+        b_next.load(to_device_memory(sequence->b) + token * b_token, b_token, n_tokens, slice, d_state);
+        c_next.load(to_device_memory(sequence->c) + token * c_token, c_token, n_tokens, slice, d_state);
+        h_next = States{{0.f, 0.f, 0.f, 0.f}};
+        if (e < d_inner) {
+            i64 at = ((batch * n_chunks + token / CHUNK) * SLICES + slice) * 4 + group;
+            h_next = to_states(reinterpret_cast<const float4*>(chunk_states)[at * d_inner + (unsigned)e]);
+        }
+    };
+
+    int last = first + (end - first - 1) / CHUNK * CHUNK;
+    for (int token = last; token >= first; token -= CHUNK) {
         int n_tokens = min(CHUNK, end - token), n_strips = (n_tokens + STRIP - 1) / STRIP;
+        // All loads of a chunk are under way before the first is waited for.
+        Activations<STEPS> read;
+        fetch_states(token, 0);
+        fetch(read, token, row);
         // Parameters are read anew for every chunk, which leaves registers to the scan.
         float2 bias = load_parameters(dt_bias, pair_e, width);
-        const X* x_at = x + (token + row) * x_token + pair_e;
-        const X* dy_at = dy + (token + row) * dy_token + pair_e;
-        const Dt* dt_at = dt + (token + row) * dt_token + pair_e;
-        const Z* z_at = z + (token + row) * z_token + pair_e;
-        #pragma unroll 2
-        for (int t = row; t < n_strips * STRIP; t += ROWS) {
-            int w = t < n_tokens ? width : 0;
-            float2 u = load_pair<PAIRED_CHANNELS>(x_at, w).unpack(), v = load_pair<PAIRED_CHANNELS>(dt_at, w).unpack();
-            float2 o = load_pair<PAIRED_CHANNELS>(dy_at, w).unpack();
+        #pragma unroll
+        for (int k = 0; k < STEPS; k++) {
+            bool there = row + k * ROWS < n_tokens;
+            float2 u = read.x[k].unpack(), v = read.dt[k].unpack(), o = read.dy[k].unpack();
             if (GATED) {
-                float2 g_t = load_pair<PAIRED_CHANNELS>(z_at, w).unpack();
-                o = make_float2(o.x * gate(g_t.x), o.y * gate(g_t.y));
+                float2 w = read.z[k].unpack();
+                o = make_float2(o.x * gate(w.x), o.y * gate(w.y));
             }
-            x_at += ROWS * x_token, dy_at += ROWS * dy_token, dt_at += ROWS * dt_token, z_at += ROWS * z_token;
-            float lo = w ? step_size(v.x + bias.x) : 0.f, hi = w ? step_size(v.y + bias.y) : 0.f;
-            reinterpret_cast<float4*>(steps)[(t * SUM_STRIDE + pair) / 2] = make_float4(lo, lo * u.x, hi, hi * u.y);
-            store_pair_f32(gated + t * CHANNELS + pair, o);
+            float lo = there ? step_size(v.x + bias.x) : 0.f, hi = there ? step_size(v.y + bias.y) : 0.f;
+            steps[k * ROWS * CHANNELS + 2 * tid] = make_float4(lo, lo * u.x, o.x, 0.f);
+            steps[k * ROWS * CHANNELS + 2 * tid + 1] = make_float4(hi, hi * u.y, o.y, 0.f);
         }
         unsigned resets[CHUNK / 32];
         if (RESET) {
@@ -151,18 +240,14 @@ selective_scan_backward(X* dx, Dt* ddt, Z* dz, i64 dz_batch, i64 dz_token, float
 
         #pragma unroll 1
         for (int slice = 0; slice < SLICES; slice++) {
-            if (slice > 0) __syncthreads();
-            StateTile<B, CHUNK> b_next;
-            StateTile<C, CHUNK> c_next;
-            b_next.load(b + token * b_token, b_token, n_tokens, slice, d_state);
-            c_next.load(c + token * c_token, c_token, n_tokens, slice, d_state);
-            b_next.store(b_tile);
-            c_next.store(c_tile);
-            States h = {{0.f, 0.f, 0.f, 0.f}};
-            if (e < d_inner) {
-                i64 at = ((batch * n_chunks + token / CHUNK) * SLICES + slice) * 4 + group;
-                h = to_states(reinterpret_cast<const float4*>(chunk_states)[at * d_inner + e]);
+            if (slice > 0) {
+                fetch_states(token, slice);
+                __syncthreads();
             }
+            b_next.store(b_tile);
+            c_next.store(b_tile + CHUNK * SLICE);
+            States h = h_next;
+            if (slice == 0 && token > first) prefetch_chunk(token - CHUNK);
             if (SLICES > 1) {
                 g = to_states(slices[slice * THREADS + tid]);
                 rate_grad = to_states(slices[(SLICES + slice) * THREADS + tid]);
@@ -172,108 +257,119 @@ selective_scan_backward(X* dx, Dt* ddt, Z* dz, i64 dz_batch, i64 dz_token, float
             }
             __syncthreads();
 
+            // What this lane reads of a strip, and where it leaves its states.
+            const float4 *step_at = steps + channel, *b_at = reinterpret_cast<const float4*>(b_tile) + group;
+            float4* mark_at = marks + tid;
             #pragma unroll 1
             for (int strip = 0; strip < n_strips - 1; strip++) {
-                marks[strip * THREADS + tid] = to_float4(h);
+                *mark_at = to_float4(h);
                 unsigned reset_bits = 0;
                 if (RESET) reset_bits = resets[strip * STRIP / 32] >> strip * STRIP % 32;
                 #pragma unroll
                 for (int k = 0; k < STRIP; k++) {
-                    int t = strip * STRIP + k;
-                    float2 step = reinterpret_cast<const float2*>(steps)[t * SUM_STRIDE + channel];
-                    States b_t = to_states(reinterpret_cast<const float4*>(b_tile)[t * 4 + group]);
+                    float2 step = *reinterpret_cast<const float2*>(step_at + k * CHANNELS);
+                    States b_t = to_states(b_at[k * 4]);
                     if (RESET && (reset_bits >> k & 1)) h = States{{0.f, 0.f, 0.f, 0.f}};
                     #pragma unroll
                     for (int i = 0; i < 4; i++) h.v[i] = fmaf(ex2(step.x * rate.v[i]), h.v[i], step.y * b_t.v[i]);
                 }
+                mark_at += THREADS, step_at += STRIP * CHANNELS, b_at += STRIP * 4;
             }
+            int last_t = (n_strips - 1) * STRIP;
+            float4* to = sums + (last_t + group) * CHANNELS + channel;
+            // Two neighbouring sums over the warps a thread.
+            constexpr int N_SUMS = 2 * STRIP * SLICE, EACH = (N_SUMS + THREADS - 1) / THREADS;
+            int sum_t = tid * EACH / (2 * SLICE), sum_n = tid * EACH % (2 * SLICE);
+            const float* sum_from = warp_sums + warp_sum_at(sum_n / SLICE, sum_t, sum_n % SLICE);
+            float* sums_to = warp_sums + warp * N_SUMS + warp_sum_at(0, lane % 4, lane / 4 * 2);
+            sum_t += last_t;
+            float* part_to = state_parts + ((i64)(token + sum_t) * SLICES + slice) * (2 * SLICE) + sum_n;
 
             #pragma unroll 1
             for (int strip = n_strips - 1; strip >= 0; strip--) {
                 unsigned reset_bits = 0;
                 if (RESET) reset_bits = resets[strip * STRIP / 32] >> strip * STRIP % 32;
-                if (strip < n_strips - 1) h = to_states(marks[strip * THREADS + tid]);
-                float* sums = warp_sums + (strip % 2 * WARPS + warp) * 2 * STRIP * SLICE;
-                float before[STRIP][4], decay[STRIP][4];
-                #pragma unroll
-                for (int part = 0; part < STRIP; part += 4) {
-                    float y_part[4], c_part[4][4];
+                if (strip < n_strips - 1) h = to_states(*mark_at);
+                else *mark_at = to_float4(h);
+                int parity = strip % 2 * WARPS * N_SUMS;
+                float before[STRIP][4], decay[STRIP][4], y_total[STRIP / 4];
+                float4 step[4];
+                States b_t[4], c_t[4];
+                auto read_operands = [&](int part) {
                     #pragma unroll
                     for (int k = 0; k < 4; k++) {
-                        int q = part + k, t = strip * STRIP + q;
-                        float2 step = reinterpret_cast<const float2*>(steps)[t * SUM_STRIDE + channel];
-                        float out = gated[t * CHANNELS + channel];
-                        States b_t = to_states(reinterpret_cast<const float4*>(b_tile)[t * 4 + group]);
+                        step[k] = step_at[(part + k) * CHANNELS];
+                        b_t[k] = to_states(b_at[(part + k) * 4]);
+                        c_t[k] = to_states(b_at[CHUNK * 4 + (part + k) * 4]);
+                    }
+                };
+                float products[4][4];
+                #pragma unroll
+                for (int part = 0; part < STRIP; part += 4) {
+                    read_operands(part);
+                    float y_part[4];
+                    #pragma unroll
+                    for (int k = 0; k < 4; k++) {
+                        int q = part + k;
                         bool cleared = RESET && (reset_bits >> q & 1);
                         #pragma unroll
                         for (int i = 0; i < 4; i++) {
                             before[q][i] = cleared ? 0.f : h.v[i];
-                            decay[q][i] = cleared ? 0.f : ex2(step.x * rate.v[i]);
-                            h.v[i] = fmaf(decay[q][i], before[q][i], step.y * b_t.v[i]);
-                            c_part[k][i] = out * h.v[i];
-                        }
-                        if (GATED) {
-                            States c_t = to_states(reinterpret_cast<const float4*>(c_tile)[t * 4 + group]);
-                            y_part[k] = c_t.v[0] * h.v[0];
-                            #pragma unroll
-                            for (int i = 1; i < 4; i++) y_part[k] = fmaf(c_t.v[i], h.v[i], y_part[k]);
+                            decay[q][i] = cleared ? 0.f : ex2(step[k].x * rate.v[i]);
+                            h.v[i] = fmaf(decay[q][i], before[q][i], step[k].y * b_t[k].v[i]);
+                            products[k][i] = step[k].z * h.v[i];
+                            if (GATED) y_part[k] = i == 0 ? c_t[k].v[i] * h.v[i] : fmaf(c_t[k].v[i], h.v[i], y_part[k]);
                         }
                     }
-                    if (GATED) {
-                        float* sum = y_sums + (strip * STRIP + part + group) * SUM_STRIDE + channel;
-                        float total = sum_over_states(y_part);
-                        *sum = slice == 0 ? total : *sum + total;
-                    }
-                    float2 c_sums = sum_over_channels(c_part, ones);
-                    store_pair_f32(sums + warp_sum_at(1, part + lane % 4, lane / 4 * 2), c_sums);
+                    float2 c_sums = sum_over_channels(products, ones);
+                    if (GATED) y_total[part / 4] = sum_over_states(y_part);
+                    store_pair_f32(sums_to + parity + (STRIP + part) * SLICE, c_sums);
                 }
                 #pragma unroll
                 for (int part = STRIP - 4; part >= 0; part -= 4) {
-                    float input_part[4], rate_part[4], b_part[4][4];
+                    float input_part[4], rate_part[4];
+                    // Those of the last four tokens are still here.
+                    if (EXACT || part < STRIP - 4) read_operands(part);
+                    if (part == 0) {
+                        States at_start = to_states(*mark_at);
+                        #pragma unroll
+                        for (int i = 0; i < 4; i++) before[0][i] = RESET && (reset_bits & 1) ? 0.f : at_start.v[i];
+                    }
                     #pragma unroll
                     for (int k = 3; k >= 0; k--) {
-                        int q = part + k, t = strip * STRIP + q;
-                        float2 step = reinterpret_cast<const float2*>(steps)[t * SUM_STRIDE + channel];
-                        float out = gated[t * CHANNELS + channel];
-                        States b_t = to_states(reinterpret_cast<const float4*>(b_tile)[t * 4 + group]);
-                        States c_t = to_states(reinterpret_cast<const float4*>(c_tile)[t * 4 + group]);
-                        input_part[k] = rate_part[k] = 0.f;
+                        int q = part + k;
                         #pragma unroll
                         for (int i = 0; i < 4; i++) {
-                            float by_state = fmaf(c_t.v[i], out, g.v[i]);
-                            b_part[k][i] = by_state * step.y;
-                            input_part[k] = fmaf(by_state, b_t.v[i], input_part[k]);
+                            float by_state = fmaf(c_t[k].v[i], step[k].z, g.v[i]);
+                            products[k][i] = by_state * step[k].y;
+                            input_part[k] = i == 0 ? by_state * b_t[k].v[i] : fmaf(by_state, b_t[k].v[i], input_part[k]);
                             g.v[i] = by_state * decay[q][i];
                             float through_decay = g.v[i] * before[q][i];
-                            rate_part[k] = fmaf(through_decay, rate.v[i], rate_part[k]);
-                            rate_grad.v[i] = fmaf(through_decay, step.x, rate_grad.v[i]);
+                            rate_part[k] = i == 0 ? through_decay * rate.v[i] : fmaf(through_decay, rate.v[i], rate_part[k]);
+                            rate_grad.v[i] = fmaf(through_decay, step[k].x, rate_grad.v[i]);
                         }
                     }
-                    float2 total = make_float2(sum_over_states(input_part), sum_over_states(rate_part));
-                    // Other lanes have read the steps that these sums replace: the sums above need what they read.
+                    float2 b_sums = sum_over_channels(products, ones);
+                    float4 total = make_float4(sum_over_states(input_part), sum_over_states(rate_part), GATED ? y_total[part / 4] : 0.f, 0.f);
+                    float4* at = to + part * CHANNELS;
+                    if (SLICES > 1 && slice > 0) total = make_float4(at->x + total.x, at->y + total.y, at->z + total.z, 0.f);
+                    // Other lanes have read what these sums replace.
                     if (SLICES == 1) __syncwarp();
-                    float2* to = reinterpret_cast<float2*>(step_sums) + (strip * STRIP + part + group) * SUM_STRIDE + channel;
-                    *to = slice == 0 ? total : make_float2(to->x + total.x, to->y + total.y);
-                    float2 b_sums = sum_over_channels(b_part, ones);
-                    store_pair_f32(sums + warp_sum_at(0, part + lane % 4, lane / 4 * 2), b_sums);
+                    *at = total;
+                    store_pair_f32(sums_to + parity + part * SLICE, b_sums);
                 }
                 __syncthreads();
-                // Two neighbouring sums over the warps a thread.
-                #pragma unroll
-                for (int i = 0; i < STRIP * SLICE; i += THREADS) {
-                    int own = i + tid, t = own / SLICE, n = own % SLICE * 2;
-                    if (THREADS <= STRIP * SLICE || own < STRIP * SLICE) {
-                        const float* from = warp_sums + strip % 2 * WARPS * 2 * STRIP * SLICE + warp_sum_at(n / SLICE, t, n % SLICE);
-                        float2 total = make_float2(0.f, 0.f);
+                if ((EACH * THREADS == N_SUMS || tid * EACH < N_SUMS) && sum_t < n_tokens) {
+                    float total[EACH] = {};
+                    #pragma unroll
+                    for (int w = 0; w < WARPS; w++) {
                         #pragma unroll
-                        for (int w = 0; w < WARPS; w++) {
-                            float2 sum = *reinterpret_cast<const float2*>(from + w * 2 * STRIP * SLICE);
-                            total = make_float2(total.x + sum.x, total.y + sum.y);
-                        }
-                        i64 at = (token + strip * STRIP + t) * (i64)SLICES + slice;
-                        if (strip * STRIP + t < n_tokens) store_pair_f32(state_parts + at * (2 * SLICE) + n, total);
+                        for (int i = 0; i < EACH; i++) total[i] += sum_from[parity + w * N_SUMS + i];
                     }
+                    store_vec<EACH>(part_to, total);
                 }
+                mark_at -= THREADS, step_at -= STRIP * CHANNELS, b_at -= STRIP * 4, to -= STRIP * CHANNELS;
+                sum_t -= STRIP, part_to -= STRIP * SLICES * 2 * SLICE;
             }
             if (SLICES > 1) {
                 slices[slice * THREADS + tid] = to_float4(g);
@@ -284,32 +380,37 @@ selective_scan_backward(X* dx, Dt* ddt, Z* dz, i64 dz_batch, i64 dz_token, float
         float2 skip = load_parameters(d, pair_e, width);
         float4 part = parts[tid];
         bias = load_parameters(dt_bias, pair_e, width);
-        x_at = x + (token + row) * x_token + pair_e, dy_at = dy + (token + row) * dy_token + pair_e;
-        dt_at = dt + (token + row) * dt_token + pair_e, z_at = z + (token + row) * z_token + pair_e;
-        i64 at = (i64)(token + row) * d_inner + pair_e;
-        Z* dz_at = dz + (token + row) * dz_token + pair_e;
-        #pragma unroll 2
-        for (int t = row; t < n_tokens; t += ROWS) {
-            float2 u = load_pair<PAIRED_CHANNELS>(x_at, width).unpack(), v = load_pair<PAIRED_CHANNELS>(dt_at, width).unpack();
-            float2 out = *reinterpret_cast<const float2*>(gated + t * CHANNELS + pair);
-            // Sums by the input and by the rate, of both channels.
-            float4 by = reinterpret_cast<const float4*>(step_sums)[(t * SUM_STRIDE + pair) / 2];
-            v = make_float2(v.x + bias.x, v.y + bias.y);
-            float2 by_x = make_float2(fmaf(by.x, step_size(v.x), skip.x * out.x), fmaf(by.z, step_size(v.y), skip.y * out.y));
-            float2 by_dt = make_float2(fmaf(by.y, LN_2, by.x * u.x) * step_slope(v.x),
-                                       fmaf(by.w, LN_2, by.z * u.y) * step_slope(v.y));
-            store_pair<PAIRED_CHANNELS>(dx + at, width, by_x);
-            store_pair<PAIRED_CHANNELS>(ddt + at, width, by_dt);
-            part = make_float4(fmaf(out.x, u.x, part.x), fmaf(out.y, u.y, part.y), part.z + by_dt.x, part.w + by_dt.y);
-            if (GATED) {
-                float2 w = load_pair<PAIRED_CHANNELS>(z_at, width).unpack(), o = load_pair<PAIRED_CHANNELS>(dy_at, width).unpack();
-                float2 y = *reinterpret_cast<const float2*>(y_sums + t * SUM_STRIDE + pair);
-                float2 by_z = make_float2(o.x * fmaf(skip.x, u.x, y.x) * gate_slope(w.x),
-                                          o.y * fmaf(skip.y, u.y, y.y) * gate_slope(w.y));
-                store_pair<PAIRED_CHANNELS>(dz_at, width, by_z);
+        #pragma unroll 1
+        for (int begin = 0, from = row; begin < CHUNK; begin += FINISHED * ROWS, from += FINISHED * ROWS) {
+            Activations<FINISHED> read;
+            i64 at = (i64)(token + from) * d_inner + pair_e;
+            X* dx_tile = to_device_memory(sequence->dx) + at;
+            Dt* ddt_tile = to_device_memory(sequence->ddt) + at;
+            Z* dz_tile = to_device_memory(sequence->dz) + (token + from) * dz_token + pair_e;
+            fetch(read, token, from);
+            #pragma unroll
+            for (int k = 0; k < FINISHED; k++) {
+                int t = from + k * ROWS, there = t < n_tokens ? width : 0;
+                float2 u = read.x[k].unpack(), v = read.dt[k].unpack(), out = read.dy[k].unpack();
+                // Sums by the input and by the rate, and of the output.
+                const float4* of_pair = sums + (begin + k * ROWS) * CHANNELS + 2 * tid;
+                float4 low = of_pair[0], high = of_pair[1];
+                if (GATED) {
+                    float2 w = read.z[k].unpack();
+                    float2 by_z = make_float2(out.x * fmaf(skip.x, u.x, low.z) * gate_slope(w.x),
+                                              out.y * fmaf(skip.y, u.y, high.z) * gate_slope(w.y));
+                    out = make_float2(out.x * gate(w.x), out.y * gate(w.y));
+                    store_pair<PAIRED_CHANNELS>(row_of(dz_tile, k * ROWS, (unsigned)dz_token * (unsigned)sizeof(Z)), there, by_z);
+                }
+                v = make_float2(v.x + bias.x, v.y + bias.y);
+                float2 by_x = make_float2(fmaf(low.x, step_size(v.x), skip.x * out.x), fmaf(high.x, step_size(v.y), skip.y * out.y));
+                float2 by_dt = make_float2(fmaf(low.y, LN_2, low.x * u.x) * step_slope(v.x),
+                                           fmaf(high.y, LN_2, high.x * u.y) * step_slope(v.y));
+                store_pair<PAIRED_CHANNELS>(row_of(dx_tile, k * ROWS, d_inner * (unsigned)sizeof(X)), there, by_x);
+                store_pair<PAIRED_CHANNELS>(row_of(ddt_tile, k * ROWS, d_inner * (unsigned)sizeof(Dt)), there, by_dt);
+                if (t < n_tokens)
+                    part = make_float4(fmaf(out.x, u.x, part.x), fmaf(out.y, u.y, part.y), part.z + by_dt.x, part.w + by_dt.y);
             }
-            x_at += ROWS * x_token, dy_at += ROWS * dy_token, dt_at += ROWS * dt_token, z_at += ROWS * z_token;
-            at += (i64)ROWS * d_inner, dz_at += ROWS * dz_token;
         }
         parts[tid] = part;
         // The next chunk's steps go where this one's are still read only by the same thread; its other sums wait for a barrier.
@@ -322,11 +423,11 @@ selective_scan_backward(X* dx, Dt* ddt, Z* dz, i64 dz_batch, i64 dz_token, float
             rate_grad = to_states(slices[(SLICES + slice) * THREADS + tid]);
         }
         int n = slice * SLICE + group * 4;
-        store_states(rate_parts + border * d_inner * d_state, e, n, d_inner, d_state, rate_grad);
-        if (start_grad && segment == 0) store_states(start_grad + batch * d_inner * d_state, e, n, d_inner, d_state, g);
+        store_states(rate_parts + border * d_inner * d_state, e, n, sequence->d_inner, d_state, rate_grad);
+        if (start_grad && segment == 0) store_states(start_grad + batch * d_inner * d_state, e, n, sequence->d_inner, d_state, g);
     }
     __syncthreads();
-    if (row == 0) {
+    if (tid < PAIRS) {
         float4 total = parts[tid];
         for (int r = 1; r < ROWS; r++) {
             float4 other = parts[r * PAIRS + tid];

@@ -5,7 +5,7 @@ use flowhn_torch::testing::check_kernels;
 /// The variants of the shapes that `flowhn bench kernels` times.
 const TUNED: &[&str] = &[
     "selective_scan_forward X_KIND=1 DT_KIND=1 GATED=1",
-    "selective_scan_backward X_KIND=1 DT_KIND=1 GATED=1",
+    "selective_scan_backward X_KIND=1 DT_KIND=1 GATED=1 RESET=0",
     "causal_conv1d_forward X_KIND=1 D_CONV=4",
     "causal_conv1d_backward X_KIND=1 D_CONV=4",
     "ssd_steps DT_KIND=1",

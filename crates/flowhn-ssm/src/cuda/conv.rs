@@ -16,11 +16,17 @@ const OP: &str = "causal_conv1d";
 /// The most taps that a thread keeps in its registers.
 const MAX_D_CONV: i64 = 64;
 
+/// So few taps that the forward takes a run at once, `ONE_GROUP`.
+const SHORT_D_CONV: i64 = 4;
+
 /// Warps that keep a large device busy; runs of tokens are cut shorter until there are as many.
 const ENOUGH_WARPS: i64 = 3072;
 
-/// Tokens on their way to a thread.
+/// Tokens that a thread loads at once (forward), or that are on their way to it (backward).
 const AHEAD: i64 = 8;
+
+/// Bytes from whose multiples parameters begin, so that a thread loads those of its channels in few words.
+const PARAMETER_ALIGNMENT: usize = 16;
 
 /// Runs the convolution on checked arguments with at least one element.
 pub(crate) fn causal_conv1d(args: &CausalConv1d) -> Result<CausalConv1dOutput> {
@@ -141,7 +147,13 @@ impl Conv {
                 format!("x_ble has shape {:?}; an axis of a CUDA tensor may have 2^31 - 1 elements", x.size());
             return Err(Error::invalid(OP, message));
         }
-        let as_f32 = |idx: usize| -> Result<Tensor> { Ok(inputs[idx].f_to_kind(Kind::Float)?.f_contiguous()?) };
+        let as_f32 = |idx: usize| -> Result<Tensor> {
+            let tensor = inputs[idx].f_to_kind(Kind::Float)?.f_contiguous()?;
+            Ok(match (tensor.data_ptr() as usize).is_multiple_of(PARAMETER_ALIGNMENT) {
+                true => tensor,
+                false => tensor.f_detach_copy()?,
+            })
+        };
         Ok(Operands {
             x_kind: kind_define(OP, "x_ble", &x)?,
             x,
@@ -198,13 +210,14 @@ impl Operands {
         let Shape { batch, seq_len, channels, d_conv } = self.shape;
         // Many taps take the registers of many channels.
         let widest = match d_conv {
-            ..=4 => 4,
+            ..=SHORT_D_CONV => 4,
             5..=8 => 2,
             _ => 1,
         };
         let vec = vector_len(activations, widest);
         let n_columns = (channels + 32 * vec - 1) / (32 * vec);
-        let mut run = 128;
+        // The forward's runs are what a thread loads at once, unless many taps reach back far.
+        let mut run = if pass == Pass::Forward && d_conv <= SHORT_D_CONV { AHEAD } else { 128 };
         while run > 8 && n_columns * batch * (seq_len / run) < ENOUGH_WARPS {
             run /= 2;
         }
@@ -242,11 +255,14 @@ impl Plan {
         args.extend([self.shape.seq_len, self.shape.channels, self.run].map(|size| Arg::I32(size as i32)));
     }
 
-    /// Bytes of the tokens that are on their way to a block's threads; words of less than 4 bytes are not copied ahead.
+    /// Bytes of the tokens of x and dy that are on their way to a block's threads; words of less than 4 bytes are not copied
+    /// ahead.
     fn ring_bytes(&self) -> usize {
-        let n_tensors = if self.pass == Pass::Forward { 1 } else { 2 };
         let word_bytes = self.variant.vec * if self.variant.x_kind == 1 { 2 } else { 4 };
-        if word_bytes < 4 { 0 } else { (self.variant.ahead * n_tensors * 32 * N_WARPS * word_bytes) as usize }
+        match self.pass {
+            Pass::Backward if word_bytes >= 4 => (self.variant.ahead * 2 * 32 * N_WARPS * word_bytes) as usize,
+            _ => 0,
+        }
     }
 
     fn launch(&self, entry: &'static str, args: &[Arg]) -> Result<()> {
@@ -305,7 +321,13 @@ impl ConvVariant {
         Self { x_kind, d_conv: 4, vec, ahead: AHEAD, silu: true, resets: false }
     }
 
-    pub(crate) const fn defines(&self) -> [(&'static str, i64); 8] {
+    pub(crate) const fn defines(&self) -> [(&'static str, i64); 9] {
+        // As many as registers allow without spilling.
+        let forward_blocks = match (self.x_kind, self.d_conv) {
+            (1, ..=SHORT_D_CONV) => 7,
+            (_, ..=SHORT_D_CONV) => 5,
+            _ => 1,
+        };
         [
             ("X_KIND", self.x_kind),
             ("D_CONV", self.d_conv),
@@ -315,6 +337,7 @@ impl ConvVariant {
             ("RESETS", self.resets as i64),
             ("N_WARPS", N_WARPS),
             ("N_BLOCKS", 1),
+            ("FORWARD_BLOCKS", forward_blocks),
         ]
     }
 }

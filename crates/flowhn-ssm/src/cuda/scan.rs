@@ -3,10 +3,10 @@
 // b batch, l seq_len, e d_inner, n d_state, s segments, c chunks
 
 use flowhn_torch::kernel::{Arg, Kernel, KernelSource};
-use flowhn_torch::{BackwardCtx, ForwardCtx, Function, Result, apply};
+use flowhn_torch::{BackwardCtx, Error, ForwardCtx, Function, Result, apply};
 use tch::{Kind, Tensor};
 
-use super::scan_shape::{Operands, Pass};
+use super::scan_shape::{Operands, Pass, rows_are_near};
 use crate::kernels::{SELECTIVE_SCAN_BACKWARD, SELECTIVE_SCAN_CARRY, SELECTIVE_SCAN_FORWARD};
 use crate::scan::{DtActivation, SelectiveScan, SelectiveScanOutput};
 
@@ -89,6 +89,12 @@ impl Function for Scan {
         let wanted = |idx: Option<usize>| idx.filter(|&idx| ctx.needs_grad(idx));
         let (dx, ddt, da, db, dc) = (like(0)?, like(1)?, like(2)?, like(3)?, like(4)?);
         let dz = self.z.map(|idx| ctx.grad_place(idx, inputs[idx])).transpose()?;
+        if dz.as_ref().is_some_and(|dz| !rows_are_near(dz)) {
+            return Err(Error::invalid(
+                OP,
+                "rows of the gradient of z_ble are 4 GiB apart or more; make z_ble contiguous",
+            ));
+        }
         let dz_stride = dz.as_ref().map_or_else(|| vec![0, 0], Tensor::stride);
         let dd = wanted(self.d).map(like).transpose()?;
         let ddt_bias = wanted(self.dt_bias).map(like).transpose()?;

@@ -22,6 +22,8 @@ const CHUNK: i64 = 64;
 const TILE: i64 = 32;
 /// Tokens that the backward keeps in registers, `STRIP`.
 const STRIP: i64 = 8;
+/// Room for the addresses of a sequence, `Sequence`.
+const SEQUENCE_BYTES: i64 = 128;
 /// Blocks that a multiprocessor holds at once.
 const RESIDENT_BLOCKS: i64 = 3;
 /// Shorter segments cost more in carries than they gain.
@@ -180,13 +182,13 @@ impl Operands {
                 return Err(Error::invalid(OP, message));
             }
         }
-        let [x, dt, b, c] = activations.map(with_dense_rows);
+        let [x, dt, b, c] = activations.map(with_near_rows);
         let contiguous = |t: Option<&Tensor>| t.map(Tensor::f_contiguous).transpose();
         let [a, d, dt_bias] = parameters.map(contiguous);
         Ok(Self {
             shape: Shape { batch, seq_len, d_inner, d_state },
             activations: [x?, dt?, b?, c?],
-            z: z.map(with_dense_rows).transpose()?,
+            z: z.map(with_near_rows).transpose()?,
             grad: None,
             parameters: [a?, d?, dt_bias?],
             reset: reset.map(Tensor::shallow_clone),
@@ -196,7 +198,7 @@ impl Operands {
 
     /// The operands of the backward, with the gradient by the output.
     pub(super) fn with_grad(self, grad_ble: &Tensor) -> Result<Self> {
-        Ok(Self { grad: Some(with_dense_rows(grad_ble)?), ..self })
+        Ok(Self { grad: Some(with_near_rows(grad_ble)?), ..self })
     }
 
     pub(super) fn shape(&self) -> Shape {
@@ -250,7 +252,7 @@ impl Operands {
 
     /// Dynamic shared memory of a block, as the kernels lay it out.
     pub(super) fn shared_bytes(&self, pass: Pass) -> usize {
-        let (slices, gated) = (self.shape.n_slices(), i64::from(self.z.is_some()));
+        let slices = self.shape.n_slices();
         let (threads, sum_stride) = (32 * WARPS, CHANNELS + 8);
         // Bytes of four states a thread, for each of `n` of them.
         let states = |n: i64| 16 * threads * n;
@@ -258,10 +260,13 @@ impl Operands {
         let bytes = match pass {
             Pass::Forward => 4 * (TILE * (2 * CHANNELS + sum_stride) + 2 * TILE * SLICE) + per_slice(1),
             Pass::Backward => {
-                let sums = 2 + gated + if slices == 1 { 0 } else { 2 };
+                // Steps, and where another slice still needs them, sums of their own.
+                let words = CHUNK * CHANNELS * if slices == 1 { 1 } else { 2 };
                 let warp_sums = 2 * WARPS * 2 * STRIP * SLICE;
-                4 * (CHUNK * (CHANNELS + sum_stride * sums + 2 * SLICE) + warp_sums)
+                16 * words
+                    + 4 * (2 * CHUNK * SLICE + warp_sums)
                     + states(CHUNK / STRIP + 1)
+                    + SEQUENCE_BYTES
                     + per_slice(2)
             }
             Pass::CarryForward | Pass::CarryBackward => 4 * (TILE * 2 * CHANNELS + TILE * SLICE + 32) + per_slice(2),
@@ -307,6 +312,17 @@ fn push_rows<'a>(args: &mut Vec<Arg<'a>>, tensors: impl Iterator<Item = Option<&
         let strides = tensor.map_or([0, 0], |t| [t.stride()[0], t.stride()[1]]);
         args.extend(strides.map(Arg::I64));
     }
+}
+
+/// The same tensor where its rows are dense and begin so near each other that 32 bits count the bytes, a copy where not.
+fn with_near_rows(tensor: &Tensor) -> Result<Tensor> {
+    let dense = with_dense_rows(tensor)?;
+    Ok(if rows_are_near(&dense) { dense } else { dense.f_contiguous()? })
+}
+
+/// Whether 32 bits count the bytes from a row to the next.
+pub(super) fn rows_are_near(tensor: &Tensor) -> bool {
+    tensor.size()[1] < 2 || tensor.stride()[1] * (tensor.kind().elt_size_in_bytes() as i64) <= i64::from(u32::MAX)
 }
 
 /// Whether elements 2 i and 2 i + 1 of every row may be read at once.
