@@ -46,9 +46,16 @@ pub(crate) static LM_HEAD_ROWS: KernelSource = KernelSource {
 pub(crate) static SCALED_CAST: KernelSource =
     KernelSource { name: "scaled_cast.cu", text: include_str!("../kernels/scaled_cast.cu"), headers: &[] };
 
+/// The tile that kernels round to fp8.
+const FP8_HEADERS: &[(&str, &str)] = &[("fp8_tile.cuh", include_str!("../kernels/fp8_tile.cuh"))];
+
 /// Rounding to fp8.
 pub(crate) static FP8_CAST: KernelSource =
-    KernelSource { name: "fp8_cast.cu", text: include_str!("../kernels/fp8_cast.cu"), headers: &[] };
+    KernelSource { name: "fp8_cast.cu", text: include_str!("../kernels/fp8_cast.cu"), headers: FP8_HEADERS };
+
+/// [`swiglu`](crate::swiglu) and its gradient, rounded to fp8.
+pub(crate) static SWIGLU_FP8: KernelSource =
+    KernelSource { name: "swiglu_fp8.cu", text: include_str!("../kernels/swiglu_fp8.cu"), headers: FP8_HEADERS };
 
 /// The scales of [`FP8_CAST`].
 pub(crate) static FP8_SCALES: KernelSource =
@@ -88,6 +95,7 @@ pub const KERNELS: &[KernelSpec] = &[
     },
     KernelSpec { source: &FP8_CAST, variants: &[&[("FORMAT", 0)], &[("FORMAT", 1)]] },
     KernelSpec { source: &FP8_SCALES, variants: &[&[]] },
+    KernelSpec { source: &SWIGLU_FP8, variants: &[&[("FORMAT", 0)], &[("FORMAT", 1)]] },
     KernelSpec {
         source: &EMBEDDING,
         variants: &[

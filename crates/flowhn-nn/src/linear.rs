@@ -87,7 +87,7 @@ impl Linear {
 pub fn linear(x: &Tensor, weight: &Weight) -> Result<Tensor> {
     if let Some(factors) = weight.fp8()? {
         check_activations(x, weight)?;
-        return Ok(apply(LinearFp8::new(factors), &[x, weight.master()])?.swap_remove(0));
+        return Ok(apply(LinearFp8(factors), &[x, weight.master()])?.swap_remove(0));
     }
     if meets_bf16_copy(x, weight) {
         return Ok(apply(LinearCuda, &[x, weight.master(), &weight.bf16()?])?.swap_remove(0));

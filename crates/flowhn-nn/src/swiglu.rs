@@ -6,6 +6,7 @@ use flowhn_torch::cpu;
 use flowhn_torch::{BackwardCtx, Error, ForwardCtx, Function, Result, apply, check};
 
 use crate::cuda::swiglu::SwiGluCuda;
+use crate::fp8::{MlpFp8, check_activations};
 use crate::rows::{Rows, block_rows, for_float_kind, map_blocks, no_kernel, with_contiguous_rows};
 use crate::simd::{Real, Storage, dispatch};
 use crate::{Bias, Init, Linear, Path};
@@ -82,7 +83,16 @@ impl SwiGluMlp {
     /// # Errors
     /// Those of [`Linear::forward`] and [`swiglu`].
     pub fn forward(&self, x: &Tensor) -> Result<Tensor> {
-        self.down_proj.forward(&swiglu(&self.gate_up_proj.forward(x)?)?)
+        let (gate_up, down) = (&self.gate_up_proj, &self.down_proj);
+        if gate_up.bias().is_none()
+            && let (Some(gate_up_factors), Some(down_factors)) = (gate_up.weight().fp8()?, down.weight().fp8()?)
+        {
+            check_activations(x, gate_up.weight())?;
+            let inputs = [x, gate_up.weight().master(), down.weight().master()];
+            let y = apply(MlpFp8::new(gate_up_factors, down_factors), &inputs)?.swap_remove(0);
+            return Ok(down.bias().map(|bias| y.f_add(&bias.to(y.kind()))).transpose()?.unwrap_or(y));
+        }
+        down.forward(&swiglu(&gate_up.forward(x)?)?)
     }
 
     /// The projection to gate and up.
@@ -96,7 +106,22 @@ impl SwiGluMlp {
     }
 }
 
+/// The gradient of `gate_up` from that of [`swiglu`], on the CPU or a CUDA device.
+pub(crate) fn swiglu_grad(gate_up: &Tensor, dy: &Tensor) -> Result<Tensor> {
+    match gate_up.device() {
+        Device::Cuda(_) => SwiGluCuda::grad(gate_up, dy),
+        _ => SwiGluCpu::grad(gate_up, dy),
+    }
+}
+
 struct SwiGluCpu;
+
+impl SwiGluCpu {
+    fn grad(gate_up: &Tensor, dy: &Tensor) -> Result<Tensor> {
+        let (gate_up, dy) = (with_contiguous_rows(gate_up), with_contiguous_rows(dy));
+        for_float_kind!(Self::NAME, "gate_up", gate_up.kind(), T => backward::<T>(&gate_up, &dy))
+    }
+}
 
 impl Function for SwiGluCpu {
     const NAME: &'static str = "swiglu";
@@ -111,9 +136,7 @@ impl Function for SwiGluCpu {
     }
 
     fn backward(&self, ctx: &BackwardCtx, grads: &[Tensor]) -> Result<Vec<Option<Tensor>>> {
-        let (gate_up, dy) = (with_contiguous_rows(&ctx.saved()[0]), with_contiguous_rows(&grads[0]));
-        let grad = for_float_kind!(Self::NAME, "gate_up", gate_up.kind(), T => backward::<T>(&gate_up, &dy))?;
-        Ok(vec![Some(grad)])
+        Ok(vec![Some(Self::grad(&ctx.saved()[0], &grads[0])?)])
     }
 }
 

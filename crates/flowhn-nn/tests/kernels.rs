@@ -18,6 +18,7 @@ const TUNED: &[&str] = &[
     "embedding_backward X_KIND=1",
     "fp8_cast FORMAT=0",
     "fp8_cast FORMAT=1",
+    "swiglu_forward_fp8 FORMAT=0",
 ];
 
 #[test]

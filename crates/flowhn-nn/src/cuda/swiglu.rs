@@ -42,7 +42,14 @@ impl Function for SwiGluCuda {
     }
 
     fn backward(&self, ctx: &BackwardCtx, grads: &[Tensor]) -> Result<Vec<Option<Tensor>>> {
-        let rows = Rows::new(Self::NAME, &[&ctx.saved()[0], &grads[0]])?;
+        Ok(vec![Some(Self::grad(&ctx.saved()[0], &grads[0])?)])
+    }
+}
+
+impl SwiGluCuda {
+    /// The gradient of `gate_up` from that of the output.
+    pub(crate) fn grad(gate_up: &Tensor, dy: &Tensor) -> Result<Tensor> {
+        let rows = Rows::new(Self::NAME, &[gate_up, dy])?;
         let (gate_up, dy) = (rows.tensor(0), rows.tensor(1));
         let f = half_of_last(&mut gate_up.size());
         let grad = Tensor::f_empty(gate_up.size(), (gate_up.kind(), gate_up.device()))?;
@@ -65,7 +72,7 @@ impl Function for SwiGluCuda {
                 aligned(f, &[gate_up, dy, &grad]),
             ],
         )?;
-        Ok(vec![Some(grad)])
+        Ok(grad)
     }
 }
 

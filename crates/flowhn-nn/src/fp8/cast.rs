@@ -14,7 +14,7 @@ use crate::rows::no_kernel;
 pub(crate) const MULTIPLE: i64 = 16;
 /// Rows and columns that a block of the kernel takes.
 const TILE: i64 = 128;
-const THREADS: u32 = 256;
+pub(super) const THREADS: u32 = 256;
 
 /// A matrix in fp8, in the orders that were wanted.
 #[derive(Debug)]
@@ -44,8 +44,13 @@ impl Rounded {
     }
 }
 
+/// The tiles along an axis.
+pub(super) fn tiles(n: i64) -> u32 {
+    ((n + TILE - 1) / TILE) as u32
+}
+
 /// The rows of a matrix with those that are added.
-fn padded(n_rows: i64) -> i64 {
+pub(super) fn padded(n_rows: i64) -> i64 {
     (n_rows + MULTIPLE - 1) / MULTIPLE * MULTIPLE
 }
 
@@ -77,7 +82,6 @@ fn as_rows(x: &Tensor) -> Result<Tensor> {
 fn on_cuda(x: &Tensor, slot: &Slot, out: &Rounded) -> Result<()> {
     let [n_rows, n_cols] = [x.size()[0], x.size()[1]];
     let n_padded = padded(n_rows);
-    let tiles = |n: i64| ((n + TILE - 1) / TILE) as u32;
     let args = [
         Arg::Tensor(x),
         Arg::I64(x.stride()[0]),
@@ -147,7 +151,7 @@ mod tests {
         let x = Tensor::from_slice(&bits).view_dtype(Kind::BFloat16).view([256, 256]);
         let values = Vec::<f32>::try_from(x.to_kind(Kind::Float).view(-1)).unwrap();
         for slot in [activation, gradient] {
-            slot.seed(&Tensor::from_slice(&[0.75f32])).unwrap();
+            slot.seed_with(|| Ok(Tensor::from_slice(&[0.75f32]))).unwrap();
             let scale = slot.scale().unwrap().double_value(&[0]) as f32;
             let out = Rounded::empty(256, 256, true, true, &x, slot.format()).unwrap();
             cast(&x, &slot, &out).unwrap();
@@ -168,7 +172,7 @@ mod tests {
         let scales = Scales::new(1, Device::Cpu).unwrap();
         let [slot, ..] = scales.slots(0).unwrap();
         let x = Tensor::ones([3, 32], (Kind::BFloat16, Device::Cpu));
-        slot.seed(&x).unwrap();
+        slot.seed_with(|| Ok(x.shallow_clone())).unwrap();
         let out = Rounded::empty(3, 32, true, true, &x, slot.format()).unwrap();
         cast(&x, &slot, &out).unwrap();
         let sums = |t: Option<Tensor>, axis: i64| {

@@ -1,9 +1,7 @@
 //! The linear map with its products in fp8.
 // t tokens, i d_in, o d_out
 
-use std::sync::atomic::Ordering;
-
-use tch::Tensor;
+use tch::{Device, Kind, Tensor};
 
 use flowhn_torch::op::{Arg, call};
 use flowhn_torch::{BackwardCtx, Error, ForwardCtx, Function, Result};
@@ -12,37 +10,22 @@ use super::cast::{Rounded, cast};
 use super::scales::Slot;
 use super::weight::Fp8Factors;
 
-/// The numbers by which the dispatcher knows the types of products.
-const FLOAT: i64 = 6;
-const BFLOAT16: i64 = 15;
-
 /// Whether sums may be kept in fewer bits than f32 has, as the tensor cores have them between two additions in f32: fast, and as good as
 /// the rounding of the factors asks for where outputs are rounded to bf16 anyway.
-const FAST_FORWARD: bool = true;
-const FAST_BACKWARD: bool = false;
+pub(super) const FAST_FORWARD: bool = true;
+pub(super) const FAST_BACKWARD: bool = false;
 
 /// `y = x W^T` in bf16. Its inputs are x, bf16, and the master of W, which the gradient goes to.
-pub(crate) struct LinearFp8 {
-    factors: Fp8Factors,
-    /// That of the forward pass.
-    generation: u64,
-}
-
-impl LinearFp8 {
-    pub(crate) fn new(factors: Fp8Factors) -> Self {
-        let generation = factors.generation.load(Ordering::Relaxed);
-        Self { factors, generation }
-    }
-}
+pub(crate) struct LinearFp8(pub(crate) Fp8Factors);
 
 impl Function for LinearFp8 {
     const NAME: &'static str = "linear in fp8";
 
     fn forward(&mut self, ctx: &mut ForwardCtx, inputs: &[&Tensor]) -> Result<Vec<Tensor>> {
-        let Fp8Factors { plain: weight_oi, transposed: weight_io, slots: [slot, weight_slot, _], .. } = &self.factors;
+        let Fp8Factors { plain: weight_oi, transposed: weight_io, slots: [slot, weight_slot, _], .. } = &self.0;
         let x_ti = rows(inputs[0])?;
         let x = rounded(&x_ti, slot, true, ctx.needs_grad(1))?;
-        let y_to = product(&x.plain, slot, weight_oi, weight_slot, BFLOAT16, FAST_FORWARD)?;
+        let y_to = product(&x.plain, slot, weight_oi, weight_slot, Kind::BFloat16, FAST_FORWARD)?;
         if ctx.is_recorded() {
             ctx.save(weight_io);
             x.transposed.iter().for_each(|x_it| ctx.save(x_it));
@@ -51,10 +34,8 @@ impl Function for LinearFp8 {
     }
 
     fn backward(&self, ctx: &BackwardCtx, grads: &[Tensor]) -> Result<Vec<Option<Tensor>>> {
-        let Fp8Factors { slots: [x_slot, weight_slot, slot], generation, .. } = &self.factors;
-        if generation.load(Ordering::Relaxed) != self.generation {
-            return Err(Error::invalid(Self::NAME, "a step began between forward and backward: scales have changed"));
-        }
+        let [x_slot, weight_slot, slot] = &self.0.slots;
+        self.0.check_scales(Self::NAME)?;
         let [weight_io, x_it @ ..] = ctx.saved() else {
             return Err(Error::invalid(Self::NAME, "the weight was not saved"));
         };
@@ -62,24 +43,24 @@ impl Function for LinearFp8 {
         let grad_to = rows(&grads[0])?;
         let grad = rounded(&grad_to, slot, wants_dx, wants_dweight)?;
         let dx = || -> Result<Tensor> {
-            let dx_ti = product(&grad.plain, slot, weight_io, weight_slot, BFLOAT16, FAST_BACKWARD)?;
+            let dx_ti = product(&grad.plain, slot, weight_io, weight_slot, Kind::BFloat16, FAST_BACKWARD)?;
             like(&dx_ti, &grads[0], &grad_to)
         };
         let dweight = || -> Result<Tensor> {
             let x_it = x_it.first().ok_or_else(|| Error::invalid(Self::NAME, "the activation was not saved"))?;
-            product(&grad.transposed, slot, x_it, x_slot, FLOAT, FAST_BACKWARD)
+            product(&grad.transposed, slot, x_it, x_slot, Kind::Float, FAST_BACKWARD)
         };
         Ok(vec![wants_dx.then(dx).transpose()?, wants_dweight.then(dweight).transpose()?])
     }
 }
 
 /// The last axis as columns, all others as rows.
-fn rows(x: &Tensor) -> Result<Tensor> {
+pub(super) fn rows(x: &Tensor) -> Result<Tensor> {
     Ok(x.f_reshape([-1, x.size().last().copied().unwrap_or(1)])?)
 }
 
 /// The rows of a product without those that were added, in the leading axes of `x`, which `x_rows` was made of.
-fn like(product: &Tensor, x: &Tensor, x_rows: &Tensor) -> Result<Tensor> {
+pub(super) fn like(product: &Tensor, x: &Tensor, x_rows: &Tensor) -> Result<Tensor> {
     let mut shape = x.size();
     if let Some(last) = shape.last_mut() {
         *last = product.size()[1];
@@ -87,18 +68,32 @@ fn like(product: &Tensor, x: &Tensor, x_rows: &Tensor) -> Result<Tensor> {
     Ok(product.f_narrow(0, 0, x_rows.size()[0])?.f_view(shape.as_slice())?)
 }
 
-fn rounded(x: &Tensor, slot: &Slot, plain: bool, transposed: bool) -> Result<Rounded> {
-    slot.seed(x)?;
+pub(super) fn rounded(x: &Tensor, slot: &Slot, plain: bool, transposed: bool) -> Result<Rounded> {
+    slot.seed_with(|| Ok(x.shallow_clone()))?;
     let out = Rounded::empty(x.size()[0], x.size()[1], plain, transposed, x, slot.format())?;
     cast(x, slot, &out)?;
     Ok(out)
 }
 
 /// `a b^T` of `[m, k]` and `[n, k]`, both contiguous.
-fn product(a: &Option<Tensor>, a_slot: &Slot, b: &Tensor, b_slot: &Slot, kind: i64, fast: bool) -> Result<Tensor> {
+pub(super) fn product(
+    a: &Option<Tensor>,
+    a_slot: &Slot,
+    b: &Tensor,
+    b_slot: &Slot,
+    kind: Kind,
+    fast: bool,
+) -> Result<Tensor> {
     let missing = || Error::invalid(LinearFp8::NAME, "a factor or a product is missing");
     let a = a.as_ref().ok_or_else(missing)?;
     let (a_inverse, b_inverse, b) = (a_slot.inverse()?, b_slot.inverse()?, b.f_tr()?);
+    // libtorch's own on the CPU goes element by element.
+    if a.device() == Device::Cpu {
+        let product = a.f_to_kind(Kind::Float)?.f_mm(&b.f_to_kind(Kind::Float)?)?;
+        return Ok(product.f_mul(&(a_inverse * b_inverse))?.f_to_kind(kind)?);
+    }
+    // The number by which the dispatcher knows the type.
+    let kind = if kind == Kind::Float { 6 } else { 15 };
     let [a, b, a_inverse, b_inverse] = [a, &b, &a_inverse, &b_inverse].map(Arg::Tensor);
     let args = [a, b, a_inverse, b_inverse, Arg::None, Arg::None, Arg::Int(kind), Arg::Bool(fast)];
     call("aten::_scaled_mm", "", &args)?.into_iter().next().flatten().ok_or_else(missing)

@@ -10,10 +10,12 @@
 mod cast;
 mod format;
 mod linear;
+mod mlp;
 mod scales;
 mod weight;
 
 pub(crate) use linear::LinearFp8;
+pub(crate) use mlp::MlpFp8;
 pub(crate) use scales::Scales as Fp8Scales;
 pub(crate) use weight::{Fp8Copy, check_activations};
 pub use weight::{Fp8Paused, Fp8Projections};

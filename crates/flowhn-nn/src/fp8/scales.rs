@@ -74,11 +74,11 @@ impl Slot {
         Ok(self.numbers.f_narrow(0, SCALE, 1)?)
     }
 
-    /// Before the first cast, looks at its values to choose the scale.
+    /// Before the first cast, looks at these values, which are going to be rounded, to choose the scale.
     ///
     /// # Errors
     /// [`Error::Invalid`] while a CUDA graph is captured, which would look again in each replay.
-    pub(crate) fn seed(&self, x: &Tensor) -> Result<()> {
+    pub(crate) fn seed_with(&self, values: impl FnOnce() -> Result<Tensor>) -> Result<()> {
         if self.is_seeded.load(Ordering::Relaxed) {
             return Ok(());
         }
@@ -88,7 +88,7 @@ impl Slot {
             return Err(Error::invalid("fp8", message));
         }
         tch::no_grad(|| -> Result<()> {
-            let largest = x.f_abs()?.f_max()?.f_to_kind(Kind::Float)?;
+            let largest = values()?.f_abs()?.f_max()?.f_to_kind(Kind::Float)?;
             self.numbers.f_narrow(0, LARGEST, 1)?.f_copy_(&largest.f_view(1)?)?;
             let _ = self.numbers.f_narrow(0, HELD, 1)?.f_zero_()?;
             next(&self.numbers.f_view([1, N_NUMBERS])?, self.role)
@@ -145,9 +145,9 @@ impl Scales {
         tch::no_grad(|| next(&self.table, Role::Activation))
     }
 
-    /// Counts the changes of scales.
-    pub(crate) fn generation(&self) -> &Arc<AtomicU64> {
-        &self.generation
+    /// Counts the changes of scales, and how many there have been.
+    pub(crate) fn generation(&self) -> (Arc<AtomicU64>, u64) {
+        (Arc::clone(&self.generation), self.generation.load(Ordering::Relaxed))
     }
 
     /// All numbers, f32 `[n_slots, 4]`, in memory that this keeps using.
@@ -253,7 +253,7 @@ mod tests {
     fn what_was_never_seen_is_so_after_loading_too() {
         let scales = Scales::new(1, Device::Cpu).unwrap();
         let [x, ..] = scales.slots(0).unwrap();
-        x.seed(&Tensor::from_slice(&[0f32, -0.])).unwrap();
+        x.seed_with(|| Ok(Tensor::from_slice(&[0f32, -0.]))).unwrap();
         scales.next().unwrap();
         let other = Scales::new(1, Device::Cpu).unwrap();
         other.load(scales.table()).unwrap();

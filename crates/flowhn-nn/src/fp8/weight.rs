@@ -3,7 +3,7 @@
 use std::cell::{Cell, RefCell};
 use std::rc::Rc;
 use std::sync::Arc;
-use std::sync::atomic::AtomicU64;
+use std::sync::atomic::{AtomicU64, Ordering};
 
 use tch::{Device, Kind, Tensor};
 
@@ -47,8 +47,19 @@ pub(crate) struct Fp8Factors {
     pub(crate) transposed: Tensor,
     /// Those of the activation, the weight and the gradient.
     pub(crate) slots: [Slot; 3],
-    /// Counts the changes of scales.
-    pub(crate) generation: Arc<AtomicU64>,
+    /// Counts the changes of scales; how many there had been.
+    generation: (Arc<AtomicU64>, u64),
+}
+
+impl Fp8Factors {
+    /// Checks that the scales are those of the time when the factors were taken.
+    pub(crate) fn check_scales(&self, op: &'static str) -> Result<()> {
+        let (counter, taken) = &self.generation;
+        match counter.load(Ordering::Relaxed) == *taken {
+            true => Ok(()),
+            false => Err(Error::invalid(op, "a step began between forward and backward: scales have changed")),
+        }
+    }
 }
 
 /// How many projections take their products in fp8.
@@ -104,14 +115,14 @@ impl Weight {
             plain: plain.shallow_clone(),
             transposed: transposed.shallow_clone(),
             slots: used.slots.clone(),
-            generation: Arc::clone(used.scales.generation()),
+            generation: used.scales.generation(),
         }))
     }
 
     fn round_to_fp8(&self, used: &mut Used) -> Result<()> {
         let [_, slot, _] = &used.slots;
         let (weight, version) = (self.bf16()?, self.master().f_internal_version()?);
-        slot.seed(&weight)?;
+        slot.seed_with(|| Ok(weight.shallow_clone()))?;
         let rounded = match used.made.take() {
             Some(made) => made.rounded,
             None => {

@@ -1,11 +1,11 @@
 //! Rounding to fp8 and the linear map in fp8, against their definitions.
 
-use flowhn_torch::testing::{Case, noise};
+use flowhn_torch::testing::{Case, noise, same_bits};
 use flowhn_torch::{Error, Result};
 use tch::{Device, Kind, Tensor};
 
 use crate::fp8::{Fp8Scales as Scales, Role, Rounded, cast, next_scales};
-use crate::{Bias, Init, Linear, Params};
+use crate::{Bias, Init, Linear, Params, SwiGluMlp, swiglu};
 
 /// Rows, and columns in multiples of 16.
 const MATRICES: [[i64; 2]; 8] =
@@ -35,6 +35,10 @@ pub(super) fn cases() -> Vec<Case> {
         cases.push(Case::new(name, move |device| linear(n_tokens, d_in, d_out, Bias::None, device)));
     }
     cases.push(Case::new("fp8: linear with a bias", |device| linear(40, 64, 32, Bias::Init(Init::Ones), device)));
+    for [n_tokens, d_model, d_ff] in [[1, 16, 16], [37, 48, 144], [300, 128, 272]] {
+        let name = format!("fp8: MLP of {n_tokens} tokens, {d_model} through {d_ff}");
+        cases.push(Case::new(name, move |device| mlp(n_tokens, d_model, d_ff, device)));
+    }
     cases.push(Case::new("fp8: what is not finite comes out", not_finite));
     cases.push(Case::new("fp8: zeros stay zeros", zeros));
     cases.push(Case::new("fp8: weights are rounded anew where they change", weights_change));
@@ -71,13 +75,13 @@ fn compare(x: &Tensor, device: Device) -> Result<String> {
     for (slot_idx, role) in [Role::Activation, Role::Weight, Role::Gradient].into_iter().enumerate() {
         let run = |x: &Tensor, poison: f64| -> Result<[Tensor; 3]> {
             let slot = &Scales::new(1, x.device())?.slots(0)?[slot_idx];
-            slot.seed(&Tensor::full([1], 0.75, (Kind::Float, x.device())))?;
+            slot.seed_with(|| Ok(Tensor::full([1], 0.75, (Kind::Float, x.device()))))?;
             let out = Rounded::empty(x.size()[0], x.size()[1], true, true, x, role.format())?;
             let missing = || Error::invalid("fp8", "there is no result");
             let (plain, transposed) =
                 (out.plain.as_ref().ok_or_else(missing)?, out.transposed.as_ref().ok_or_else(missing)?);
             for t in [plain, transposed] {
-                t.view_dtype(Kind::Uint8).f_fill_(poison)?;
+                let _ = t.view_dtype(Kind::Uint8).f_fill_(poison)?;
             }
             cast(x, slot, &out)?;
             let on_cpu = |t: &Tensor| t.to_device(Device::Cpu);
@@ -192,6 +196,38 @@ fn linear(n_tokens: i64, d_in: i64, d_out: i64, bias: Bias, device: Device) -> R
     Ok(format!("{:.0} % of the bound", 100. * worst))
 }
 
+/// The MLP without its values in memory, against its three operations: the same bits, also of the scales.
+fn mlp(n_tokens: i64, d_model: i64, d_ff: i64, device: Device) -> Result<String> {
+    let bf16 = |seed, size: f64| (noise(&[n_tokens, d_model], seed) * size).to_kind(Kind::BFloat16).to_device(device);
+    let run = |fused: bool| -> Result<Vec<Tensor>> {
+        let mut params = Params::new(device, 0);
+        let mlp = SwiGluMlp::new(&mut params.root(), d_model, d_ff, Init::Zeros, Init::Zeros, &Bias::None)?;
+        params.assign("gate_up_proj.weight", &(noise(&[2 * d_ff, d_model], 3) * 0.2))?;
+        params.assign("down_proj.weight", &(noise(&[d_model, d_ff], 4) * 0.1))?;
+        params.refresh_bf16_copies()?;
+        params.use_fp8(|_| true)?;
+        let mut results = Vec::new();
+        for step in 0..2 {
+            params.begin_fp8_step()?;
+            params.zero_grad();
+            let x = bf16(1 + step, 3.).set_requires_grad(true);
+            let y = match fused {
+                true => mlp.forward(&x)?,
+                false => mlp.down_proj().forward(&swiglu(&mlp.gate_up_proj().forward(&x)?)?)?,
+            };
+            (&y * bf16(5, 1e-4)).sum(Kind::Float).f_backward()?;
+            results.extend([y.detach(), x.grad()]);
+            results.extend(params.iter().map(|param| param.weight.master().grad().copy()));
+            results.extend(params.fp8_scales().map(|scales| scales.copy()));
+        }
+        Ok(results)
+    };
+    let (fused, apart) = (run(true)?, run(false)?);
+    let differs = (0..fused.len()).find(|&i| !same_bits(&fused[i], &apart[i]));
+    ensure(differs.is_none() && fused.len() == 10, || format!("result {differs:?} differs"))?;
+    Ok("the same bits".to_owned())
+}
+
 fn not_finite(device: Device) -> Result<String> {
     for bad in [f64::NAN, f64::INFINITY, f64::NEG_INFINITY] {
         let (_params, projection) = projection(32, 48, Bias::None, device)?;
@@ -207,10 +243,10 @@ fn not_finite(device: Device) -> Result<String> {
         };
         let clean = run(&x, &dy)?;
         ensure(clean.iter().flatten().all(|&finite| finite), || "finite values became something else".to_owned())?;
-        let mut x_bad = x.copy();
-        x_bad.narrow(0, 4, 1).narrow(1, 9, 1).f_fill_(bad)?;
-        let mut dy_bad = dy.copy();
-        dy_bad.narrow(0, 7, 1).narrow(1, 30, 1).f_fill_(bad)?;
+        let x_bad = x.copy();
+        let _ = x_bad.narrow(0, 4, 1).narrow(1, 9, 1).f_fill_(bad)?;
+        let dy_bad = dy.copy();
+        let _ = dy_bad.narrow(0, 7, 1).narrow(1, 30, 1).f_fill_(bad)?;
         let [y, dx] = run(&x_bad, &dy_bad)?;
         let only = |row: usize, finite: &[bool]| finite.iter().enumerate().all(|(i, &finite)| finite == (i != row));
         ensure(only(4, &y) && only(7, &dx), || format!("{bad} in one row is found in {y:?} and {dx:?}"))?;
