@@ -3,13 +3,14 @@
 use criterion::{Criterion, Throughput, criterion_group, criterion_main};
 use flowhn_benches::{BATCH, SEQ_LEN, ids, model_config, set_up};
 use flowhn_model::Model;
-use flowhn_train::optim::{AdamW, AdamWOptions};
+use flowhn_train::optim::{AdamW, AdamWOptions, StateType};
 use tch::Device;
 
 fn step(c: &mut Criterion) {
     set_up();
     let model = Model::new(&model_config(4, 8192), Device::Cpu, 0).expect("the configuration fits");
-    let options = AdamWOptions { beta1: 0.9, beta2: 0.95, eps: 1e-8, weight_decay: 0.1, clip_norm: 1. };
+    let state = StateType::Fp32;
+    let options = AdamWOptions { beta1: 0.9, beta2: 0.95, eps: 1e-8, weight_decay: 0.1, clip_norm: 1., state };
     let mut optimizer = AdamW::of_params(model.params(), options).expect("parameters are leaves");
     let ids = ids(8192);
     let mut group = c.benchmark_group("train_step");

@@ -318,7 +318,10 @@ impl Model {
     pub fn forward(&self, input: &Input) -> Result<Output> {
         let mut hidden = Vec::with_capacity(self.blocks.len() + 1);
         let _paused = self.params.pause_fp8();
-        let x_bld = self.run(input, None, |stream| Ok(hidden.push(stream.sum()?)))?;
+        let x_bld = self.run(input, None, |stream| {
+            hidden.push(stream.sum()?);
+            Ok(())
+        })?;
         Ok(Output { logits: self.logits_of(&x_bld)?, hidden })
     }
 

@@ -70,7 +70,7 @@ pub(crate) fn cast(x: &Tensor, slot: &Slot, out: &Rounded) -> Result<()> {
 
 /// The same values in rows that begin at 16 bytes and have no gaps inside.
 fn as_rows(x: &Tensor) -> Result<Tensor> {
-    let fits = x.stride()[1] == 1 && x.stride()[0] % 8 == 0 && x.data_ptr() as usize % 16 == 0;
+    let fits = x.stride()[1] == 1 && x.stride()[0] % 8 == 0 && (x.data_ptr() as usize).is_multiple_of(16);
     if fits {
         return Ok(x.shallow_clone());
     }
@@ -137,7 +137,9 @@ mod tests {
                 _ => (1. + mantissa / one) * 2f64.powi(exponent - bias),
             }
         };
-        let distance = |code: u8| (f64::from(x.abs()) - value(code)).abs();
+        // What is above the largest is as far from it as the largest itself: f64 does not tell all such distances apart.
+        let size = f64::from(x.abs()).min(value(last));
+        let distance = |code: u8| (size - value(code)).abs();
         let best = (0..=last).min_by(|&a, &b| distance(a).total_cmp(&distance(b)).then((a % 2).cmp(&(b % 2))));
         best.unwrap_or_default() | (u8::from(x.is_sign_negative()) << 7)
     }

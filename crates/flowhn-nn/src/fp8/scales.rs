@@ -227,7 +227,7 @@ mod tests {
     #[test]
     fn scales_leave_room_above_the_largest_value() {
         for role in ROLES {
-            for held in [1e-30f32, 3e-6, 0.7, 1., 1.999, 448., 3e4, 1e20] {
+            for held in [1e-20f32, 3e-6, 0.7, 1., 1.999, 448., 3e4, 1e20] {
                 let [inverse, scale, largest, next_held] = next_numbers([0., 0., held, -1.], role);
                 let scaled = f64::from(held * scale) / role.format().largest();
                 assert!((1. / 3.5..=1. / 1.75).contains(&scaled), "{role:?} {held}: {scaled}");

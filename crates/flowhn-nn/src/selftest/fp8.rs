@@ -14,13 +14,16 @@ const MATRICES: [[i64; 2]; 8] =
 const LINEARS: [[i64; 3]; 7] =
     [[1, 16, 16], [7, 32, 48], [16, 16, 160], [31, 208, 64], [96, 128, 128], [250, 272, 544], [1000, 512, 256]];
 
+/// A part of a matrix.
+type View = fn(&Tensor) -> Tensor;
+
 pub(super) fn cases() -> Vec<Case> {
     let mut cases = Vec::new();
     for [n_rows, n_cols] in MATRICES {
         let name = format!("fp8: rounding {n_rows} x {n_cols}");
         cases.push(Case::new(name, move |device| rounding(n_rows, n_cols, |x| x.shallow_clone(), device)));
     }
-    let views: [(&str, fn(&Tensor) -> Tensor); 3] = [
+    let views: [(&str, View); 3] = [
         ("rows with gaps", |x| x.narrow(1, 8, 48)),
         ("rows that no vector fits", |x| x.narrow(1, 3, 48)),
         ("columns", |x| x.narrow(1, 0, 64).tr()),
@@ -66,7 +69,7 @@ fn compare(x: &Tensor, device: Device) -> Result<String> {
         true => x.to_device(device),
         false => {
             let wide = Tensor::full([x.size()[0], x.size()[1] + 24], 7., (Kind::BFloat16, device));
-            let offset = if x.data_ptr() as usize % 16 == 0 { 8 } else { 3 };
+            let offset = if (x.data_ptr() as usize).is_multiple_of(16) { 8 } else { 3 };
             let mut inside = wide.narrow(1, offset, x.size()[1]);
             inside.f_copy_(x)?;
             inside

@@ -1,6 +1,8 @@
 //! Operations on the tokens of two branches, and what they read first: halves of a sequence, as the released block shares them out.
 // b batch, l seq_len, d d_model, h heads, p d_head, v vocab_size
 
+use std::ops::Range;
+
 use flowhn_attn::{RotaryTable, rotary};
 use flowhn_fuse::{Route, merge, merge_residual, merge_residual_norm, merge_sums, split_norm, split_norm_tokens};
 use flowhn_nn::{Params, Residual, RmsNorm, embedding, residual_norm};
@@ -24,8 +26,8 @@ impl Halves {
     fn new(l: i64, d: i64, device: Device) -> Result<Self> {
         let (l, mut params) = (l as usize, Params::new(device, 0));
         let norm = RmsNorm::new(&mut params.root(), "norm", d, EPS)?;
-        let (attn, ssm) = (Route::new(l, &[0..l / 2], device)?, Route::new(l, &[l / 2..l], device)?);
-        Ok(Self { attn, ssm, norm })
+        let route = |tokens: Range<usize>| Route::new(l, std::slice::from_ref(&tokens), device);
+        Ok(Self { attn: route(0..l / 2)?, ssm: route(l / 2..l)?, norm })
     }
 }
 
