@@ -11,7 +11,7 @@ use flowhn_torch::timeline::Timeline;
 use flowhn_torch::{Event, MemoryStats, Stream};
 use rand_chacha::ChaCha8Rng;
 use rand_chacha::rand_core::{Rng, SeedableRng};
-use serde::Serialize;
+use serde::{Deserialize, Serialize};
 use tch::Device;
 
 use crate::config::RunConfig;
@@ -73,10 +73,10 @@ pub struct StepSpeed {
 }
 
 /// The time of one part of a step, forward and backward.
-#[derive(Clone, Debug, PartialEq, Serialize)]
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 pub struct PartTime {
     /// One of [`flowhn_model::parts`], `optimizer` or `gaps`.
-    pub name: &'static str,
+    pub name: String,
     /// Milliseconds.
     pub ms: f64,
 }
@@ -179,8 +179,9 @@ fn parts(stepper: &mut Stepper) -> Result<(Vec<PartTime>, f64)> {
     stepper.read()?;
     let (walked, idle_ms) = timeline.parts()?;
     let busy_ms: f64 = walked.iter().map(|part| part.ms).sum();
-    let mut parts: Vec<PartTime> = walked.into_iter().map(|part| PartTime { name: part.name, ms: part.ms }).collect();
-    parts.push(PartTime { name: "gaps", ms: idle_ms });
+    let mut parts: Vec<PartTime> =
+        walked.into_iter().map(|part| PartTime { name: part.name.to_owned(), ms: part.ms }).collect();
+    parts.push(PartTime { name: "gaps".to_owned(), ms: idle_ms });
     Ok((parts, busy_ms / (busy_ms + idle_ms)))
 }
 

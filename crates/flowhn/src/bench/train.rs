@@ -29,7 +29,8 @@ peak. Parts come from steps of their own with marks between them; `gaps` lies be
 steps, and busy_frac is the rest's share.
 
 --out also writes train.json (the same object), train.csv and train.svg (bars of tokens/s and MFU). --beside FILE puts another program's
-speeds into the figure and the CSV: a JSON object {name, rows: a list of {model, policy, tokens_per_s, mfu}}, mfu a fraction.";
+speeds into the figure and the CSV: a JSON object {name, rows: a list of {model, policy, tokens_per_s, mfu}}, mfu a fraction. --from FILE
+writes these files from a report that was kept, and measures nothing.";
 
 const DEFINITION: &str =
     "tokens of a step over the median time of a step; model FLOPs of `flowhn plan`, forward and backward";
@@ -63,14 +64,17 @@ pub struct Args {
     /// Another program's speeds, to stand beside ours in the files of --out
     #[arg(long, value_name = "FILE", requires = "out")]
     beside: Option<PathBuf>,
+    /// Take this report, an earlier train.json, instead of measuring
+    #[arg(long, value_name = "FILE", requires = "out", conflicts_with_all = ["size", "policy", "config", "branches", "steps"])]
+    from: Option<PathBuf>,
     /// Print one JSON object
     #[arg(long)]
     json: bool,
 }
 
-#[derive(Debug, Serialize)]
+#[derive(Debug, Serialize, Deserialize)]
 pub(super) struct Report {
-    definition: &'static str,
+    definition: String,
     pub(super) device: String,
     pub(super) peak: Option<Peak>,
     pub(super) rows: Vec<Row>,
@@ -83,7 +87,7 @@ pub(super) struct Peak {
     pub(super) flops_per_s: f64,
 }
 
-#[derive(Debug, Serialize)]
+#[derive(Debug, Serialize, Deserialize)]
 pub(super) struct Row {
     pub(super) model: String,
     pub(super) policy: String,
@@ -106,13 +110,13 @@ pub(super) struct Row {
 }
 
 /// How many of the blocks' projections are in fp8.
-#[derive(Clone, Copy, Debug, Serialize)]
+#[derive(Clone, Copy, Debug, Serialize, Deserialize)]
 struct InFp8 {
     in_fp8: usize,
     of: usize,
 }
 
-#[derive(Debug, Serialize)]
+#[derive(Debug, Serialize, Deserialize)]
 pub(super) struct StepMs {
     pub(super) median: f64,
     pub(super) min: f64,
@@ -126,7 +130,11 @@ pub fn run(args: &Args) -> Result<ExitCode> {
     let console = Console::new();
     // Before the measurement, which takes a while.
     let beside = args.beside.as_deref().map(Beside::read).transpose()?;
-    let mut report = Report { definition: DEFINITION, device: String::new(), peak: None, rows: Vec::new() };
+    if let Some(file) = &args.from {
+        let report = train_files::read(file)?;
+        return finish(args, &report, beside.as_ref());
+    }
+    let mut report = Report { definition: DEFINITION.to_owned(), device: String::new(), peak: None, rows: Vec::new() };
     let branches = args.branches.iter().map(|branches| format!("train.branches=\"{branches}\""));
     let sets: Vec<String> = args.sets.sets.iter().cloned().chain(branches).collect();
     for (model, policy, file) in files(args) {
@@ -145,11 +153,16 @@ pub fn run(args: &Args) -> Result<ExitCode> {
         report.peak = Some(peak);
         report.rows.push(row);
     }
+    finish(args, &report, beside.as_ref())
+}
+
+/// Writes and prints what was found.
+fn finish(args: &Args, report: &Report, beside: Option<&Beside>) -> Result<ExitCode> {
     if let Some(dir) = &args.out {
-        train_files::write(dir, &report, beside.as_ref())?;
+        train_files::write(dir, report, beside)?;
     }
     if args.json {
-        console::print_json(&report)?;
+        console::print_json(report)?;
     }
     Ok(ExitCode::SUCCESS)
 }

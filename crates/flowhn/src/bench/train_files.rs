@@ -40,6 +40,13 @@ impl Beside {
     }
 }
 
+/// A report that was kept.
+pub(super) fn read(path: &Path) -> Result<Report> {
+    let text = fs::read_to_string(path).with_context(|| format!("cannot read --from {}", path.display()))?;
+    let want = "it takes a train.json that `flowhn bench train --out` wrote";
+    serde_json::from_str(&text).with_context(|| format!("cannot read --from {}: {want}", path.display()))
+}
+
 /// Writes train.json, train.csv and train.svg.
 pub(super) fn write(dir: &Path, report: &Report, beside: Option<&Beside>) -> Result<()> {
     fs::create_dir_all(dir).with_context(|| format!("cannot make the folder {}", dir.display()))?;
