@@ -4,6 +4,7 @@
 pub mod check;
 pub mod cpu;
 mod error;
+mod exit;
 mod ffi;
 mod flag;
 mod function;
@@ -22,6 +23,7 @@ pub mod testing;
 pub mod timeline;
 
 pub use error::{Error, Result, catch};
+pub use exit::exit_now;
 pub use flag::Flag;
 pub use function::{BackwardCtx, ForwardCtx, Function, apply, clear_grad};
 pub use graph::{CaptureMode, Graph, GraphPool};

@@ -4,6 +4,7 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 
 use anyhow::{Context, Result};
+use flowhn_torch::exit_now;
 use flowhn_train::observe::StopFlag;
 
 use crate::console::Console;
@@ -42,11 +43,11 @@ impl Interrupt {
     fn on_signal(&self, console: &Console) {
         if !self.training.load(Ordering::SeqCst) {
             console.line("interrupted before the first step; nothing to save");
-            std::process::exit(INTERRUPTED.into());
+            exit_now(INTERRUPTED.into());
         }
         if self.stop.is_requested() {
             console.line("killed; --resume goes on from the last checkpoint");
-            std::process::exit(INTERRUPTED.into());
+            exit_now(INTERRUPTED.into());
         }
         self.stop.request();
         console.line("interrupted: finishing this step and saving; once more kills at once");

@@ -8,7 +8,7 @@ use std::time::{Duration, Instant};
 use rand_chacha::ChaCha8Rng;
 use rand_chacha::rand_core::{Rng, SeedableRng};
 
-use crate::bench::{Ending, Out, command, copy, dir, finish, flowhn, wait_for, whole};
+use crate::bench::{Ending, Out, command, copy, dir, finish, flowhn, repo, wait_for, whole};
 
 /// Starts or resumes the small run in a directory.
 fn sitting(run: &str, resume: bool) -> Child {
@@ -124,6 +124,25 @@ fn ctrl_c_saves_and_tells_the_command_that_resumes() {
     assert!(out.stderr.contains(&format!("resuming after step {step}")), "{out:?}");
     out.done();
     Ending::of("stopped").is_whole();
+}
+
+#[test]
+fn ended_amid_operators_it_ends_cleanly() {
+    let told = dir().join("ended.txt");
+    for delay in [0, 150, 300, 450] {
+        let out = dir().join(format!("ended-{delay}")).display().to_string();
+        let mut command = command(&["bench", "paper", "--size", "tiny", "--rows", "no_split", "--out", &out]);
+        // As many threads as there are, so that some are inside of libtorch.
+        command.current_dir(repo()).env_remove("OMP_NUM_THREADS").env_remove("RAYON_NUM_THREADS");
+        let mut child = command.stdout(Stdio::null()).stderr(fs::File::create(&told).unwrap()).spawn().unwrap();
+        let timing = || fs::read_to_string(&told).is_ok_and(|text| text.contains("timing"));
+        assert!(wait_for(&mut child, Duration::from_millis(1), timing));
+        std::thread::sleep(Duration::from_millis(delay));
+        assert!(Command::new("kill").args(["-TERM", &child.id().to_string()]).status().unwrap().success());
+        let (status, told) = (child.wait().unwrap(), fs::read_to_string(&told).unwrap());
+        assert_eq!(status.code(), Some(130), "{delay}: {told}");
+        assert!(told.ends_with("interrupted before the first step; nothing to save\n"), "{delay}: {told}");
+    }
 }
 
 #[test]
