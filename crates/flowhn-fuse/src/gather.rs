@@ -107,10 +107,9 @@ pub fn split_norm(
     attn_norm: &RmsNorm,
     ssm_norm: &RmsNorm,
 ) -> Result<SplitNormed> {
-    const OP: &str = "split_norm";
-    check_split(OP, x_bld, delta_bld, attn, ssm)?;
-    let weights = [norm_weight(OP, x_bld, attn_norm)?, norm_weight(OP, x_bld, ssm_norm)?];
-    normed_split(x_bld, delta_bld, attn, ssm, [&weights[0], &weights[1]], [attn_norm.eps(), ssm_norm.eps()])
+    let norms = [attn_norm, ssm_norm];
+    let [attn_weight, ssm_weight] = checked_weights("split_norm", x_bld, delta_bld, [attn, ssm], norms)?;
+    normed_split(x_bld, delta_bld, attn, ssm, [&attn_weight, &ssm_weight], norms.map(RmsNorm::eps))
 }
 
 /// [`split_norm`] with the weights at hand, attention's first.
@@ -179,10 +178,9 @@ pub fn split_norm_tokens(
     attn_norm: &RmsNorm,
     ssm_norm: &RmsNorm,
 ) -> Result<SplitTokens> {
-    const OP: &str = "split_norm_tokens";
-    check_split(OP, x_bld, delta_bld, attn, ssm)?;
-    let weights = [norm_weight(OP, x_bld, attn_norm)?, norm_weight(OP, x_bld, ssm_norm)?];
-    normed_split_tokens(x_bld, delta_bld, attn, ssm, [&weights[0], &weights[1]], [attn_norm.eps(), ssm_norm.eps()])
+    let norms = [attn_norm, ssm_norm];
+    let [attn_weight, ssm_weight] = checked_weights("split_norm_tokens", x_bld, delta_bld, [attn, ssm], norms)?;
+    normed_split_tokens(x_bld, delta_bld, attn, ssm, [&attn_weight, &ssm_weight], norms.map(RmsNorm::eps))
 }
 
 /// [`split_norm_tokens`] with the weights at hand, attention's first.
@@ -229,13 +227,21 @@ fn apply_split_norm<const N: usize>(
     outputs.try_into().map_err(|_| Error::invalid("split_norm", "the function lost its outputs"))
 }
 
-fn check_split(op: &'static str, x_bld: &Tensor, delta_bld: Option<&Tensor>, attn: &Route, ssm: &Route) -> Result<()> {
-    check_sequence(op, x_bld, attn)?;
-    check_sequence(op, x_bld, ssm)?;
-    let Some(delta_bld) = delta_bld else { return Ok(()) };
-    check::shape(op, "delta_bld", delta_bld, &x_bld.size())?;
-    check::kind(op, "delta_bld", delta_bld, &[x_bld.kind()])?;
-    check::device(op, "delta_bld", delta_bld, x_bld.device())
+/// Checks what is split and what is added to it, and returns the norms' weights.
+fn checked_weights(
+    op: &'static str,
+    x_bld: &Tensor,
+    delta_bld: Option<&Tensor>,
+    routes: [&Route; 2],
+    [attn_norm, ssm_norm]: [&RmsNorm; 2],
+) -> Result<[Tensor; 2]> {
+    routes.into_iter().try_for_each(|route| check_sequence(op, x_bld, route))?;
+    if let Some(delta_bld) = delta_bld {
+        check::shape(op, "delta_bld", delta_bld, &x_bld.size())?;
+        check::kind(op, "delta_bld", delta_bld, &[x_bld.kind()])?;
+        check::device(op, "delta_bld", delta_bld, x_bld.device())?;
+    }
+    Ok([norm_weight(op, x_bld, attn_norm)?, norm_weight(op, x_bld, ssm_norm)?])
 }
 
 /// The weight of a norm over the tokens of `x_bld`.
