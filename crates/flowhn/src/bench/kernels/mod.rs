@@ -209,10 +209,7 @@ impl<'a> Bench<'a> {
         for (samples, pass) in ours.iter().zip(&operation.passes) {
             let mut row = Row::new(operation, pass, samples, &self.ceilings);
             if let Some(products) = &operation.products {
-                let mut products_us = 0.;
-                for shape in products.shapes {
-                    products_us += forward(&self.timer, &(table::gemm(shape, None).build)(self.device)?)?.1;
-                }
+                let products_us = self.in_a_row(&products.shapes)?;
                 let multiple = row.time.median_us / products_us;
                 row.products = Some(Multiple { products_us, multiple, target: products.within });
             }
@@ -223,6 +220,15 @@ impl<'a> Bench<'a> {
             rows.push(row);
         }
         Ok(rows)
+    }
+
+    /// The median of matrix products that follow one another, as those of an operation do, which run at the clock that the power
+    /// limit then leaves.
+    fn in_a_row(&self, shapes: &[[i64; 3]]) -> Result<f64> {
+        let calls =
+            shapes.iter().map(|&shape| (table::gemm(shape, None).build)(self.device)).collect::<Result<Vec<_>>>()?;
+        let all = || calls.iter().try_for_each(|call| (call.run)(&call.leaves).map(drop));
+        Ok(self.timer.time(&all)?.spread().0)
     }
 
     fn time(&self, call: &Call, pass: &Pass) -> Result<Samples> {

@@ -52,7 +52,7 @@ pub struct Time {
     pub n: usize,
 }
 
-/// A time as a multiple of that of matrix products.
+/// A time as a multiple of that of matrix products, which are timed in a row.
 #[derive(Clone, Copy, Debug, Serialize)]
 pub struct Multiple {
     pub products_us: f64,
@@ -132,7 +132,7 @@ impl Row {
             line += &target.map(|target| verdict(*speedup >= target, target)).unwrap_or_default();
         }
         if let Some(Multiple { products_us, multiple, target }) = self.products {
-            line += &format!("; {multiple:.2} times its products ({products_us:.0})");
+            line += &format!("; {multiple:.2} times its products in a row ({products_us:.0})");
             line += &verdict(multiple <= target, target);
         }
         for Peer { peer, time, speedup } in &self.peers {
