@@ -4,6 +4,7 @@ use std::ffi::{CString, c_int, c_void};
 
 use anyhow::{Context as _, Result, bail};
 use cudarc::driver::{result, sys};
+use flowhn_trace::BoxMap;
 
 /// Shared memory that a block gets without asking.
 const DEFAULT_SHARED_BYTES: usize = 48 << 10;
@@ -59,59 +60,107 @@ impl Device {
 pub struct Module(sys::CUmodule);
 
 impl Module {
-    /// The function of that name.
+    /// The function of that name, with the sizes of its first `n_args` arguments.
     ///
     /// # Errors
-    /// If there is none.
-    pub fn function(&self, name: &str) -> Result<Function> {
+    /// If there is none, or it has fewer arguments.
+    pub fn function(&self, name: &str, n_args: usize) -> Result<Function> {
         let c_name = CString::new(name)?;
         // SAFETY: the module is loaded and stays.
         let function = unsafe { result::module::get_function(self.0, c_name) };
-        Ok(Function(function.with_context(|| format!("the machine code holds no function {name}"))?))
+        let function = function.with_context(|| format!("the machine code holds no function {name}"))?;
+        let size_of = |idx| {
+            let (mut offset, mut n_bytes) = (0, 0);
+            // SAFETY: the function is loaded; both are places for one number.
+            let outcome = unsafe { sys::cuFuncGetParamInfo(function, idx, &mut offset, &mut n_bytes) };
+            outcome.result().with_context(|| format!("{name} has no argument {idx}, and {n_args} were recorded"))?;
+            Ok(n_bytes)
+        };
+        Ok(Function { function, arg_bytes: (0..n_args).map(size_of).collect::<Result<_>>()? })
+    }
+}
+
+/// What a kernel is given for one of its arguments.
+#[derive(Debug)]
+pub enum Arg {
+    /// A number or an address, low bytes first.
+    Bits(u64),
+    /// The map of a matrix.
+    Map(sys::CUtensorMap),
+}
+
+impl Arg {
+    /// The map of the matrix at an address.
+    ///
+    /// # Errors
+    /// What the driver says if it makes none.
+    pub fn map(_device: &Device, address: u64, form: &BoxMap) -> Result<Self> {
+        let BoxMap { size, row_bytes, box_size } = form;
+        let mut map = sys::CUtensorMap { opaque: [0; 16] };
+        // SAFETY: every pointer but the address leads to as many numbers as two axes have; the driver keeps none of them, and does
+        // not read what is at the address.
+        let outcome = unsafe {
+            sys::cuTensorMapEncodeTiled(
+                &mut map,
+                sys::CUtensorMapDataType::CU_TENSOR_MAP_DATA_TYPE_BFLOAT16,
+                2,
+                address as *mut c_void,
+                size.as_ptr(),
+                row_bytes,
+                box_size.as_ptr(),
+                [1, 1].as_ptr(),
+                sys::CUtensorMapInterleave::CU_TENSOR_MAP_INTERLEAVE_NONE,
+                sys::CUtensorMapSwizzle::CU_TENSOR_MAP_SWIZZLE_128B,
+                sys::CUtensorMapL2promotion::CU_TENSOR_MAP_L2_PROMOTION_L2_128B,
+                sys::CUtensorMapFloatOOBfill::CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE,
+            )
+        };
+        outcome.result().with_context(|| format!("the driver makes no map of {form:?}"))?;
+        Ok(Self::Map(map))
+    }
+
+    /// How many bytes the driver can read, and where.
+    fn bytes(&mut self) -> (usize, *mut c_void) {
+        match self {
+            Self::Bits(bits) => (size_of_val(bits), std::ptr::from_mut(bits).cast()),
+            Self::Map(map) => (size_of_val(map), std::ptr::from_mut(map).cast()),
+        }
     }
 }
 
 /// A function of loaded machine code.
-pub struct Function(sys::CUfunction);
+pub struct Function {
+    function: sys::CUfunction,
+    arg_bytes: Vec<usize>,
+}
 
 impl Function {
     /// Launches it on the default stream.
     ///
     /// # Errors
-    /// If the number of arguments is not what it declares, or the driver refuses.
-    pub fn launch(&self, grid: [u32; 3], block: u32, shared_bytes: usize, args: &[u64]) -> Result<()> {
-        let declared = self.arg_bytes();
-        if declared.len() != args.len() || declared.iter().any(|&n_bytes| n_bytes > size_of::<u64>()) {
-            bail!("{} arguments were recorded, and the function takes {declared:?} bytes", args.len());
+    /// If there are not as many arguments as were asked for, one is larger than what was recorded, or the driver refuses.
+    pub fn launch(&self, grid: [u32; 3], block: u32, shared_bytes: usize, args: &mut [Arg]) -> Result<()> {
+        let given: Vec<(usize, *mut c_void)> = args.iter_mut().map(Arg::bytes).collect();
+        if given.len() != self.arg_bytes.len() || given.iter().zip(&self.arg_bytes).any(|((n, _), want)| n < want) {
+            let n_bytes: Vec<usize> = given.iter().map(|(n, _)| *n).collect();
+            bail!("arguments of up to {n_bytes:?} bytes were recorded, and the function takes {:?}", self.arg_bytes);
         }
         if shared_bytes > DEFAULT_SHARED_BYTES {
             let attribute = sys::CUfunction_attribute_enum::CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES;
             // SAFETY: the function is loaded in the current context.
-            unsafe { result::function::set_function_attribute(self.0, attribute, shared_bytes as c_int) }
+            unsafe { result::function::set_function_attribute(self.function, attribute, shared_bytes as c_int) }
                 .with_context(|| format!("{shared_bytes} bytes of shared memory"))?;
         }
-        let mut values = args.to_vec();
-        let mut pointers: Vec<*mut c_void> = values.iter_mut().map(|value| (value as *mut u64).cast()).collect();
+        let mut pointers: Vec<*mut c_void> = given.iter().map(|(_, pointer)| *pointer).collect();
         let [x, y, z] = grid;
-        // SAFETY: there is a pointer for each argument that the function declares, to at least as many bytes, and the driver
-        // copies them before it returns. What the kernel does with the addresses among them happens on the device, to memory
-        // that this process allocated; finding out whether it stays inside is what this program is for.
+        // SAFETY: the recorder wrote down all arguments that the function declares; there is a pointer for each, to at least as many
+        // bytes, and the driver copies them before it returns. What the kernel does with the addresses among them happens on the
+        // device, to memory that this process allocated; finding out whether it stays inside is what this program is for.
         let outcome = unsafe {
             let stream = std::ptr::null_mut();
-            result::launch_kernel(self.0, (x, y, z), (block, 1, 1), shared_bytes as u32, stream, &mut pointers)
+            result::launch_kernel(self.function, (x, y, z), (block, 1, 1), shared_bytes as u32, stream, &mut pointers)
         };
         outcome.context("the launch is refused")
-    }
-
-    /// The sizes of the arguments that it declares.
-    fn arg_bytes(&self) -> Vec<usize> {
-        let size_of = |arg_idx| {
-            let (mut offset, mut n_bytes) = (0, 0);
-            // SAFETY: the function is loaded; both are places for one number.
-            let outcome = unsafe { sys::cuFuncGetParamInfo(self.0, arg_idx, &mut offset, &mut n_bytes) };
-            outcome.result().ok().map(|()| n_bytes)
-        };
-        (0..).map_while(size_of).collect()
     }
 }
 

@@ -4,19 +4,21 @@
 mod choice;
 mod driver;
 mod replay;
+mod share;
 
-use std::collections::{BTreeMap, HashMap};
+use std::collections::BTreeMap;
 use std::path::PathBuf;
 use std::process::ExitCode;
 use std::time::{Duration, Instant};
 
 use anyhow::{Context as _, Result, bail};
 use clap::Parser;
-use flowhn_trace::{Launch, Record, Trace};
+use flowhn_trace::{Record, Trace};
 
-use choice::{Choice, kernels, name};
-use driver::{Device, Module};
-use replay::Mode;
+use choice::{Choice, Found, Kernel, name};
+use driver::Device;
+use replay::{Mode, Replayer, Spent};
+use share::Share;
 
 /// Launches recorded kernels again, without libtorch, each tensor in an allocation of exactly its size
 #[derive(Debug, Parser)]
@@ -27,6 +29,11 @@ struct Cli {
     traces: Vec<PathBuf>,
     #[command(flatten)]
     choice: Choice,
+    #[command(flatten)]
+    share: Share,
+    /// The number of the CUDA device
+    #[arg(long, value_name = "N", default_value_t = 0)]
+    device: usize,
     /// Launch nothing more after this many seconds, and fail if launches are left
     #[arg(long, value_name = "N")]
     seconds: Option<u64>,
@@ -36,20 +43,21 @@ struct Cli {
     /// Launch everything twice on the same bytes; other bits afterwards are a failure
     #[arg(long)]
     compare: bool,
-    /// Name every launch before it takes place
+    /// Name every launch before it takes place; with --list, the macros and grids of which no launch was recorded
     #[arg(long)]
     verbose: bool,
-    /// Count the launches of each kernel and launch none; needs no GPU
+    /// Count the launches of each kernel that are chosen, and launch none; needs no GPU
     #[arg(long)]
     list: bool,
 }
 
-/// What came of all launches.
+/// What came of the launches.
 #[derive(Default)]
-struct Tally {
-    n_done: usize,
+struct Tally<'a> {
     n_failed: usize,
     n_left: usize,
+    /// How many of each kernel were replayed, and how long that took.
+    done: BTreeMap<&'a str, (usize, Duration)>,
 }
 
 fn main() -> ExitCode {
@@ -64,70 +72,96 @@ fn main() -> ExitCode {
 
 fn run(cli: &Cli) -> Result<ExitCode> {
     let mut traces = Vec::new();
+    let mut records = Vec::new();
     for dir in &cli.traces {
         let cannot = || format!("cannot read the trace in {}", dir.display());
         let trace = Trace::open(dir).with_context(cannot)?;
-        let records = trace.records().with_context(cannot)?;
-        traces.push((dir, trace, records));
+        records.push(trace.records().with_context(cannot)?);
+        traces.push(trace);
     }
-    let n_skipped: usize =
-        traces.iter().flat_map(|(_, _, records)| records).filter(|record| matches!(record, Record::Skipped(_))).count();
+    let records: Vec<&[Record]> = records.iter().map(Vec::as_slice).collect();
+    let kernels = cli.choice.kernels(&records);
     if cli.list {
-        for (kernel, [n_launches, n_skipped]) in kernels(traces.iter().flat_map(|(_, _, records)| records)) {
-            println!("{n_launches:>7} launches, {n_skipped:>7} not recorded  {kernel}");
-        }
+        list(&kernels, cli.verbose);
         return Ok(ExitCode::SUCCESS);
     }
-
-    let device = Device::open(0)?;
-    let until = cli.seconds.map(|n| Instant::now() + Duration::from_secs(n));
-    let mut tally = Tally::default();
-    let mut done = BTreeMap::new();
-    for (dir, trace, records) in &traces {
-        let chosen = cli.choice.of(records);
-        let mut modules = HashMap::new();
-        for (idx, (line, launch)) in chosen.iter().enumerate() {
-            if until.is_some_and(|until| Instant::now() > until) {
-                tally.n_left += chosen.len() - idx;
-                break;
-            }
-            if cli.verbose {
-                println!("{}:{line} {} {:?}", dir.display(), name(launch), launch.grid);
-            }
-            let outcome = one(cli, &device, trace, &mut modules, launch);
-            tally.n_done += 1;
-            *done.entry(&launch.kernel).or_insert(0_usize) += 1;
-            let Err(error) = outcome else { continue };
-            tally.n_failed += 1;
-            println!("FAIL {}:{line} {} {:?}: {error:#}", dir.display(), name(launch), launch.grid);
-            if let Err(error) = device.synchronize() {
-                let n_left = chosen.len() - idx - 1;
-                bail!("the device is lost, {n_left} launches of {} were not replayed: {error}", dir.display());
-            }
-        }
+    let n_skipped: usize = kernels.values().map(|kernel| kernel.n_skipped).sum();
+    let chosen = cli.choice.of(records);
+    if chosen.is_empty() {
+        bail!("no launch was recorded that the arguments choose");
     }
-    let Tally { n_done, n_failed, n_left } = tally;
-    let n_kernels = done.len();
+
+    let device = Device::open(cli.device)?;
+    let mode = Mode { leave_unwritten: cli.leave_unwritten, compare: cli.compare };
+    let mut replayer = Replayer::new(&device, mode);
+    let Tally { n_failed, n_left, done } = replay_all(cli, &device, &mut replayer, &traces, &chosen)?;
+    let (n_done, n_kernels) = (done.values().map(|(n, _)| n).sum::<usize>(), done.len());
     println!(
         "{n_done} launches of {n_kernels} kernels replayed, {n_failed} failed, {n_left} left for lack of time; {n_skipped} were not recorded"
     );
-    if n_done + n_left == 0 {
-        bail!("no launch was recorded that the arguments choose");
+    let Spent { code, memory, kernels } = replayer.spent();
+    println!(
+        "seconds: {:.1} loading code, {:.1} memory, {:.1} kernels",
+        code.as_secs_f64(),
+        memory.as_secs_f64(),
+        kernels.as_secs_f64()
+    );
+    let mut longest: Vec<_> = done.iter().collect();
+    longest.sort_by_key(|(_, (_, took))| std::cmp::Reverse(*took));
+    for (kernel, (n, took)) in longest.iter().take(3) {
+        println!("{:>7.1} s for {n} launches of {kernel}", took.as_secs_f64());
     }
     Ok(if n_failed + n_left == 0 { ExitCode::SUCCESS } else { ExitCode::FAILURE })
 }
 
-fn one<'a>(
+fn list(kernels: &BTreeMap<&str, Kernel>, verbose: bool) {
+    for (name, Kernel { n_launches, n_skipped, missing }) in kernels {
+        println!("{n_launches:>7} launches, {n_skipped:>7} not recorded  {name}");
+        for (variant, grid, reason) in missing.iter().filter(|_| verbose) {
+            println!("        no launch of {grid:?} blocks, {variant}: {reason}");
+        }
+    }
+}
+
+fn replay_all<'a>(
     cli: &Cli,
     device: &Device,
-    trace: &Trace,
-    modules: &mut HashMap<&'a str, Module>,
-    launch: &'a Launch,
-) -> Result<()> {
-    if !modules.contains_key(launch.cubin.as_str()) {
-        let code = trace.cubin(&launch.cubin).with_context(|| format!("cannot read {}", launch.cubin))?;
-        modules.insert(&launch.cubin, device.load(&code)?);
+    replayer: &mut Replayer<'a>,
+    traces: &[Trace],
+    chosen: &[Found<'a>],
+) -> Result<Tally<'a>> {
+    let until = cli.seconds.map(|n| Instant::now() + Duration::from_secs(n));
+    let own = cli.share.part(chosen.len());
+    let mut tally = Tally::default();
+    for idx in cli.share.order(chosen.len()) {
+        let is_late = until.is_some_and(|until| Instant::now() > until);
+        if is_late && !own.contains(&idx) {
+            break;
+        }
+        if !cli.share.claim(idx)? {
+            continue;
+        }
+        if is_late {
+            tally.n_left += 1;
+            continue;
+        }
+        let Found { trace, line, launch } = chosen[idx];
+        let place = || format!("{}:{line} {} {:?}", cli.traces[trace].display(), name(launch), launch.grid);
+        if cli.verbose {
+            println!("{}", place());
+        }
+        let began = Instant::now();
+        let outcome = replayer.run(&traces[trace], launch);
+        let (n, took) = tally.done.entry(&launch.kernel).or_default();
+        *n += 1;
+        *took += began.elapsed();
+        let Err(error) = outcome else { continue };
+        tally.n_failed += 1;
+        println!("FAIL {}: {error:#}", place());
+        if let Err(error) = device.synchronize() {
+            let n_done: usize = tally.done.values().map(|(n, _)| n).sum();
+            bail!("the device is lost after {n_done} launches, and the others were not replayed: {error}");
+        }
     }
-    let function = modules[launch.cubin.as_str()].function(&launch.entry)?;
-    replay::run(device, &function, trace, launch, Mode { leave_unwritten: cli.leave_unwritten, compare: cli.compare })
+    Ok(tally)
 }

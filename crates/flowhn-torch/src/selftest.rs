@@ -7,6 +7,7 @@ mod function;
 #[cfg(flowhn_cuda)]
 mod graph;
 mod launch;
+mod timeline;
 
 use tch::{Device, Kind, Tensor};
 
@@ -20,6 +21,7 @@ pub fn cases() -> Vec<Case> {
     #[cfg(flowhn_cuda)]
     cases.extend(graph::cases());
     cases.extend(launch::cases());
+    cases.extend(timeline::cases());
     cases
 }
 

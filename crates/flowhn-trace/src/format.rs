@@ -31,6 +31,8 @@ pub struct Launch {
     pub shared_bytes: usize,
     /// The memory that its tensors reach.
     pub regions: Vec<Region>,
+    /// The addresses in that memory.
+    pub links: Vec<Link>,
     /// Its arguments in order.
     pub args: Vec<Value>,
 }
@@ -48,19 +50,51 @@ pub struct Region {
     pub unwritten: bool,
 }
 
+/// A place in a launch's memory.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, Serialize, Deserialize)]
+pub struct Place {
+    /// The number of its region.
+    pub region: usize,
+    /// Bytes from the region's start.
+    pub offset: u64,
+}
+
+/// An address in a table of them: 8 bytes, low bytes first, which are 0 in `data.bin`.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, Serialize, Deserialize)]
+pub struct Link {
+    /// Where it stands.
+    pub at: Place,
+    /// What it is the address of.
+    pub to: Place,
+}
+
 /// An argument.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
 pub enum Value {
     /// The address of a tensor's first element.
-    Address {
-        /// The number of its region.
-        region: usize,
-        /// Bytes from the region's start.
-        offset: u64,
+    Address(Place),
+    /// A map of 128 bytes for Hopper's copy engine.
+    Boxes {
+        /// The matrix's first element.
+        matrix: Place,
+        /// What else the map is made from.
+        map: BoxMap,
     },
     /// Anything passed by value, a null pointer too: what the driver reads, low bytes first.
     Bits(u64),
+}
+
+/// A bf16 matrix and the boxes in which it is copied, in the words of `cuTensorMapEncodeTiled`: axes begin with the one whose elements
+/// are neighbours. Boxes take neighbouring elements, swizzled by 128 bytes, and parts of them outside the matrix are read as 0.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, Serialize, Deserialize)]
+pub struct BoxMap {
+    /// Elements of each axis.
+    pub size: [u64; 2],
+    /// From a row to the next.
+    pub row_bytes: u64,
+    /// Elements of a box in each axis.
+    pub box_size: [u32; 2],
 }
 
 /// A launch that took place and was not recorded.
@@ -68,6 +102,10 @@ pub enum Value {
 pub struct Skipped {
     /// Source and entry.
     pub kernel: String,
+    /// The macros that made the variant.
+    pub variant: String,
+    /// Blocks in x, y and z.
+    pub grid: [u32; 3],
     /// Why.
     pub reason: String,
 }

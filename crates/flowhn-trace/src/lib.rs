@@ -8,7 +8,7 @@ mod read;
 mod write;
 
 pub use extent::{ALIGNMENT, Extent, regions};
-pub use format::{Launch, Record, Region, Skipped, Value};
+pub use format::{BoxMap, Launch, Link, Place, Record, Region, Skipped, Value};
 pub use read::Trace;
 pub use write::Writer;
 

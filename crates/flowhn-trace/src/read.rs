@@ -60,7 +60,7 @@ impl Trace {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::{Launch, Skipped, Value, Writer};
+    use crate::{BoxMap, Launch, Link, Place, Skipped, Value, Writer};
 
     fn launch(cubin: String, regions: Vec<Region>) -> Record {
         Record::Launch(Launch {
@@ -72,8 +72,13 @@ mod tests {
             block: 128,
             shared_bytes: 512,
             regions,
+            links: vec![Link { at: Place { region: 0, offset: 8 }, to: Place { region: 2, offset: u64::MAX } }],
             args: vec![
-                Value::Address { region: 0, offset: 12 },
+                Value::Address(Place { region: 0, offset: 12 }),
+                Value::Boxes {
+                    matrix: Place { region: 1, offset: 32 },
+                    map: BoxMap { size: [64, 1 << 40], row_bytes: 128, box_size: [64, 256] },
+                },
                 Value::Bits(0),
                 Value::Bits(u64::MAX),
                 Value::Bits(u64::from(f32::NAN.to_bits())),
@@ -97,7 +102,12 @@ mod tests {
         let regions = [region(b"first", 0), region(b"", 0), region(b"second", 48)];
         let records = [
             launch(code[0].clone(), regions.to_vec()),
-            Record::Skipped(Skipped { kernel: "k.cu/k".to_owned(), reason: "too\nlarge".to_owned() }),
+            Record::Skipped(Skipped {
+                kernel: "k.cu/k".to_owned(),
+                variant: "X_KIND=0".to_owned(),
+                grid: [1, 2, 3],
+                reason: "too\nlarge".to_owned(),
+            }),
             launch(code[1].clone(), Vec::new()),
         ];
         records.iter().for_each(|record| writer.record(record).unwrap());

@@ -1,6 +1,7 @@
 //! Matrices as Hopper's copy engine sees them.
 
 use cudarc::driver::{result, sys};
+use flowhn_trace::BoxMap;
 use tch::Tensor;
 
 /// Bytes of a row of a box.
@@ -23,8 +24,8 @@ pub struct Boxes<'a> {
 }
 
 impl Boxes<'_> {
-    /// The map that a kernel takes, or what is wrong.
-    pub(super) fn map(&self) -> Result<sys::CUtensorMap, String> {
+    /// What the map is made from beside the matrix's address, or what is wrong.
+    pub(super) fn form(&self) -> Result<BoxMap, String> {
         let (size, stride, address) = (self.matrix.size(), self.matrix.stride(), self.matrix.data_ptr());
         let ([height, width], [row_stride, column_stride], tch::Kind::BFloat16) =
             (&size[..], &stride[..], self.matrix.kind())
@@ -46,6 +47,16 @@ impl Boxes<'_> {
                 self.n_rows
             ));
         }
+        Ok(BoxMap {
+            size: [*width as u64, *height as u64],
+            row_bytes: row_bytes as u64,
+            box_size: [(ROW_BYTES / 2) as u32, self.n_rows],
+        })
+    }
+
+    /// The map that a kernel takes, or what is wrong.
+    pub(super) fn map(&self) -> Result<sys::CUtensorMap, String> {
+        let BoxMap { size, row_bytes, box_size } = self.form()?;
         let mut map = sys::CUtensorMap { opaque: [0; 16] };
         // SAFETY: every pointer but the address leads to as many numbers as two axes have; the driver keeps none of them, and does
         // not read what is at the address.
@@ -54,10 +65,10 @@ impl Boxes<'_> {
                 &mut map,
                 sys::CUtensorMapDataType::CU_TENSOR_MAP_DATA_TYPE_BFLOAT16,
                 2,
-                address,
-                [*width as u64, *height as u64].as_ptr(),
-                [row_bytes as u64].as_ptr(),
-                [(ROW_BYTES / 2) as u32, self.n_rows].as_ptr(),
+                self.matrix.data_ptr(),
+                size.as_ptr(),
+                &row_bytes,
+                box_size.as_ptr(),
                 [1, 1].as_ptr(),
                 sys::CUtensorMapInterleave::CU_TENSOR_MAP_INTERLEAVE_NONE,
                 sys::CUtensorMapSwizzle::CU_TENSOR_MAP_SWIZZLE_128B,
@@ -83,7 +94,7 @@ mod tests {
     #[test]
     fn what_the_copy_engine_does_not_take_is_refused() {
         let matrix = Tensor::zeros([4, 64], (Kind::BFloat16, Device::Cpu));
-        let refused = |matrix: &Tensor, n_rows| Boxes { matrix, n_rows }.map().unwrap_err();
+        let refused = |matrix: &Tensor, n_rows| Boxes { matrix, n_rows }.form().unwrap_err();
         assert!(refused(&matrix.to_kind(Kind::Float), 8).contains("Float"));
         assert!(refused(&matrix.view([2, 2, 64]), 8).contains("expected a bf16 matrix"));
         for (matrix, n_rows) in [
@@ -96,5 +107,15 @@ mod tests {
         ] {
             assert!(refused(&matrix, n_rows).contains("dense rows at multiples of 16 bytes"), "{matrix:?} {n_rows}");
         }
+    }
+
+    #[test]
+    fn maps_begin_with_the_axis_of_neighbours() {
+        let matrix = Tensor::zeros([4, 64], (Kind::BFloat16, Device::Cpu));
+        let form = |matrix: &Tensor| Boxes { matrix, n_rows: 8 }.form().unwrap();
+        assert_eq!(form(&matrix), BoxMap { size: [64, 4], row_bytes: 128, box_size: [64, 8] });
+        assert_eq!(form(&matrix.narrow(1, 8, 13)), BoxMap { size: [13, 4], row_bytes: 128, box_size: [64, 8] });
+        let row = matrix.narrow(0, 3, 1).narrow(1, 0, 13);
+        assert_eq!(form(&row), BoxMap { size: [13, 1], row_bytes: 32, box_size: [64, 8] });
     }
 }

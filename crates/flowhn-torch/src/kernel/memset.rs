@@ -17,11 +17,12 @@ static MEMSET: KernelSource =
 
 pub(crate) const KERNELS: KernelSpec = KernelSpec { source: &MEMSET, variants: &[&[]] };
 
-const SET_MEMORY: Kernel = Kernel { source: &MEMSET, entry: "set_memory", defines: &[] };
+/// Sets elements: where, to what, the bytes of one, how many.
+pub(crate) const SET_MEMORY: Kernel = Kernel { source: &MEMSET, entry: "set_memory", defines: &[] };
 
 /// More elements than these are left to the driver, whose memset uses the whole device.
 const MAX_ELEMENTS: usize = 4096;
-const THREADS: u32 = 128;
+pub(crate) const THREADS: u32 = 128;
 
 /// Puts kernels in place of the small memsets of a graph that is not instantiated yet, and returns how many.
 ///

@@ -66,8 +66,13 @@ pub struct Kernel<'a> {
 pub enum Arg<'a> {
     /// The address of a tensor's first element; strides travel as integers.
     Tensor(&'a Tensor),
-    /// As `Tensor`, for one whose elements are addresses of device memory that the kernel reaches through them.
-    Addresses(&'a Tensor),
+    /// As `Tensor`, for a table of addresses, of which the kernel reaches those of other tensors' first elements.
+    Addresses {
+        /// i64, contiguous. Numbers may stand among the addresses.
+        table: &'a Tensor,
+        /// The tensors whose addresses may be in it, for the recorder of launches: nothing else asks.
+        reached: &'a [&'a Tensor],
+    },
     /// A matrix of which boxes are copied, a `const __grid_constant__ BoxMap` of `ptx.cuh`. On compute capability 9.0 and newer.
     Boxes(Boxes<'a>),
     /// A null pointer.
@@ -88,7 +93,7 @@ impl<'a> Arg<'a> {
 
     fn n_bytes(self) -> usize {
         match self {
-            Self::Tensor(_) | Self::Addresses(_) | Self::Null | Self::I64(_) => 8,
+            Self::Tensor(_) | Self::Addresses { .. } | Self::Null | Self::I64(_) => 8,
             Self::I32(_) | Self::F32(_) => 4,
             Self::Boxes(_) => boxes::MAP_BYTES,
         }
@@ -97,7 +102,9 @@ impl<'a> Arg<'a> {
     /// The tensor behind the argument, if it is one.
     fn tensor(self) -> Option<&'a Tensor> {
         match self {
-            Self::Tensor(tensor) | Self::Addresses(tensor) | Self::Boxes(Boxes { matrix: tensor, .. }) => Some(tensor),
+            Self::Tensor(tensor)
+            | Self::Addresses { table: tensor, .. }
+            | Self::Boxes(Boxes { matrix: tensor, .. }) => Some(tensor),
             Self::Null | Self::I32(_) | Self::I64(_) | Self::F32(_) => None,
         }
     }
@@ -105,9 +112,9 @@ impl<'a> Arg<'a> {
     /// What the driver reads, low bytes first; of a matrix its address, from which the map is made.
     fn bits(self) -> u64 {
         match self {
-            Self::Tensor(tensor) | Self::Addresses(tensor) | Self::Boxes(Boxes { matrix: tensor, .. }) => {
-                tensor.data_ptr() as u64
-            }
+            Self::Tensor(tensor)
+            | Self::Addresses { table: tensor, .. }
+            | Self::Boxes(Boxes { matrix: tensor, .. }) => tensor.data_ptr() as u64,
             Self::Null => 0,
             Self::I32(value) => u64::from(value as u32),
             Self::I64(value) => value as u64,

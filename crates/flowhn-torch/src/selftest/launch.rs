@@ -2,7 +2,8 @@
 
 use tch::{Device, Kind, Tensor};
 
-use super::{all_equal, ensure, error_of};
+use super::{all_equal, ensure, error_of, of_cuda};
+use crate::kernel::memset::{SET_MEMORY, THREADS};
 use crate::kernel::{Arg, Boxes, Kernel, KernelSource, compile, kind_define};
 use crate::testing::Case;
 use crate::{DeviceProperties, Error, Priority, Result, Stream, record_stream};
@@ -60,6 +61,7 @@ pub(super) fn cases() -> Vec<Case> {
     vec![
         Case::new("kernel: f32 and bf16 on the default stream and another", runs),
         Case::new("kernel: a matrix copied in boxes", boxes),
+        of_cuda("kernel: memory is set as a memset sets it", set_memory),
         Case::new("kernel: wrong arguments are refused", wrong_arguments),
         Case::new("kernel: tensors of another device are refused", wrong_device),
         Case::new("kernel: too much shared memory is refused", too_much_shared_memory),
@@ -138,6 +140,23 @@ fn boxes(device: Device) -> Result<String> {
         error_of(kernel.launch([1, 1, 1], 1, 1024 + 8, &[arg(&from.tr(), 8), arg(&matrix, 8), Arg::Tensor(&sums)]))?;
     ensure(message.contains("dense rows at multiples of 16 bytes"), || message.clone())?;
     Ok(String::new())
+}
+
+/// What the small memsets of a graph become, alone: elements of each size, and nothing beside them.
+fn set_memory(device_idx: usize) -> Result<String> {
+    const FIRST: i64 = 3;
+    for (kind, element_bytes, value) in [(Kind::Uint8, 1, 0x5a), (Kind::Int16, 2, 0x1234), (Kind::Int, 4, 0x1234_5678)]
+    {
+        let x = Tensor::f_zeros([N], (kind, Device::Cuda(device_idx)))?;
+        let n = N - 2 * FIRST;
+        let part = x.f_narrow(0, FIRST, n)?;
+        let args = [Arg::Tensor(&part), Arg::I32(value), Arg::I32(element_bytes), Arg::I32(n as i32)];
+        SET_MEMORY.launch([1, 1, 1], THREADS, 0, &args)?;
+        all_equal(&part, f64::from(value))?;
+        all_equal(&x.f_narrow(0, 0, FIRST)?, 0.)?;
+        all_equal(&x.f_narrow(0, N - FIRST, FIRST)?, 0.)?;
+    }
+    Ok("elements of 1, 2 and 4 bytes".to_owned())
 }
 
 fn wrong_arguments(device: Device) -> Result<String> {

@@ -99,12 +99,16 @@ impl Engine {
 
     /// Updates the parameters with their gradients scaled, which stay as they are, and counts the step; returns the norm.
     pub(super) fn clip_and_update(&mut self, groups: &[Group; 2], step: &Tensor) -> Result<Tensor> {
-        self.write_slots(groups)?;
+        let copies = self.write_slots(groups)?;
         // Held to the end: a dense copy of a gradient belongs to nobody else.
         let held = groups.iter().flat_map(Group::grads).map(dense).collect::<Result<Vec<_>>>()?;
         self.write_addresses(&held)?;
         let norm = catch(|| Ok(Tensor::f_empty([], (Kind::Float, self.lr.device()))?))?;
-        let [gradients, slots, items] = [&self.gradients, &self.slots, &self.items].map(Arg::Addresses);
+        let reached: Vec<&Tensor> = held.iter().flatten().collect();
+        let gradients = Arg::Addresses { table: &self.gradients, reached: &reached };
+        let reached: Vec<&Tensor> = copies.iter().chain(kept(groups)).collect();
+        let slots = Arg::Addresses { table: &self.slots, reached: &reached };
+        let items = Arg::Tensor(&self.items);
         let grid = [self.n_items, 1, 1];
         self.launch("adamw_squares", grid, self.n_threads, &[gradients, slots, items, Arg::Tensor(&self.partials)])?;
         let args = [
@@ -135,21 +139,25 @@ impl Engine {
         Ok(mark_written(weights(groups).zip(self.written.chunks_exact(SLOT_LEN).map(written)))?)
     }
 
-    /// Tells the kernels where parameters, means and copies are, if that is news: at first, and once copies have been made.
-    fn write_slots(&mut self, groups: &[Group; 2]) -> Result<()> {
+    /// Tells the kernels where parameters, means and copies are, if that is news: at first, and once copies have been made. Returns the
+    /// copies.
+    fn write_slots(&mut self, groups: &[Group; 2]) -> Result<Vec<Tensor>> {
         let mut slots = Vec::with_capacity(self.written.len());
+        let mut copies = Vec::new();
         for (group, decays) in groups.iter().zip([1, 0]) {
             for ((weight, mean), mean_sq) in group.weights.iter().zip(&group.exp_avg).zip(&group.exp_avg_sq) {
                 // Brought up to date also where this step overwrites it: in a capture, it is as fresh afterwards as it was before.
-                let copy = weight.bf16_copy()?.map_or(0, |copy| copy.data_ptr() as i64);
+                let copy = weight.bf16_copy()?;
+                let copy_address = copy.as_ref().map_or(0, |copy| copy.data_ptr() as i64);
+                copies.extend(copy);
                 let [param, m, v] =
                     [weight.master(), &mean.values, &mean_sq.values].map(|tensor| tensor.data_ptr() as i64);
-                slots.extend([param, m, v, copy, weight.master().numel() as i64, decays]);
+                slots.extend([param, m, v, copy_address, weight.master().numel() as i64, decays]);
                 slots.extend([mean, mean_sq].map(|mean| mean.absmax.as_ref().map_or(0, |x| x.data_ptr() as i64)));
             }
         }
         if slots == self.written {
-            return Ok(());
+            return Ok(copies);
         }
         if Graph::is_capturing() {
             let message =
@@ -160,7 +168,7 @@ impl Engine {
         let shape = self.slots.size();
         catch(|| Ok(self.slots.f_copy_(&on_host.f_view(shape.as_slice())?).map(drop)?))?;
         self.written = slots;
-        Ok(())
+        Ok(copies)
     }
 
     /// Tells the kernels where this step's gradients are, by arguments, which a captured step keeps.
@@ -182,6 +190,12 @@ impl Engine {
 
 fn weights(groups: &[Group; 2]) -> impl Iterator<Item = &Weight> {
     groups.iter().flat_map(|group| &group.weights)
+}
+
+/// The parameters and their means.
+fn kept(groups: &[Group; 2]) -> impl Iterator<Item = &Tensor> {
+    let means = groups.iter().flat_map(|group| group.exp_avg.iter().chain(&group.exp_avg_sq));
+    weights(groups).map(Weight::master).chain(means.flat_map(|mean| [&mean.values].into_iter().chain(&mean.absmax)))
 }
 
 /// The gradient as the kernels read it, element after element.
