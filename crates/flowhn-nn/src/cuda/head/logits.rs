@@ -33,9 +33,10 @@ impl<'a> Logits<'a> {
             let n_rows = n_rows.min(n_tokens - start);
             let chunk = |tensor: &Tensor| tensor.f_narrow(0, start, n_rows);
             let (x, targets, losses) = (chunk(x)?, chunk(targets)?, chunk(&losses)?);
-            let logits = buffer.f_narrow(0, 0, n_rows)?.f_narrow(1, 0, *vocab_size)?;
+            let whole_rows = buffer.f_narrow(0, 0, n_rows)?;
+            let logits = whole_rows.f_narrow(1, 0, *vocab_size)?;
             let _ = x.f_mm_out(&logits, &weight_t)?;
-            self.rows(&logits, &targets, &losses, gradients.as_ref().map(|gradients| &gradients.scale))?;
+            self.rows(&whole_rows, &targets, &losses, gradients.as_ref().map(|gradients| &gradients.scale))?;
             let Some(Gradients { dx, dweight, .. }) = gradients.as_deref_mut() else { continue };
             if let Some(dx) = dx {
                 let _ = logits.f_mm_out(&chunk(dx)?, weight)?;
@@ -47,7 +48,8 @@ impl<'a> Logits<'a> {
         Ok(losses)
     }
 
-    /// The losses of a chunk; with a scale, its logits become their gradients.
+    /// The losses of a chunk; with a scale, its logits become their gradients. Rows are read and written by 16 bytes, so `logits` has
+    /// them with what stands behind their last word.
     fn rows(&self, logits: &Tensor, targets: &Tensor, losses: &Tensor, scale: Option<&Tensor>) -> Result<()> {
         let variant = RowVariant::new(self.x_kind, self.head.vocab_size, scale.is_some());
         kernel(&CROSS_ENTROPY, "cross_entropy_rows", &variant.defines()).launch(

@@ -225,8 +225,8 @@ impl<'a> Bench<'a> {
     /// The median of matrix products that follow one another, as those of an operation do, which run at the clock that the power
     /// limit then leaves.
     fn in_a_row(&self, shapes: &[[i64; 3]]) -> Result<f64> {
-        let calls =
-            shapes.iter().map(|&shape| (table::gemm(shape, None).build)(self.device)).collect::<Result<Vec<_>>>()?;
+        let build = |&shape| (table::gemm(shape, None).build)(self.device);
+        let calls = shapes.iter().map(build).collect::<flowhn_torch::Result<Vec<_>>>()?;
         let all = || calls.iter().try_for_each(|call| (call.run)(&call.leaves).map(drop));
         Ok(self.timer.time(&all)?.spread().0)
     }
