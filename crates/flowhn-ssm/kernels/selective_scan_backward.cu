@@ -21,9 +21,8 @@
 // up 16 values a lane. These products see 11 bits of each value, more than bf16 keeps; where anything is f32, a second product
 // adds the bits cut off (EXACT).
 //
-// Sums over blocks have a fixed order. Of db and dc each block leaves its part of a chunk in memory and takes a ticket, and the one
-// with the last ticket adds the parts up while they are in the L2 cache. The parts of da, dd and the bias wait for
-// selective_scan_sum_channels.
+// No atomics: partial sums of blocks go to memory, and selective_scan_sum_states and selective_scan_sum_channels add them up in
+// a fixed order.
 #include "selective_scan_tile.cuh"
 
 #ifndef MIN_BLOCKS
@@ -57,8 +56,6 @@ struct Sequence {
     Z* dz;
     // Read again at the end, so that nothing made of it stays in registers.
     int d_inner;
-    // How many blocks of channels were done with the chunk before this one.
-    unsigned ticket;
     // A bit for each token of the chunk.
     unsigned resets[CHUNK / 32];
 };
@@ -101,48 +98,14 @@ __device__ __forceinline__ float2 sum_over_channels(const float (&v)[4][4], cons
     return make_float2(lo, hi);
 }
 
-// db and dc of a chunk's tokens from the parts of all blocks of channels, which lie `part_stride` apart. Every thread of a block comes.
-// Few blocks do: a call keeps what it needs out of the registers of the scan.
-__device__ __noinline__ void sum_parts(B* db, C* dc, const float* parts, i64 part_stride, int n_parts, int n_tokens, int d_state) {
-    constexpr int WIDTH = 2 * SLICE * SLICES, AT_ONCE = 4;
-    for (int from = threadIdx.x; from * 4 < n_tokens * WIDTH; from += AT_ONCE * THREADS) {
-        float4 total[AT_ONCE] = {};
-        #pragma unroll 4
-        for (int k = 0; k < n_parts; k++) {
-            #pragma unroll
-            for (int j = 0; j < AT_ONCE; j++) {
-                int i = (from + j * THREADS) * 4;
-                // Past the L1 cache, which does not know what other multiprocessors write.
-                if (i >= n_tokens * WIDTH) continue;
-                float4 part = __ldcg(reinterpret_cast<const float4*>(parts + k * part_stride + i));
-                total[j].x += part.x, total[j].y += part.y, total[j].z += part.z, total[j].w += part.w;
-            }
-        }
-        #pragma unroll
-        for (int j = 0; j < AT_ONCE; j++) {
-            int i = (from + j * THREADS) * 4, t = i / WIDTH, n = i % WIDTH / (2 * SLICE) * SLICE + i % SLICE;
-            float values[4] = {total[j].x, total[j].y, total[j].z, total[j].w};
-            #pragma unroll
-            for (int m = 0; m < 4; m++) {
-                // Cutting values off after 11 bits has made them smaller by 2^-11 / (2 ln 2) on average.
-                float value = EXACT ? values[m] : values[m] * 1.000352f;
-                if (t < n_tokens && n + m < d_state) {
-                    if (i / SLICE % 2 == 0) db[(i64)t * d_state + n + m] = from_f32<B>(value);
-                    else dc[(i64)t * d_state + n + m] = from_f32<C>(value);
-                }
-            }
-        }
-    }
-}
-
 // Where the sums of a warp stand in shared memory, `[db, dc][STRIP][SLICE]`; halves of rows swap so that stores miss each other.
 __device__ __forceinline__ int warp_sum_at(int which, int t, int n) {
     return (which * STRIP + t) * SLICE + (n ^ (t & 2) << 2);
 }
 
 extern "C" __global__ void __launch_bounds__(THREADS, MIN_BLOCKS)
-selective_scan_backward(X* dx, Dt* ddt, Z* dz, i64 dz_batch, i64 dz_token, B* db, C* dc, float* state_parts, unsigned* tickets,
-                        float* rate_parts, float* channel_parts, float* start_grad,
+selective_scan_backward(X* dx, Dt* ddt, Z* dz, i64 dz_batch, i64 dz_token, float* state_parts, float* rate_parts, float* channel_parts,
+                        float* start_grad,
                         const X* dy, const X* x, const Dt* dt, const Z* z, const B* b, const C* c, i64 dy_batch, i64 dy_token,
                         i64 x_batch, i64 x_token, i64 dt_batch, i64 dt_token, i64 z_batch, i64 z_token, i64 b_batch,
                         i64 b_token, i64 c_batch, i64 c_token, const float* a, const float* d, const float* dt_bias,
@@ -176,7 +139,7 @@ selective_scan_backward(X* dx, Dt* ddt, Z* dz, i64 dz_batch, i64 dz_token, B* db
         if (GATED) sequence->z = z + batch * z_batch, sequence->dz = dz + batch * dz_batch;
     }
     __syncthreads();
-    float* own_parts = state_parts + ((i64)blockIdx.x * gridDim.z + batch) * seq_len * (2 * SLICE * SLICES);
+    state_parts += ((i64)blockIdx.x * gridDim.z + batch) * seq_len * (2 * SLICE * SLICES);
     if (end_grad) end_grad += border * d_inner * d_state;
 
     int width = max(0, min(2, d_inner - pair_e));
@@ -320,7 +283,7 @@ selective_scan_backward(X* dx, Dt* ddt, Z* dz, i64 dz_batch, i64 dz_token, B* db
             const float* sum_from = warp_sums + warp_sum_at(sum_n / SLICE, sum_t, sum_n % SLICE);
             float* sums_to = warp_sums + warp * N_SUMS + warp_sum_at(0, lane % 4, lane / 4 * 2);
             sum_t += last_t;
-            float* part_to = own_parts + ((i64)(token + sum_t) * SLICES + slice) * (2 * SLICE) + sum_n;
+            float* part_to = state_parts + ((i64)(token + sum_t) * SLICES + slice) * (2 * SLICE) + sum_n;
 
             #pragma unroll 1
             for (int strip = n_strips - 1; strip >= 0; strip--) {
@@ -414,13 +377,6 @@ selective_scan_backward(X* dx, Dt* ddt, Z* dz, i64 dz_batch, i64 dz_token, B* db
             }
         }
 
-        // The block's parts of this chunk are in memory before its ticket is taken.
-        __syncthreads();
-        if (tid == 0) {
-            __threadfence();
-            sequence->ticket = atomicAdd(tickets + batch * n_chunks + token / CHUNK, 1u);
-        }
-
         float2 skip = load_parameters(d, pair_e, width);
         float4 part = parts[tid];
         bias = load_parameters(dt_bias, pair_e, width);
@@ -457,13 +413,7 @@ selective_scan_backward(X* dx, Dt* ddt, Z* dz, i64 dz_batch, i64 dz_token, B* db
             }
         }
         parts[tid] = part;
-        __syncthreads();
-        if (sequence->ticket == gridDim.x - 1) {
-            __threadfence();
-            i64 at = batch * seq_len + token, part_stride = (i64)gridDim.z * seq_len * (2 * SLICE * SLICES);
-            sum_parts(db + at * d_state, dc + at * d_state, state_parts + at * (2 * SLICE * SLICES), part_stride, gridDim.x, n_tokens,
-                      d_state);
-        }
+        // The next chunk's steps go where this one's are still read only by the same thread; its other sums wait for a barrier.
     }
 
     #pragma unroll
@@ -485,6 +435,30 @@ selective_scan_backward(X* dx, Dt* ddt, Z* dz, i64 dz_batch, i64 dz_token, B* db
         }
         store_pair<false>(channel_parts + border * 2 * d_inner + pair_e, width, make_float2(total.x, total.y));
         store_pair<false>(channel_parts + (border * 2 + 1) * d_inner + pair_e, width, make_float2(total.z, total.w));
+    }
+}
+
+// db and dc `[tokens, d_state]` from the blocks' parts `[n_parts, tokens, SLICES, 2, SLICE]`. A thread owns four neighbouring sums.
+extern "C" __global__ void selective_scan_sum_states(B* db, C* dc, const float* state_parts, int n_parts, i64 n_tokens,
+                                                     int d_state) {
+    constexpr int WIDTH = 2 * SLICE * SLICES;
+    i64 i = 4 * ((i64)blockIdx.x * blockDim.x + threadIdx.x), n_sums = n_tokens * WIDTH;
+    if (i >= n_sums) return;
+    float total[4] = {};
+    #pragma unroll 8
+    for (int k = 0; k < n_parts; k++) {
+        float4 part = *reinterpret_cast<const float4*>(state_parts + k * n_sums + i);
+        total[0] += part.x, total[1] += part.y, total[2] += part.z, total[3] += part.w;
+    }
+    int n = i % WIDTH / (2 * SLICE) * SLICE + i % SLICE;
+    i64 at = i / WIDTH * d_state + n;
+    #pragma unroll
+    for (int m = 0; m < 4; m++) {
+        // Cutting values off after 11 bits has made them smaller by 2^-11 / (2 ln 2) on average.
+        float value = EXACT ? total[m] : total[m] * 1.000352f;
+        if (n + m >= d_state) continue;
+        if (i / SLICE % 2 == 0) db[at + m] = from_f32<B>(value);
+        else dc[at + m] = from_f32<C>(value);
     }
 }
 

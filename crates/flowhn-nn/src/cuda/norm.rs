@@ -64,8 +64,9 @@ impl Function for ResidualNormCuda {
 
 /// Forms of `rms_norm.cu` forward: bounds that leave registers for two blocks and more, since threads hide what a load takes.
 const FORWARD: &[RowForm] = &[RowForm::new(1, 512, 2), RowForm::new(2, 512, 2), RowForm::new(3, 256, 3)];
-/// Backward rows in flight count most, and two vectors a thread keep the most of them, also where some lanes idle.
-const BACKWARD: &[RowForm] = &[RowForm::new(2, 512, 1)];
+/// Backward rows in flight count most, and two vectors a thread keep the most of them, also where some lanes idle; of two blocks one
+/// loads while the other adds its sums up.
+const BACKWARD: &[RowForm] = &[RowForm::new(2, 512, 1), RowForm::new(2, 256, 2)];
 /// Forms of `gated_rms_norm.cu` forward, bounded for the same reason.
 const GATED_FORWARD: &[RowForm] = &[RowForm::new(1, 512, 2), RowForm::new(3, 256, 2), RowForm::new(2, 256, 4)];
 /// Forms of `gated_rms_norm.cu` backward.

@@ -103,7 +103,6 @@ impl Function for Scan {
         let (n_segments, segment_len) = operands.segments()?;
         let n_parts = shape.batch * n_segments;
         let state_parts = empty(&shape.state_parts(), Kind::Float)?;
-        let tickets = Tensor::f_zeros(shape.tickets(), (Kind::Int, inputs[0].device()))?;
         let rate_parts = empty(&[n_parts, shape.d_inner, shape.d_state], Kind::Float)?;
         let channel_parts = empty(&[n_parts, 2, shape.d_inner], Kind::Float)?;
         let final_grad = grads[1].f_contiguous()?;
@@ -117,10 +116,7 @@ impl Function for Scan {
             Arg::opt(dz.as_ref()),
             Arg::I64(dz_stride[0]),
             Arg::I64(dz_stride[1]),
-            Arg::Tensor(&db),
-            Arg::Tensor(&dc),
             Arg::Tensor(&state_parts),
-            Arg::Tensor(&tickets),
             Arg::Tensor(&rate_parts),
             Arg::Tensor(&channel_parts),
             Arg::opt(dinitial.as_ref()),
@@ -138,6 +134,20 @@ impl Function for Scan {
             &args,
         )?;
 
+        let [n_blocks, n_tokens, width] = shape.state_parts();
+        kernel(&SELECTIVE_SCAN_BACKWARD, "selective_scan_sum_states", &defines).launch(
+            blocks_of(256, n_tokens * width / 4),
+            256,
+            0,
+            &[
+                Arg::Tensor(&db),
+                Arg::Tensor(&dc),
+                Arg::Tensor(&state_parts),
+                Arg::I32(n_blocks as i32),
+                Arg::I64(n_tokens),
+                Arg::I32(shape.d_state as i32),
+            ],
+        )?;
         kernel(&SELECTIVE_SCAN_BACKWARD, "selective_scan_sum_channels", &defines).launch(
             blocks_of(128, shape.d_inner * (shape.d_state + 2)),
             128,

@@ -114,12 +114,7 @@ impl Shape {
 
     /// The states that the forward records: `[batch, chunks, groups of 4 states, d_inner, 4]`.
     pub(super) fn chunk_states(self) -> [i64; 5] {
-        [self.batch, self.n_chunks(), 4 * self.n_slices(), self.d_inner, 4]
-    }
-
-    /// How many blocks of channels are done with a chunk: `[batch, chunks]`.
-    pub(super) fn tickets(self) -> [i64; 2] {
-        [self.batch, self.n_chunks()]
+        [self.batch, ceil_div(self.seq_len, CHUNK), 4 * self.n_slices(), self.d_inner, 4]
     }
 
     /// The parts of the gradients of B and C: `[blocks of channels, tokens, states of both]`.
@@ -129,10 +124,6 @@ impl Shape {
 
     fn n_blocks(self) -> i64 {
         ceil_div(self.d_inner, CHANNELS)
-    }
-
-    fn n_chunks(self) -> i64 {
-        ceil_div(self.seq_len, CHUNK)
     }
 
     fn n_slices(self) -> i64 {
@@ -147,7 +138,7 @@ impl Shape {
         if wanted < 3 {
             return (1, self.seq_len);
         }
-        let segment_len = ceil_div(self.n_chunks(), wanted) * CHUNK;
+        let segment_len = ceil_div(ceil_div(self.seq_len, CHUNK), wanted) * CHUNK;
         (ceil_div(self.seq_len, segment_len), segment_len)
     }
 }
