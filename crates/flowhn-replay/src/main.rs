@@ -71,6 +71,7 @@ fn main() -> ExitCode {
 }
 
 fn run(cli: &Cli) -> Result<ExitCode> {
+    let until = cli.seconds.map(|n| Instant::now() + Duration::from_secs(n));
     let mut traces = Vec::new();
     let mut records = Vec::new();
     for dir in &cli.traces {
@@ -94,7 +95,7 @@ fn run(cli: &Cli) -> Result<ExitCode> {
     let device = Device::open(cli.device)?;
     let mode = Mode { leave_unwritten: cli.leave_unwritten, compare: cli.compare };
     let mut replayer = Replayer::new(&device, mode);
-    let Tally { n_failed, n_left, done } = replay_all(cli, &device, &mut replayer, &traces, &chosen)?;
+    let Tally { n_failed, n_left, done } = replay_all(cli, until, &device, &mut replayer, &traces, &chosen)?;
     let (n_done, n_kernels) = (done.values().map(|(n, _)| n).sum::<usize>(), done.len());
     println!(
         "{n_done} launches of {n_kernels} kernels replayed, {n_failed} failed, {n_left} left for lack of time; {n_skipped} were not recorded"
@@ -125,12 +126,12 @@ fn list(kernels: &BTreeMap<&str, Kernel>, verbose: bool) {
 
 fn replay_all<'a>(
     cli: &Cli,
+    until: Option<Instant>,
     device: &Device,
     replayer: &mut Replayer<'a>,
     traces: &[Trace],
     chosen: &[Found<'a>],
 ) -> Result<Tally<'a>> {
-    let until = cli.seconds.map(|n| Instant::now() + Duration::from_secs(n));
     let own = cli.share.part(chosen.len());
     let mut tally = Tally::default();
     for idx in cli.share.order(chosen.len()) {

@@ -372,6 +372,9 @@ mod tests {
         let y = x.copy();
         let alias: [&[Arg]; 2] = [&[Arg::Tensor(&x), Arg::Tensor(&y)], &[Arg::Tensor(&x), Arg::Tensor(&x)]];
         assert_eq!(n_recorded(&alias), 2, "in place is another launch");
+        // As many bytes apart as addresses are kept modulo.
+        let both = Tensor::ones([128], (Kind::Float, Device::Cpu));
+        let [x, y] = [0, ALIGNMENT as i64 / 4].map(|start| both.narrow(0, start, 4));
         let swapped: [&[Arg]; 2] = [&[Arg::Tensor(&x), Arg::Tensor(&y)], &[Arg::Tensor(&y), Arg::Tensor(&x)]];
         assert_eq!(n_recorded(&swapped), 1, "which of them comes first in memory does not matter");
     }
