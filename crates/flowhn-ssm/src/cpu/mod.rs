@@ -5,6 +5,7 @@
 
 pub(crate) mod conv;
 mod matrix;
+mod recurrence;
 pub(crate) mod scan;
 mod scan_tile;
 pub(crate) mod ssd;

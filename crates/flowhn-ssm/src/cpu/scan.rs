@@ -2,11 +2,12 @@
 // b batch, l seq_len, e d_inner, n d_state
 
 use flowhn_nn::simd::{Real, dispatch};
+use flowhn_torch::Result;
 use flowhn_torch::cpu::{self, ColumnBlock};
-use flowhn_torch::{BackwardCtx, ForwardCtx, Function, Result, apply};
-use tch::{Kind, Tensor};
+use tch::Tensor;
 
 use super::matrix::fold;
+use super::recurrence::{self, Recurrence, Scanned};
 use super::scan_tile::{CHUNK, Carried, Chunk, ChunkGrads, TILE, Trace, forward};
 use super::view::{Rows, Source};
 use super::{Inputs, map_tasks, reset_flags, sum_parts};
@@ -26,13 +27,11 @@ pub(crate) fn selective_scan(args: &SelectiveScan) -> Result<SelectiveScanOutput
         z: inputs.push(args.z_ble),
         dt_bias: inputs.push(args.dt_bias_e),
         initial_state: inputs.push(args.initial_state_ben),
-        n_inputs: inputs.tensors.len(),
         dt_activation: args.dt_activation,
         reset: reset_flags(args.reset_bl)?,
     };
-    let mut outputs = apply(function, &inputs.tensors)?;
-    let final_state_ben = outputs.remove(1);
-    Ok(SelectiveScanOutput { y_ble: outputs.remove(0), final_state_ben })
+    let (y_ble, final_state_ben) = recurrence::scan(function, &inputs.tensors)?;
+    Ok(SelectiveScanOutput { y_ble, final_state_ben })
 }
 
 /// The custom function; optional inputs by their index.
@@ -41,66 +40,33 @@ struct Scan {
     z: Option<usize>,
     dt_bias: Option<usize>,
     initial_state: Option<usize>,
-    n_inputs: usize,
     dt_activation: DtActivation,
     reset: Option<Vec<bool>>,
 }
 
-impl Function for Scan {
+impl Recurrence for Scan {
     const NAME: &'static str = "selective_scan";
 
-    fn forward(&mut self, ctx: &mut ForwardCtx, inputs: &[&Tensor]) -> Result<Vec<Tensor>> {
-        if ctx.is_recorded() {
-            inputs.iter().for_each(|input| ctx.save(input));
-        }
-        let (y, state, chunk_states) = match inputs[0].kind() {
-            Kind::Double => self.run::<f64>(inputs, ctx.is_recorded())?,
-            _ => self.run::<f32>(inputs, ctx.is_recorded())?,
-        };
-        if ctx.is_recorded() {
-            ctx.save(&chunk_states);
-        }
-        Ok(vec![y, state])
-    }
-
-    fn backward(&self, ctx: &BackwardCtx, grads: &[Tensor]) -> Result<Vec<Option<Tensor>>> {
-        let inputs: Vec<&Tensor> = ctx.saved()[..self.n_inputs].iter().collect();
-        let chunk_states = &ctx.saved()[self.n_inputs];
-        match inputs[0].kind() {
-            Kind::Double => self.run_backward::<f64>(&inputs, chunk_states, grads),
-            _ => self.run_backward::<f32>(&inputs, chunk_states, grads),
-        }
-    }
-}
-
-impl Scan {
-    /// Output, final state, and the state before each chunk as `[batch * tiles, chunks * d_state * TILE]` (no columns unless
-    /// `record`).
-    fn run<R: Real>(&self, inputs: &[&Tensor], record: bool) -> Result<(Tensor, Tensor, Tensor)> {
+    /// Chunk states are `[batch * tiles, chunks * d_state * TILE]`.
+    fn run<R: Real>(&self, inputs: &[&Tensor], record: bool) -> Result<Scanned> {
         let sources = Sources::new::<R>(self, inputs);
         let operands = sources.operands::<R>(self)?;
         let shape = operands.shape;
-        let n_tiles = shape.d_inner.div_ceil(TILE);
+        let n_tasks = shape.batch * shape.d_inner.div_ceil(TILE);
         let stored_len = if record { shape.seq_len.div_ceil(CHUNK) * shape.d_state * TILE } else { 0 };
-
-        let (y, (chunk_states, states)) = cpu::try_build(&shape.x(), |y: &mut [R]| {
-            cpu::try_build(&[(shape.batch * n_tiles) as i64, stored_len as i64], |mut stored: &mut [R]| {
-                let mut tasks = Vec::with_capacity(shape.batch * n_tiles);
-                for (batch_idx, y) in shape.column_blocks(y, TILE) {
-                    let (own, rest) = stored.split_at_mut(stored_len);
-                    stored = rest;
-                    tasks.push((batch_idx, y, own));
-                }
-                Ok(map_tasks(tasks, shape.work(), |(batch_idx, y, stored)| {
-                    dispatch(
-                        #[inline(always)]
-                        || operands.scan_tile(batch_idx, y, stored),
-                    )
-                }))
-            })
-        })?;
-        let state = cpu::from_slice(&shape.state(), &states.concat())?;
-        Ok((y.to_kind(inputs[0].kind()), state, chunk_states))
+        let (y, chunk_states, states) = recurrence::build(
+            &shape.x(),
+            [n_tasks, stored_len],
+            shape.work(),
+            |y| shape.column_blocks(y, TILE),
+            |batch_idx, y, stored| {
+                dispatch(
+                    #[inline(always)]
+                    || operands.scan_tile(batch_idx, y, stored),
+                )
+            },
+        )?;
+        Ok(Scanned { y, state: cpu::from_slice(&shape.state(), &states.concat())?, chunk_states })
     }
 
     fn run_backward<R: Real>(
@@ -150,7 +116,7 @@ impl Scan {
         let mut out: Vec<Option<Tensor>> = (0..inputs.len()).map(|_| None).collect();
         let mut put = |idx: Option<usize>, grad: Tensor| {
             if let Some(idx) = idx {
-                out[idx] = Some(grad.to_kind(inputs[idx].kind()));
+                out[idx] = Some(grad);
             }
         };
         put(Some(0), buffers.select(0, 0));

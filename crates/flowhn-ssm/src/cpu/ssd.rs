@@ -2,11 +2,12 @@
 // b batch, l seq_len, h n_heads, p d_head, g n_groups, n d_state
 
 use flowhn_nn::simd::{Real, dispatch};
+use flowhn_torch::Result;
 use flowhn_torch::cpu::{self, ColumnBlock};
-use flowhn_torch::{BackwardCtx, ForwardCtx, Function, Result, apply};
-use tch::{Kind, Tensor};
+use tch::Tensor;
 
 use super::matrix::Matrix;
+use super::recurrence::{self, Recurrence, Scanned};
 use super::ssd_chunk::{GroupChunk, GroupGrads, HeadChunk, HeadGrads};
 use super::view::{Rows, Source};
 use super::{Inputs, map_tasks, reset_flags, sum_parts};
@@ -24,14 +25,12 @@ pub(crate) fn ssd(args: &Ssd) -> Result<SsdOutput> {
         d: inputs.push(args.d_h),
         dt_bias: inputs.push(args.dt_bias_h),
         initial_state: inputs.push(args.initial_state_bhpn),
-        n_inputs: inputs.tensors.len(),
         dt_activation: args.dt_activation,
         reset: reset_flags(args.reset_bl)?,
         chunk_len: args.chunk_len.min(MAX_CHUNK),
     };
-    let mut outputs = apply(function, &inputs.tensors)?;
-    let final_state_bhpn = outputs.remove(1);
-    Ok(SsdOutput { y_blhp: outputs.remove(0), final_state_bhpn })
+    let (y_blhp, final_state_bhpn) = recurrence::scan(function, &inputs.tensors)?;
+    Ok(SsdOutput { y_blhp, final_state_bhpn })
 }
 
 /// The custom function; optional inputs by their index.
@@ -39,67 +38,34 @@ struct SsdFunction {
     d: Option<usize>,
     dt_bias: Option<usize>,
     initial_state: Option<usize>,
-    n_inputs: usize,
     dt_activation: DtActivation,
     reset: Option<Vec<bool>>,
     chunk_len: usize,
 }
 
-impl Function for SsdFunction {
+impl Recurrence for SsdFunction {
     const NAME: &'static str = "ssd";
 
-    fn forward(&mut self, ctx: &mut ForwardCtx, inputs: &[&Tensor]) -> Result<Vec<Tensor>> {
-        if ctx.is_recorded() {
-            inputs.iter().for_each(|input| ctx.save(input));
-        }
-        let (y, state, chunk_states) = match inputs[0].kind() {
-            Kind::Double => self.run::<f64>(inputs, ctx.is_recorded())?,
-            _ => self.run::<f32>(inputs, ctx.is_recorded())?,
-        };
-        if ctx.is_recorded() {
-            ctx.save(&chunk_states);
-        }
-        Ok(vec![y, state])
-    }
-
-    fn backward(&self, ctx: &BackwardCtx, grads: &[Tensor]) -> Result<Vec<Option<Tensor>>> {
-        let inputs: Vec<&Tensor> = ctx.saved()[..self.n_inputs].iter().collect();
-        let chunk_states = &ctx.saved()[self.n_inputs];
-        match inputs[0].kind() {
-            Kind::Double => self.run_backward::<f64>(&inputs, chunk_states, grads),
-            _ => self.run_backward::<f32>(&inputs, chunk_states, grads),
-        }
-    }
-}
-
-impl SsdFunction {
-    /// Output, final state, and the state before each chunk as `[tasks, chunks * task_heads * d_state * d_head]` (no columns
-    /// unless `record`).
-    fn run<R: Real>(&self, inputs: &[&Tensor], record: bool) -> Result<(Tensor, Tensor, Tensor)> {
+    /// Chunk states are `[tasks, chunks * task_heads * d_state * d_head]`.
+    fn run<R: Real>(&self, inputs: &[&Tensor], record: bool) -> Result<Scanned> {
         let sources = Sources::new::<R>(self, inputs);
         let operands = sources.operands::<R>(self)?;
         let shape = operands.shape;
-        let stored_len = if record { shape.n_chunks() * shape.task_heads() * shape.state_len() } else { 0 };
         let n_tasks = shape.batch * shape.tasks_per_sequence();
-
-        let (y, (chunk_states, states)) = cpu::try_build(&inputs[0].size(), |y: &mut [R]| {
-            cpu::try_build(&[n_tasks as i64, stored_len as i64], |mut stored: &mut [R]| {
-                let mut tasks = Vec::with_capacity(n_tasks);
-                for (batch_idx, y) in shape.head_blocks(y) {
-                    let (own, rest) = stored.split_at_mut(stored_len);
-                    stored = rest;
-                    tasks.push((batch_idx, y, own));
-                }
-                Ok(map_tasks(tasks, shape.work(), |(batch_idx, y, stored)| {
-                    dispatch(
-                        #[inline(always)]
-                        || operands.forward_heads(batch_idx, y, stored),
-                    )
-                }))
-            })
-        })?;
-        let state = cpu::from_slice(&shape.state(), &states.concat())?;
-        Ok((y.to_kind(inputs[0].kind()), state, chunk_states))
+        let stored_len = if record { shape.n_chunks() * shape.task_heads() * shape.state_len() } else { 0 };
+        let (y, chunk_states, states) = recurrence::build(
+            &inputs[0].size(),
+            [n_tasks, stored_len],
+            shape.work(),
+            |y| shape.head_blocks(y),
+            |batch_idx, y, stored| {
+                dispatch(
+                    #[inline(always)]
+                    || operands.forward_heads(batch_idx, y, stored),
+                )
+            },
+        )?;
+        Ok(Scanned { y, state: cpu::from_slice(&shape.state(), &states.concat())?, chunk_states })
     }
 
     fn run_backward<R: Real>(
@@ -150,7 +116,7 @@ impl SsdFunction {
         let mut out: Vec<Option<Tensor>> = (0..inputs.len()).map(|_| None).collect();
         let mut put = |idx: Option<usize>, grad: Tensor| {
             if let Some(idx) = idx {
-                out[idx] = Some(grad.to_kind(inputs[idx].kind()));
+                out[idx] = Some(grad);
             }
         };
         put(Some(0), x);
