@@ -1,4 +1,4 @@
-//! Checks of streams, events, memory, graphs, autograd functions and kernel launches.
+//! Checks of streams, events, memory, graphs, autograd functions, kernel launches and products.
 //!
 //! Those about the device itself are for CUDA devices alone.
 
@@ -7,6 +7,7 @@ mod function;
 #[cfg(flowhn_cuda)]
 mod graph;
 mod launch;
+mod product;
 mod timeline;
 
 use tch::{Device, Kind, Tensor};
@@ -21,6 +22,7 @@ pub fn cases() -> Vec<Case> {
     #[cfg(flowhn_cuda)]
     cases.extend(graph::cases());
     cases.extend(launch::cases());
+    cases.extend(product::cases());
     cases.extend(timeline::cases());
     cases
 }

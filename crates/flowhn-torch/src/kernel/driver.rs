@@ -96,13 +96,18 @@ struct Live<'a> {
 
 impl Live<'_> {
     fn is_captured(&self) -> Result<bool> {
-        // SAFETY: it is libtorch's current stream.
-        match unsafe { result::stream::is_capturing(self.stream) } {
-            Ok(status) => Ok(status != sys::CUstreamCaptureStatus::CU_STREAM_CAPTURE_STATUS_NONE),
-            // The default stream while another stream is captured that would wait for it.
-            Err(result::DriverError(sys::CUresult::CUDA_ERROR_STREAM_CAPTURE_IMPLICIT)) => Ok(true),
-            Err(error) => Err(refused(self.kernel, &error)),
-        }
+        is_captured(self.stream).map_err(|error| refused(self.kernel, &error))
+    }
+}
+
+/// Whether what is enqueued on libtorch's current stream is written down and not done.
+pub(crate) fn is_captured(stream: sys::CUstream) -> std::result::Result<bool, result::DriverError> {
+    // SAFETY: it is libtorch's current stream.
+    match unsafe { result::stream::is_capturing(stream) } {
+        Ok(status) => Ok(status != sys::CUstreamCaptureStatus::CU_STREAM_CAPTURE_STATUS_NONE),
+        // The default stream while another stream is captured that would wait for it.
+        Err(result::DriverError(sys::CUresult::CUDA_ERROR_STREAM_CAPTURE_IMPLICIT)) => Ok(true),
+        Err(error) => Err(error),
     }
 }
 
@@ -188,7 +193,7 @@ fn key(kernel: &Kernel, entry: Option<&'static str>, device_idx: usize) -> u128 
 }
 
 fn load(kernel: &Kernel, device_idx: usize) -> Result<Loaded> {
-    let context = primary_context(kernel, device_idx)?;
+    let context = primary_context(device_idx).map_err(|error| refused(kernel, &error))?;
     let _context = Context::enter(context).map_err(|error| refused(kernel, &error))?;
     let properties = DeviceProperties::of(device_idx)?;
     let module = module(kernel, device_idx, &properties)?;
@@ -259,23 +264,25 @@ fn architecture(kernel: &Kernel, properties: &DeviceProperties) -> Result<String
 }
 
 /// The context that libtorch and all other users of the runtime share.
-fn primary_context(kernel: &Kernel, device_idx: usize) -> Result<sys::CUcontext> {
+fn primary_context(device_idx: usize) -> std::result::Result<sys::CUcontext, result::DriverError> {
     // The driver's library is there: a tensor is on a CUDA device.
-    let outcome = (|| {
-        result::init()?;
-        let device = result::device::get(device_idx as c_int)?;
-        // SAFETY: the device exists. The context is retained for the life of the process, as libtorch retains it.
-        unsafe { result::primary_ctx::retain(device) }
-    })();
-    outcome.map_err(|error| refused(kernel, &error))
+    result::init()?;
+    let device = result::device::get(device_idx as c_int)?;
+    // SAFETY: the device exists. The context is retained for the life of the process, as libtorch retains it.
+    unsafe { result::primary_ctx::retain(device) }
 }
 
 /// Makes a context current on this thread until dropped; free where it is already.
-struct Context {
+pub(crate) struct Context {
     previous: Option<sys::CUcontext>,
 }
 
 impl Context {
+    /// Makes the context that libtorch uses on a device current.
+    pub(crate) fn of_device(device_idx: usize) -> std::result::Result<Self, result::DriverError> {
+        Self::enter(primary_context(device_idx)?)
+    }
+
     fn enter(context: sys::CUcontext) -> std::result::Result<Self, result::DriverError> {
         let current = result::ctx::get_current()?;
         if current == Some(context) {

@@ -7,7 +7,7 @@
 
 mod boxes;
 mod cache;
-mod driver;
+pub(crate) mod driver;
 pub(crate) mod memset;
 mod nvrtc;
 pub mod rows;

@@ -1,0 +1,80 @@
+//! Which of several ways to do a product is taken.
+
+use tch::Tensor;
+
+use super::plan::{Plan, Sizes, is_capturing};
+use crate::{Event, Result, Stream};
+
+/// Times that every way is taken while they are compared, in turns, after once to warm up.
+const ROUNDS: usize = 5;
+/// Products in a row that are timed as one.
+const REPEATS: usize = 2;
+/// Less than this part of libtorch's time is worth another way.
+const GAIN: f64 = 0.99;
+
+/// What came of a comparison.
+pub(super) enum Choice {
+    /// The way to take, or none but libtorch's.
+    Made(Option<Plan>),
+    /// Nothing can be said now.
+    Postponed,
+}
+
+/// Compares what cuBLASLt proposes for `a b` with libtorch's product, whose result is `out`.
+pub(super) fn choose(device_idx: usize, sizes: &Sizes, a: &Tensor, b: &Tensor, out: &Tensor) -> Result<Choice> {
+    // A result that is zero for the most part has the same bits in any order of additions.
+    if is_capturing(device_idx)? || 2 * out.f_count_nonzero(None)?.int64_value(&[]) < out.numel() as i64 {
+        return Ok(Choice::Postponed);
+    }
+    let scratch = out.f_empty_like()?;
+    let mut equal = Vec::new();
+    for plan in Plan::proposals(sizes)? {
+        // What cuBLASLt proposes it may still refuse.
+        let ran = plan.run(device_idx, a, b, &scratch).is_ok();
+        if ran && scratch.f_equal(out)? {
+            equal.push(plan);
+        }
+    }
+    let mut own = || super::by_libtorch(a, b, out.kind()).map(drop);
+    let libtorch_ms = &mut Times::default();
+    let mut times: Vec<Times> = equal.iter().map(|_| Times::default()).collect();
+    for _ in 0..=ROUNDS {
+        libtorch_ms.add(device_idx, &mut own)?;
+        for (plan, times) in equal.iter().zip(&mut times) {
+            times.add(device_idx, &mut || plan.run(device_idx, a, b, &scratch))?;
+        }
+    }
+    let limit = GAIN * libtorch_ms.median()?;
+    let medians = times.iter().map(Times::median).collect::<Result<Vec<_>>>()?;
+    let best = medians.into_iter().enumerate().min_by(|(_, a), (_, b)| a.total_cmp(b)).filter(|(_, ms)| *ms < limit);
+    Ok(Choice::Made(best.map(|(idx, _)| equal.swap_remove(idx))))
+}
+
+/// Stretches of the device's time, asked for at the end so that the device never waits.
+#[derive(Default)]
+struct Times(Vec<[Event; 2]>);
+
+impl Times {
+    fn add(&mut self, device_idx: usize, run: &mut dyn FnMut() -> Result<()>) -> Result<()> {
+        let stream = Stream::current(device_idx)?;
+        let mut ends = [Event::new(true)?, Event::new(true)?];
+        ends[0].record(stream)?;
+        for _ in 0..REPEATS {
+            run()?;
+        }
+        ends[1].record(stream)?;
+        self.0.push(ends);
+        Ok(())
+    }
+
+    /// In milliseconds, without the first.
+    fn median(&self) -> Result<f64> {
+        let mut ms = Vec::new();
+        for [start, end] in self.0.iter().skip(1) {
+            end.synchronize()?;
+            ms.push(start.elapsed_ms(end)?);
+        }
+        ms.sort_by(f64::total_cmp);
+        Ok(ms[ms.len() / 2])
+    }
+}
