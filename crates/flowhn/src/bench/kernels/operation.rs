@@ -15,7 +15,7 @@ pub struct Operation {
     /// The matrix products that it cannot do without, where its aim is given as a multiple of their time.
     pub products: Option<Products>,
     /// Makes its tensors.
-    pub build: Box<dyn Fn(Device) -> Result<Call>>,
+    pub build: Build,
 }
 
 /// Matrix products that are timed beside an operation.
@@ -78,6 +78,9 @@ pub struct Recorded {
     /// How many times faster we want to be.
     pub target: Option<f64>,
 }
+
+/// Makes the tensors of an operation on a device.
+pub type Build = Box<dyn Fn(Device) -> Result<Call>>;
 
 /// An operation on its tensors: its outputs.
 type Run = Box<dyn Fn(&[Tensor]) -> Result<Vec<Tensor>>>;

@@ -4,11 +4,11 @@
 use flowhn_attn::{Mask, attention};
 use flowhn_nn::{gated_rms_norm, linear_cross_entropy, rms_norm, swiglu};
 use flowhn_ssm::{CausalConv1d, SelectiveScan, Ssd, causal_conv1d, selective_scan, ssd};
-use flowhn_torch::Result;
+use flowhn_torch::{Result, product};
 use tch::{Kind, Tensor};
 
 use super::operation::Direction::{Backward, Both, Forward};
-use super::operation::{Call, Operation, Pass, Products, leaf, random};
+use super::operation::{Build, Call, Operation, Pass, Products, leaf, random};
 
 const BF16: Kind = Kind::BFloat16;
 const EPS: f64 = 1e-5;
@@ -60,7 +60,13 @@ pub fn operations(tiny: bool) -> Vec<Operation> {
     all.extend(super::steps::operations(tiny));
     let products = [([32768, 4096, 768], 319.), ([32768, 65536, 768], 5260.), ([16384, 11264, 2048], 1095.)];
     for ([m, n, k], us) in products {
-        all.push(gemm([size(m, 40), size(n, 24), size(k, 16)], Some(us)));
+        let sizes = [size(m, 40), size(n, 24), size(k, 16)];
+        all.push(gemm(sizes, Some(us)));
+        all.push(Operation {
+            op: "product",
+            build: multiply(sizes, |a, b| product(a, b, BF16)),
+            ..gemm(sizes, Some(us))
+        });
     }
     all
 }
@@ -283,13 +289,18 @@ pub fn gemm([m, n, k]: [i64; 3], us: Option<f64>) -> Operation {
             None => pass,
         }],
         products: None,
-        build: Box::new(move |device| {
-            Ok(Call {
-                leaves: vec![random(&[m, k], BF16, device, 1)?, random(&[n, k], BF16, device, 2)?],
-                run: Box::new(|t| Ok(vec![t[0].f_matmul(&t[1].f_tr()?)?])),
-            })
-        }),
+        build: multiply([m, n, k], |a, b| Ok(a.f_mm(b)?)),
     }
+}
+
+/// The operands of such a product, for a way to do it.
+fn multiply([m, n, k]: [i64; 3], run: fn(&Tensor, &Tensor) -> Result<Tensor>) -> Build {
+    Box::new(move |device| {
+        Ok(Call {
+            leaves: vec![random(&[m, k], BF16, device, 1)?, random(&[n, k], BF16, device, 2)?],
+            run: Box::new(move |t| Ok(vec![run(&t[0], &t[1].f_tr()?)?])),
+        })
+    })
 }
 
 /// A copy of `n` bf16 values.
