@@ -31,7 +31,7 @@ pub use graph::{CaptureMode, Graph, GraphPool};
 pub use mapped::MappedFile;
 pub use memory::{DeviceProperties, MemoryStats, keep_freed_host_memory};
 pub use pieces::split_features;
-pub use product::product;
+pub use product::{Sum, product, product_into};
 pub use stream::{Event, Priority, Stream, StreamGuard, fork_join, record_stream};
 
 /// Folder of the libtorch that this process runs on.

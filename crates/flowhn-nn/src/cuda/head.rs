@@ -10,7 +10,7 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use tch::{Kind, Tensor};
 
 use flowhn_torch::kernel::{Arg, Kernel, KernelSource, kind_define};
-use flowhn_torch::{BackwardCtx, Error, ForwardCtx, Function, Result, op};
+use flowhn_torch::{BackwardCtx, Error, ForwardCtx, Function, Result, Sum, product_into};
 
 use crate::kernels::{CROSS_ENTROPY, SCALED_CAST};
 
@@ -25,9 +25,6 @@ const CHUNK_BYTES: i64 = 512 << 20;
 
 /// Rows of a chunk are a multiple of this, the height of a tile of the matrix products.
 const TILE_ROWS: i64 = 128;
-
-/// The number by which libtorch's dispatcher knows `Kind::Float`.
-const FLOAT: op::Arg<'static> = op::Arg::Int(6);
 
 pub(crate) struct LinearCrossEntropyCuda {
     ignore_index: i64,
@@ -179,18 +176,8 @@ impl WeightGrad {
 
     /// Adds `dlogits^T x`, in f32 also where the factors are bf16.
     fn add_product(&mut self, dlogits: &Tensor, x: &Tensor) -> Result<()> {
-        let (dlogits_t, sum) = (dlogits.f_tr()?, &self.sum);
-        let [factor_a, factor_b, out] = [&dlogits_t, x, sum].map(op::Arg::Tensor);
-        match (self.is_empty, x.kind()) {
-            (true, Kind::Float) => drop(dlogits_t.f_mm_out(sum, x)?),
-            (true, _) => drop(op::call("aten::mm", "dtype_out", &[factor_a, factor_b, FLOAT, out])?),
-            (false, Kind::Float) => drop(self.sum.f_addmm_(&dlogits_t, x)?),
-            (false, _) => {
-                let one = || op::Arg::Int(1);
-                let args = [op::Arg::Tensor(sum), factor_a, factor_b, FLOAT, one(), one(), out];
-                drop(op::call("aten::addmm", "dtype_out", &args)?);
-            }
-        }
+        let sum = if self.is_empty { Sum::New } else { Sum::Old };
+        product_into(&dlogits.f_tr()?, x, &self.sum, sum)?;
         self.is_empty = false;
         Ok(())
     }

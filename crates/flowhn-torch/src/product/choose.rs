@@ -3,6 +3,7 @@
 use tch::Tensor;
 
 use super::plan::{Plan, Sizes, is_capturing};
+use super::{Sum, by_libtorch};
 use crate::{Event, Result, Stream};
 
 /// Times that every way is taken while they are compared, in turns, after once to warm up.
@@ -30,18 +31,18 @@ pub(super) fn choose(device_idx: usize, sizes: &Sizes, a: &Tensor, b: &Tensor, o
     let mut equal = Vec::new();
     for plan in Plan::proposals(sizes)? {
         // What cuBLASLt proposes it may still refuse.
-        let ran = plan.run(device_idx, a, b, &scratch).is_ok();
+        let ran = plan.run(device_idx, a, b, &scratch, Sum::New).is_ok();
         if ran && scratch.f_equal(out)? {
             equal.push(plan);
         }
     }
-    let mut own = || super::by_libtorch(a, b, out.kind()).map(drop);
+    let mut own = || by_libtorch(a, b, &scratch, Sum::New);
     let libtorch_ms = &mut Times::default();
     let mut times: Vec<Times> = equal.iter().map(|_| Times::default()).collect();
     for _ in 0..=ROUNDS {
         libtorch_ms.add(device_idx, &mut own)?;
         for (plan, times) in equal.iter().zip(&mut times) {
-            times.add(device_idx, &mut || plan.run(device_idx, a, b, &scratch))?;
+            times.add(device_idx, &mut || plan.run(device_idx, a, b, &scratch, Sum::New))?;
         }
     }
     let limit = GAIN * libtorch_ms.median()?;

@@ -13,7 +13,7 @@ use std::sync::{Arc, Mutex, OnceLock};
 
 use tch::{Device, Kind, Tensor};
 
-use crate::{Result, op};
+use crate::{Error, Result, op};
 use choose::Choice;
 use plan::{Plan, Sizes};
 
@@ -21,6 +21,8 @@ use plan::{Plan, Sizes};
 const MIN_FLOPS: f64 = 1e9;
 /// Sizes to choose for; a program that meets more of them spends more on choices than these give back.
 const MAX_CHOICES: usize = 256;
+/// The largest result that a choice may take a second place for.
+const MAX_SCRATCH_BYTES: u64 = 256 << 20;
 /// The number by which the dispatcher knows `Kind::Float`.
 const FLOAT: op::Arg<'static> = op::Arg::Int(6);
 
@@ -31,60 +33,87 @@ type Plans = HashMap<Sizes, Option<Arc<Plan>>>;
 /// up in.
 ///
 /// The first product of its sizes that is enqueued outside of a captured graph waits for the device while ways to do it are timed, about a
-/// hundred times what the product takes, with twice as much memory as its result besides. So this is for sizes that come again and again, as those of
+/// hundred times what the product takes, with as much memory as its result besides. So this is for sizes that come again and again, as those of
 /// training do. `FLOWHN_TUNE_PRODUCTS=0` in the environment leaves all products to libtorch. The bits are libtorch's either way.
 ///
 /// # Errors
-/// [`Error::Torch`](crate::Error::Torch) if the factors do not fit each other or libtorch has no such product;
-/// [`Error::Kernel`](crate::Error::Kernel) if cuBLASLt refuses what it did before.
+/// [`Error::Torch`] if the factors do not fit each other or libtorch has no such product;
+/// [`Error::Kernel`] if cuBLASLt refuses what it did before.
 pub fn product(a: &Tensor, b: &Tensor, kind: Kind) -> Result<Tensor> {
-    let Some((device_idx, sizes)) = tunable(a, b, kind)? else { return by_libtorch(a, b, kind) };
-    if let Some(found) = plans(|plans| plans.get(&sizes).cloned()) {
-        let Some(plan) = found else { return by_libtorch(a, b, kind) };
-        let out = Tensor::f_empty(sizes.out(), (kind, a.device()))?;
-        plan.run(device_idx, a, b, &out)?;
-        return Ok(out);
-    }
-    let out = by_libtorch(a, b, kind)?;
-    if plans(|plans| plans.len()) >= MAX_CHOICES {
-        return Ok(out);
-    }
-    match choose::choose(device_idx, &sizes, a, b, &out)? {
-        Choice::Made(plan) => drop(plans(|plans| plans.insert(sizes, plan.map(Arc::new)))),
-        Choice::Postponed => {}
-    }
+    let size = |factor: &Tensor, axis: usize| factor.size().get(axis).copied().unwrap_or(1);
+    let out = Tensor::f_empty([size(a, 0), size(b, 1)], (kind, a.device()))?;
+    product_into(a, b, &out, Sum::New)?;
     Ok(out)
 }
 
-fn by_libtorch(a: &Tensor, b: &Tensor, kind: Kind) -> Result<Tensor> {
-    if a.kind() == kind {
-        return Ok(a.f_mm(b)?);
+/// Whether a product replaces or joins what is there.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Sum {
+    /// The product alone.
+    New,
+    /// What is there, and the product.
+    Old,
+}
+
+/// [`product`] into `out: [m, n]`, whose type it takes. Ways to do it are timed where the result is new, and taken for both.
+///
+/// # Errors
+/// As [`product`].
+pub fn product_into(a: &Tensor, b: &Tensor, out: &Tensor, sum: Sum) -> Result<()> {
+    let Some((device_idx, sizes)) = tunable(a, b, out) else { return by_libtorch(a, b, out, sum) };
+    match plans(|plans| plans.get(&sizes).cloned()) {
+        Some(Some(plan)) => return plan.run(device_idx, a, b, out, sum),
+        Some(None) => return by_libtorch(a, b, out, sum),
+        None => by_libtorch(a, b, out, sum)?,
     }
-    let outputs = op::call("aten::mm", "dtype", &[op::Arg::Tensor(a), op::Arg::Tensor(b), dtype(kind)?])?;
-    outputs.into_iter().next().flatten().ok_or_else(|| crate::Error::invalid("product", "libtorch returned nothing"))
+    let room = plans(|plans| plans.len()) < MAX_CHOICES && sizes.out_bytes() <= MAX_SCRATCH_BYTES;
+    if room
+        && sum == Sum::New
+        && let Choice::Made(plan) = choose::choose(device_idx, &sizes, a, b, out)?
+    {
+        plans(|plans| plans.insert(sizes, plan.map(Arc::new)));
+    }
+    Ok(())
+}
+
+fn by_libtorch(a: &Tensor, b: &Tensor, out: &Tensor, sum: Sum) -> Result<()> {
+    let mut target = out.shallow_clone();
+    match (a.kind() == out.kind(), sum) {
+        (true, Sum::New) => drop(a.f_mm_out(out, b)?),
+        (true, Sum::Old) => drop(target.f_addmm_(a, b)?),
+        (false, _) => {
+            let [factor_a, factor_b, result] = [a, b, out].map(op::Arg::Tensor);
+            let kind = dtype(out.kind())?;
+            match sum {
+                Sum::New => drop(op::call("aten::mm", "dtype_out", &[factor_a, factor_b, kind, result])?),
+                Sum::Old => {
+                    let one = || op::Arg::Int(1);
+                    let args = [op::Arg::Tensor(out), factor_a, factor_b, kind, one(), one(), result];
+                    drop(op::call("aten::addmm", "dtype_out", &args)?);
+                }
+            }
+        }
+    }
+    Ok(())
 }
 
 /// The only type besides the factors' own.
 fn dtype(kind: Kind) -> Result<op::Arg<'static>> {
     match kind {
         Kind::Float => Ok(FLOAT),
-        other => Err(crate::Error::invalid("product", format!("results in {other:?} from factors of another type"))),
+        other => Err(Error::invalid("product", format!("results in {other:?} from factors of another type"))),
     }
 }
 
 /// The device and sizes of a product that is worth a choice and that cuBLASLt takes as it lies.
-fn tunable(a: &Tensor, b: &Tensor, kind: Kind) -> Result<Option<(usize, Sizes)>> {
-    let Device::Cuda(device_idx) = a.device() else { return Ok(None) };
-    let fits = a.kind() == Kind::BFloat16
-        && b.kind() == Kind::BFloat16
-        && matches!(kind, Kind::BFloat16 | Kind::Float)
-        && b.device() == a.device()
+fn tunable(a: &Tensor, b: &Tensor, out: &Tensor) -> Option<(usize, Sizes)> {
+    let Device::Cuda(device_idx) = a.device() else { return None };
+    let fits = [a, b].iter().all(|factor| factor.kind() == Kind::BFloat16)
+        && matches!(out.kind(), Kind::BFloat16 | Kind::Float)
+        && [b, out].iter().all(|tensor| tensor.device() == a.device())
         && is_wanted();
-    if !fits {
-        return Ok(None);
-    }
-    let sizes = Sizes::of(device_idx, a, b, kind);
-    Ok(sizes.filter(|sizes| sizes.flops() >= MIN_FLOPS && plan::is_there()).map(|sizes| (device_idx, sizes)))
+    let sizes = if fits { Sizes::of(device_idx, a, b, out) } else { None };
+    sizes.filter(|sizes| sizes.flops() >= MIN_FLOPS && plan::is_there()).map(|sizes| (device_idx, sizes))
 }
 
 /// Whether the environment lets products be tuned.
@@ -111,5 +140,8 @@ mod tests {
         let refused = product(&a, &a.tr(), Kind::BFloat16).unwrap_err().to_string();
         assert!(refused.contains("BFloat16"), "{refused}");
         assert!(product(&a, &a, Kind::Float).is_err(), "sizes that do not fit");
+        let sum = Tensor::ones([2, 2], (Kind::Float, Device::Cpu));
+        product_into(&a, &a.tr(), &sum, Sum::Old).unwrap();
+        assert_eq!(Vec::<Vec<f32>>::try_from(sum).unwrap(), [[15., 33.], [33., 78.]]);
     }
 }

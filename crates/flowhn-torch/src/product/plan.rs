@@ -6,6 +6,7 @@ use std::sync::{Arc, OnceLock};
 use cudarc::cublaslt::{result, sys};
 use tch::{Device, Kind, Tensor};
 
+use super::Sum;
 use crate::kernel::driver::{Context, is_captured};
 use crate::{Error, Result, Stream};
 
@@ -51,12 +52,13 @@ impl Factor {
 
 impl Sizes {
     /// `None` for operands that are no matrices, do not fit each other or do not lie as cuBLASLt takes them.
-    pub(super) fn of(device_idx: usize, a: &Tensor, b: &Tensor, kind: Kind) -> Option<Self> {
+    pub(super) fn of(device_idx: usize, a: &Tensor, b: &Tensor, out: &Tensor) -> Option<Self> {
         let ([m, k], [inner, n]) = (matrix(a)?, matrix(b)?);
-        if k != inner || [m, n, k].contains(&0) {
+        let is_dense = out.is_contiguous() && (out.data_ptr() as usize).is_multiple_of(ALIGNMENT);
+        if k != inner || [m, n, k].contains(&0) || matrix(out)? != [m, n] || n % 8 != 0 || !is_dense {
             return None;
         }
-        let is_f32 = kind == Kind::Float;
+        let is_f32 = out.kind() == Kind::Float;
         Some(Self { device_idx, m, n, k, a: Factor::of(a)?, b: Factor::of(b)?, is_f32 })
     }
 
@@ -64,8 +66,8 @@ impl Sizes {
         2. * self.m as f64 * self.n as f64 * self.k as f64
     }
 
-    pub(super) fn out(&self) -> [i64; 2] {
-        [self.m as i64, self.n as i64]
+    pub(super) fn out_bytes(&self) -> u64 {
+        self.m * self.n * if self.is_f32 { 4 } else { 2 }
     }
 }
 
@@ -179,25 +181,25 @@ impl Plan {
             .collect())
     }
 
-    /// `out = a b` on libtorch's current stream, for operands of the plan's sizes.
-    pub(super) fn run(&self, device_idx: usize, a: &Tensor, b: &Tensor, out: &Tensor) -> Result<()> {
+    /// `out = a b`, or that added to `out`, on libtorch's current stream, for operands of the plan's sizes.
+    pub(super) fn run(&self, device_idx: usize, a: &Tensor, b: &Tensor, out: &Tensor, sum: Sum) -> Result<()> {
         let workspace = match self.workspace_bytes {
             0 => None,
             n_bytes => Some(Tensor::f_empty([n_bytes as i64], (Kind::Uint8, Device::Cuda(device_idx)))?),
         };
         let stream = Stream::current(device_idx)?.native_handle()?;
         let _context = Context::of_device(device_idx).map_err(unanswered)?;
-        let (one, zero) = (1f32, 0f32);
+        let (one, old) = (1f32, if sum == Sum::Old { 1f32 } else { 0. });
         let [b_layout, a_layout, out_layout] = self.operands.layouts;
         // SAFETY: the operands have the sizes that the descriptions were made from, for those are the key under which plans are kept; the
         // workspace has as many bytes as the algorithm asks for. Their memory goes back to libtorch's allocator in the order of this
-        // stream. The factors one and zero are read before the call returns.
+        // stream. The two numbers are read before the call returns.
         let outcome = unsafe {
             result::matmul(
                 handle()?,
                 self.operands.product,
                 (&raw const one).cast(),
-                (&raw const zero).cast(),
+                (&raw const old).cast(),
                 b.data_ptr(),
                 b_layout,
                 a.data_ptr(),
@@ -270,17 +272,19 @@ mod tests {
     fn operands_are_described_as_they_lie() {
         let kind = (Kind::BFloat16, Device::Cpu);
         let zeros = |rows: i64, columns: i64| Tensor::zeros([rows, columns], kind);
-        let x = zeros(40, 24);
-        let dense = Sizes::of(0, &x, &zeros(24, 16), Kind::BFloat16);
+        let (x, w, out) = (zeros(40, 24), zeros(24, 16), zeros(40, 16));
         // The allocator of the CPU aligns to 64 bytes: what it gives may or may not do.
-        if let Some(sizes) = dense {
-            assert_eq!((sizes.m, sizes.n, sizes.k, sizes.out()), (40, 16, 24, [40, 16]));
+        if let Some(sizes) = Sizes::of(0, &x, &w, &out) {
+            assert_eq!((sizes.m, sizes.n, sizes.k, sizes.out_bytes()), (40, 16, 24, 40 * 16 * 2));
             assert_eq!(sizes.a, Factor { transposed: false, stride: 24 });
             assert_eq!(sizes.flops(), 2. * 40. * 16. * 24.);
         }
-        assert!(Sizes::of(0, &x, &zeros(16, 24), Kind::BFloat16).is_none(), "sizes that do not fit");
-        assert!(Sizes::of(0, &x.narrow(1, 0, 20), &zeros(20, 16).slice(1, 0, 16, 2), Kind::BFloat16).is_none(), "gaps");
-        assert!(Sizes::of(0, &zeros(8, 12), &zeros(12, 8), Kind::BFloat16).is_none(), "rows of 24 bytes");
-        assert!(Sizes::of(0, &x.unsqueeze(0), &zeros(24, 16), Kind::BFloat16).is_none(), "three axes");
+        let none = |a: &Tensor, b: &Tensor, out: &Tensor| Sizes::of(0, a, b, out).is_none();
+        assert!(none(&x, &zeros(16, 24), &out), "sizes that do not fit");
+        assert!(none(&x, &w, &zeros(16, 40)), "a result that does not fit");
+        assert!(none(&x, &w, &zeros(40, 32).narrow(1, 0, 16)), "a result with gaps");
+        assert!(none(&x.narrow(1, 0, 20), &zeros(20, 32).slice(1, 0, 32, 2), &out), "a factor with gaps");
+        assert!(none(&zeros(8, 12), &zeros(12, 8), &zeros(8, 8)), "rows of 24 bytes");
+        assert!(none(&x.unsqueeze(0), &w, &out), "three axes");
     }
 }

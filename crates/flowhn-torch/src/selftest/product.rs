@@ -4,7 +4,7 @@ use tch::{Device, Kind, Tensor};
 
 use super::{ensure, of_cuda};
 use crate::testing::Case;
-use crate::{Result, op, product};
+use crate::{Result, Sum, op, product, product_into};
 
 pub(super) fn cases() -> Vec<Case> {
     let mut cases = vec![of_cuda("product: small, odd and strided factors, libtorch's bits", small)];
@@ -39,8 +39,11 @@ fn by_libtorch(a: &Tensor, b: &Tensor, kind: Kind) -> Result<Tensor> {
         return Ok(a.f_mm(b)?);
     }
     let float = op::Arg::Int(6);
-    let outputs = op::call("aten::mm", "dtype", &[op::Arg::Tensor(a), op::Arg::Tensor(b), float])?;
-    Ok(outputs.into_iter().flatten().next().expect("a product has a result"))
+    Ok(result(op::call("aten::mm", "dtype", &[op::Arg::Tensor(a), op::Arg::Tensor(b), float])?))
+}
+
+fn result(outputs: Vec<Option<Tensor>>) -> Tensor {
+    outputs.into_iter().flatten().next().expect("a product has a result")
 }
 
 /// The same bits in the product that chooses and in those that follow, on other values.
@@ -51,6 +54,18 @@ fn large(layouts: [bool; 2], kind: Kind, device: Device) -> Result<String> {
             let a = a.f_mul_scalar(f64::from(step) * 0.3)?;
             let (got, want) = (product(&a, &b, kind)?, by_libtorch(&a, &b, kind)?);
             ensure(got.kind() == kind && got.f_equal(&want)?, || format!("{m} x {k} x {n}, time {step}: other bits"))?;
+            // Added to a product, as the gradient of a weight is over chunks.
+            product_into(&a, &b, &got, Sum::Old)?;
+            let mut want = want;
+            if kind == Kind::Float {
+                let one = || op::Arg::Int(1);
+                let [old, factor_a, factor_b] = [&want, &a, &b].map(op::Arg::Tensor);
+                let args = [old, factor_a, factor_b, op::Arg::Int(6), one(), one()];
+                want = result(op::call("aten::addmm", "dtype", &args)?);
+            } else {
+                let _ = want.f_addmm_(&a, &b)?;
+            }
+            ensure(got.f_equal(&want)?, || format!("{m} x {k} x {n}, time {step}: other bits in a sum"))?;
         }
     }
     Ok(String::new())

@@ -5,11 +5,11 @@
 use tch::{Device, Kind, Tensor};
 
 use flowhn_torch::kernel::{Arg, Boxes};
-use flowhn_torch::{DeviceProperties, Result, op};
+use flowhn_torch::{DeviceProperties, Result, Sum, product_into};
 
 use crate::kernels::{LM_HEAD_PRODUCT, LM_HEAD_ROWS};
 
-use super::{FLOAT, Gradients, Head, TILE_ROWS, chunk_rows, kernel};
+use super::{Gradients, Head, TILE_ROWS, chunk_rows, kernel};
 
 /// Words of a tile of the product, as in `lm_head_tiles.cuh`; its rows are [`TILE_ROWS`].
 const TILE_COLS: i64 = 256;
@@ -197,8 +197,7 @@ impl<'a> Exponentials<'a> {
     fn input_gradient(&self, exponentials: &Tensor, factors: &Tensor, product: &Tensor, dx: &Tensor) -> Result<()> {
         let n_rows = dx.size()[0];
         let product = product.f_narrow(0, 0, n_rows)?;
-        let [factor_a, factor_b, out] = [exponentials, &self.head.weight, &product].map(op::Arg::Tensor);
-        op::call("aten::mm", "dtype_out", &[factor_a, factor_b, FLOAT, out])?;
+        product_into(exponentials, &self.head.weight, &product, Sum::New)?;
         let tensors = [&product, factors, dx].map(Arg::Tensor);
         let sizes = [n_rows, self.d_model].map(|size| Arg::I32(size as i32));
         kernel(&LM_HEAD_ROWS, "lm_head_scale", &[("GRAD", 1)]).launch(

@@ -3,8 +3,8 @@
 
 use tch::Tensor;
 
-use flowhn_torch::Result;
 use flowhn_torch::kernel::{Arg, kind_define};
+use flowhn_torch::{Result, Sum, product_into};
 
 use crate::kernels::CROSS_ENTROPY;
 
@@ -39,7 +39,7 @@ impl<'a> Logits<'a> {
             self.rows(&whole_rows, &targets, &losses, gradients.as_ref().map(|gradients| &gradients.scale))?;
             let Some(Gradients { dx, dweight, .. }) = gradients.as_deref_mut() else { continue };
             if let Some(dx) = dx {
-                let _ = logits.f_mm_out(&chunk(dx)?, weight)?;
+                product_into(&logits, weight, &chunk(dx)?, Sum::New)?;
             }
             if let Some(dweight) = dweight {
                 dweight.add_product(&logits, &x)?;
