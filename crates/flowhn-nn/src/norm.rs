@@ -131,8 +131,8 @@ pub fn gated_rms_norm(x: &Tensor, z: &Tensor, weight: &Tensor, eps: f64, n_group
     }
 }
 
-/// [`rms_norm`] with its weight.
-#[derive(Debug)]
+/// [`rms_norm`] with its weight, which clones share.
+#[derive(Clone, Debug)]
 pub struct RmsNorm {
     weight: Weight,
     eps: f64,
