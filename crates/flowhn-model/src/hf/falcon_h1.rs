@@ -7,7 +7,7 @@ use flowhn_split::{Fusion, GateNorm, SsmShape};
 use serde_json::{Value, json};
 
 use super::keys::Keys;
-use super::read::{expanded, outer, padding};
+use super::read::{expanded, outer, padding_or_0, rope_theta};
 use super::write::ratio;
 use crate::config::{GroupOrder, ModelConfig};
 use crate::names::Fold;
@@ -32,9 +32,8 @@ pub(super) fn read(keys: &Keys) -> Result<(String, Fold)> {
         )));
     }
     let (n_groups, d_state) = (keys.size_or("mamba_n_groups", 1)?, keys.size_or("mamba_d_state", 256)?);
-    keys.only("rope_scaling", &[json!({"rope_type": "default"}), json!({"type": "default"})])?;
     keys.only("attention_dropout", &[json!(0), json!(0.0)])?;
-    keys.only("time_step_limit", &[json!([0.0, null]), json!([0, null])])?;
+    keys.only("time_step_limit", &[json!([0.0, null]), json!([0, null]), json!([0.0, {"__float__": "Infinity"}])])?;
     keys.ignore(&[
         "num_logits_to_keep",
         "mamba_expand",
@@ -57,12 +56,11 @@ pub(super) fn read(keys: &Keys) -> Result<(String, Fold)> {
          n_groups = {n_groups}\nchunk_len = {}\n{norm}\nconv_bias = {}\nproj_bias = {}\nout_proj_bias = {}\n",
         keys.size("intermediate_size")?,
         keys.flag_or("mlp_bias", false)?,
-        // This family pads with token 0 unless it says otherwise, even by null.
-        padding(if keys.has("pad_token_id") { keys.maybe_size("pad_token_id")? } else { Some(0) }),
+        padding_or_0(keys)?,
         keys.size_or("num_key_value_heads", n_kv_heads)?,
         keys.size_or("head_dim", d_model / n_heads.max(1))?,
         keys.flag_or("attention_bias", false)?,
-        keys.number_or("rope_theta", 100_000.)?,
+        rope_theta(keys, 100_000.)?,
         keys.size_or("mamba_d_conv", 4)?,
         keys.size_or("mamba_chunk_size", 256)?,
         keys.flag_or("mamba_conv_bias", true)?,
@@ -132,14 +130,14 @@ pub(super) fn write(config: &ModelConfig) -> Result<Value> {
         return refuse("Mamba-1 (model.ssm.mixer)");
     };
     let n_heads = d_inner / d_head.max(1);
-    let (one_norm, strided) = (options.gate_norm == GateNorm::None, config.group_order == GroupOrder::Strided);
+    let (no_norm, strided) = (options.gate_norm == GateNorm::None, config.group_order == GroupOrder::Strided);
     for (there, what) in [
         (!options.shared_norm, "a norm for each of them (model.shared_norm = false)"),
         (config.fusion != Fusion::None, "another fusion than their sum (model.fusion = \"none\")"),
         (config.d_ff == 0, "no MLP (model.d_ff = 0)"),
         (strided && n_groups > 1 && n_groups < n_heads, "strided groups (model.ssm.group_order)"),
         (
-            !one_norm && config.norm_groups != n_groups,
+            !no_norm && config.norm_groups != n_groups,
             "other groups in its norm than in B and C (model.ssm.norm_groups)",
         ),
     ] {
@@ -239,6 +237,23 @@ mod tests {
         assert_eq!([row(0), row(1536), row(3 * 1024), row(3 * 1024 + 128), row(n_rows - 1)], {
             [0.3535533905932738, 0.25, 0.3535533905932738, 0.5, 0.375].map(|factor| 1.25 * factor)
         });
+    }
+
+    #[test]
+    fn rotary_positions_as_transformers_5_writes_them() {
+        let nested = |parameters: &str| {
+            TEXT.replace("\"rope_theta\": 100000000000.0", &format!("\"rope_parameters\": {parameters}"))
+        };
+        let model = read_config(&nested(r#"{"rope_theta": 500.0, "rope_type": "default"}"#), 64).unwrap();
+        assert_eq!((model.config.rope_theta, model.ignored.len()), (Some(500.), 0));
+        for (parameters, want) in [
+            (r#"{"rope_theta": 500.0, "rope_type": "yarn"}"#, "`rope_type` is \"yarn\""),
+            (r#"{"rope_theta": 500.0, "factor": 2.0}"#, "`rope_parameters` has factor"),
+            ("[1]", "`rope_parameters` is [1], expected an object"),
+        ] {
+            let message = read_config(&nested(parameters), 64).unwrap_err().to_string();
+            assert!(message.contains(want), "{message}");
+        }
     }
 
     #[test]

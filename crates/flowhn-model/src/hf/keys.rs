@@ -138,6 +138,15 @@ impl Keys {
         value.as_bool().ok_or_else(|| wrong(key, value, "true or false"))
     }
 
+    /// The keys of an object, where there is one.
+    pub fn inner(&self, key: &str) -> Result<Option<Self>> {
+        match self.get(key) {
+            None => Ok(None),
+            Some(Value::Object(map)) => Ok(Some(Self { map: map.clone(), read: RefCell::default() })),
+            Some(other) => Err(wrong(key, other, "an object")),
+        }
+    }
+
     /// A size that may be absent or null.
     pub fn maybe_size(&self, key: &str) -> Result<Option<usize>> {
         match self.get(key) {

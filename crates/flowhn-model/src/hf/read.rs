@@ -75,7 +75,6 @@ pub fn max_position(text: &str) -> Result<Option<usize>> {
 fn llama(keys: &Keys) -> Result<String> {
     let n_heads = keys.size("num_attention_heads")?;
     let d_model = keys.size("hidden_size")?;
-    keys.only("rope_scaling", &[json!({"rope_type": "default"}), json!({"type": "default"})])?;
     keys.only("attention_dropout", &[json!(0), json!(0.0)])?;
     Ok(format!(
         "{}d_ff = {}\nmlp_bias = {}\n{}\
@@ -87,7 +86,7 @@ fn llama(keys: &Keys) -> Result<String> {
         keys.size_or("num_key_value_heads", n_heads)?,
         keys.size_or("head_dim", d_model / n_heads.max(1))?,
         keys.flag_or("attention_bias", false)?,
-        keys.number_or("rope_theta", 10_000.)?,
+        rope_theta(keys, 10_000.)?,
     ))
 }
 
@@ -163,8 +162,7 @@ fn jamba(keys: &Keys) -> Result<String> {
          conv_bias = {}\nproj_bias = {}\n",
         outer(keys, "rms_norm_eps", 1e-6, false)?,
         keys.size("intermediate_size")?,
-        // This family pads with token 0 unless it says otherwise, even by null.
-        padding(if keys.has("pad_token_id") { keys.maybe_size("pad_token_id")? } else { Some(0) }),
+        padding_or_0(keys)?,
         keys.size_or("num_key_value_heads", n_heads)?,
         expanded(keys, "mamba_expand", d_model)?,
         keys.size_or("mamba_d_state", 16)?,
@@ -187,8 +185,26 @@ pub(super) fn outer(keys: &Keys, eps_key: &str, eps: f64, tied: bool) -> Result<
     ))
 }
 
-pub(super) fn padding(idx: Option<usize>) -> String {
+fn padding(idx: Option<usize>) -> String {
     idx.map_or_else(String::new, |idx| format!("padding_idx = {idx}\n"))
+}
+
+/// The padding of a family whose token for it is 0 unless it says otherwise, even by null.
+pub(super) fn padding_or_0(keys: &Keys) -> Result<String> {
+    Ok(padding(if keys.has("pad_token_id") { keys.maybe_size("pad_token_id")? } else { Some(0) }))
+}
+
+/// The base of rotary positions that nothing scales; transformers 5 writes it one level down.
+pub(super) fn rope_theta(keys: &Keys, default: f64) -> Result<f64> {
+    keys.only("rope_scaling", &[json!({"rope_type": "default"}), json!({"type": "default"})])?;
+    let theta = keys.number_or("rope_theta", default)?;
+    let Some(inner) = keys.inner("rope_parameters")? else { return Ok(theta) };
+    inner.only("rope_type", &[json!("default")])?;
+    let theta = inner.number_or("rope_theta", theta)?;
+    match inner.left_over().as_slice() {
+        [] => Ok(theta),
+        keys => Err(Error::Input(format!("`rope_parameters` has {}, which is not supported", keys.join(", ")))),
+    }
 }
 
 /// `hidden_size` times a factor that need not be whole, cut to a whole number.

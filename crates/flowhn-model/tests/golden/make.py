@@ -105,6 +105,7 @@ CASES = {
         lambda: jamba(num_experts=4, expert_layer_period=9, expert_layer_offset=8, mamba_expand=3, mamba_d_conv=2, mamba_dt_rank="auto"),
         (2, 33),
     ),
+    "jamba_scan_only": (lambda: jamba(attn_layer_period=9, attn_layer_offset=8, mamba_d_state=16, pad_token_id=7), (1, 12)),
     "falcon_h1_plain": (lambda: falcon_h1(), (2, 13)),
     "falcon_h1_multipliers": (
         lambda: falcon_h1(
@@ -139,7 +140,6 @@ CASES = {
         ),
         (2, 37),
     ),
-    "jamba_scan_only": (lambda: jamba(attn_layer_period=9, attn_layer_offset=8, mamba_d_state=16, pad_token_id=7), (1, 12)),
 }
 
 
