@@ -9,7 +9,7 @@ use flowhn_ssm::SsmState;
 use flowhn_torch::{Stream, fork_join, record_stream, timeline};
 use tch::{Device, Kind, Tensor};
 
-use crate::branch::{AttnBranch, BranchInput, MlpSublayer, SsmBranch};
+use crate::branch::{AttnBranch, BranchInput, MlpSublayer, SsmBranch, opening};
 use crate::config::BlockKind;
 use crate::layout::{BlockLayout, Layout};
 use crate::parts;
@@ -18,6 +18,8 @@ use crate::{ModelConfig, Result, init, mixer};
 /// A FlowHN block. A branch that the policy gives nothing does not exist.
 #[derive(Debug)]
 pub(crate) struct Block {
+    /// The norm that opens both branches, where they share one.
+    norm: Option<RmsNorm>,
     attn: Option<AttnBranch>,
     ssm: Option<SsmBranch>,
     fusion: Fusion,
@@ -51,12 +53,17 @@ impl BlockCache {
 impl Block {
     pub fn new(path: &mut Path, config: &ModelConfig, block_idx: usize, sharing: Sharing) -> Result<Self> {
         let released = config.block == BlockKind::Released;
+        let norm = match config.block_shape(block_idx).shares_norm(sharing) {
+            true => Some(opening(path, config, None)?),
+            false => None,
+        };
+        let shared = norm.as_ref();
         let attn = match sharing.has(Branch::Attn) {
-            true => Some(AttnBranch::new(&mut path.push("attn"), config, block_idx, released)?),
+            true => Some(AttnBranch::new(&mut path.push("attn"), config, block_idx, shared, released)?),
             false => None,
         };
         let ssm = match sharing.has(Branch::Ssm) {
-            true => Some(SsmBranch::new(&mut path.push("ssm"), config, released)?),
+            true => Some(SsmBranch::new(&mut path.push("ssm"), config, shared, released)?),
             false => None,
         };
         let shape = FuseShape { d_model: config.d_model as i64, topology: topology(sharing) };
@@ -71,7 +78,7 @@ impl Block {
             }
             BlockKind::Flow => BlockTail::Flow(MlpSublayer::new(&mut path.push("mlp"), config)?),
         };
-        Ok(Self { attn, ssm, fusion, tail, bridge: config.attn.bridge })
+        Ok(Self { norm, attn, ssm, fusion, tail, bridge: config.attn.bridge })
     }
 
     /// What decoding remembers of the block before the first token.
@@ -148,6 +155,9 @@ impl Block {
         let (attn_route, ssm_route) = (&routes.attn, &routes.ssm);
         let (x_bld, change) = (&stream.x, stream.change.as_ref());
         if self.bridge == Bridge::None {
+            if let Some(norm) = self.norm.as_ref().filter(|_| attn_route.is_all() && ssm_route.is_all()) {
+                return read_alike(stream, norm);
+            }
             match (&self.attn, &self.ssm) {
                 (Some(attn), Some(ssm)) if !(attn_route.is_empty() || ssm_route.is_empty()) => {
                     let norms = (attn.norm(), ssm.norm());
@@ -161,8 +171,8 @@ impl Block {
                     let (attn, ssm) = (BranchInput::Normed(normed.attn_bnd), BranchInput::Normed(normed.ssm_bmd));
                     return Ok((normed.sum_bld, attn, ssm));
                 }
-                (Some(attn), None) if attn_route.is_all() => return read_alone(stream, attn.norm()),
-                (None, Some(ssm)) if ssm_route.is_all() => return read_alone(stream, ssm.norm()),
+                (Some(attn), None) if attn_route.is_all() => return read_alike(stream, attn.norm()),
+                (None, Some(ssm)) if ssm_route.is_all() => return read_alike(stream, ssm.norm()),
                 _ => {}
             }
         }
@@ -220,8 +230,9 @@ impl Block {
     }
 }
 
-/// What the only branch of a block reads; the one that does not exist is given the same and reads nothing.
-fn read_alone(stream: &Residual, norm: &RmsNorm) -> Result<(Tensor, BranchInput, BranchInput)> {
+/// What the only branch of a block reads, or both where one norm serves them; a branch that does not exist is given the same and
+/// reads nothing.
+fn read_alike(stream: &Residual, norm: &RmsNorm) -> Result<(Tensor, BranchInput, BranchInput)> {
     let (x_bld, normed_bld) = norm.forward_residual(&stream.x, stream.change.as_ref())?;
     let input = || BranchInput::Both { x_bnd: x_bld.shallow_clone(), normed_bnd: normed_bld.shallow_clone() };
     let (attn, ssm) = (input(), input());

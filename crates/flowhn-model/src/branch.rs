@@ -123,8 +123,15 @@ pub(crate) struct AttnBranch {
 }
 
 impl AttnBranch {
-    pub fn new(path: &mut Path, config: &ModelConfig, block_idx: usize, own_residual: bool) -> Result<Self> {
-        let norm = RmsNorm::new(path, "norm", config.d_model as i64, config.rms_norm_eps)?;
+    /// The branch behind `shared_norm`, or behind one of its own.
+    pub fn new(
+        path: &mut Path,
+        config: &ModelConfig,
+        block_idx: usize,
+        shared_norm: Option<&RmsNorm>,
+        own_residual: bool,
+    ) -> Result<Self> {
+        let norm = opening(path, config, shared_norm)?;
         let (d_model, d_q) = (config.d_model as i64, config.attn.d_q() as i64);
         let init = AttnInit { qkv: init::linear(config, d_model), out: init::linear(config, d_q) };
         let mixer = AttnMixer::new(&mut path.push("mixer"), mixer::attn(config, block_idx), init)?;
@@ -171,8 +178,14 @@ pub(crate) struct SsmBranch {
 }
 
 impl SsmBranch {
-    pub fn new(path: &mut Path, config: &ModelConfig, own_residual: bool) -> Result<Self> {
-        let norm = RmsNorm::new(path, "norm", config.d_model as i64, config.rms_norm_eps)?;
+    /// The branch behind `shared_norm`, or behind one of its own.
+    pub fn new(
+        path: &mut Path,
+        config: &ModelConfig,
+        shared_norm: Option<&RmsNorm>,
+        own_residual: bool,
+    ) -> Result<Self> {
+        let norm = opening(path, config, shared_norm)?;
         let mixer = SsmMixer::new(&mut path.push("mixer"), &mixer::ssm(config), init::ssm(config))?;
         Ok(Self { norm, mixer, tail: tail(path, config, own_residual)? })
     }
@@ -193,6 +206,14 @@ impl SsmBranch {
             (Some(tail), Some(x_bnd)) => tail.forward(&x_bnd, mixed_bnd),
             _ => Ok(Residual::of(mixed_bnd)),
         }
+    }
+}
+
+/// The norm that opens a block, or a branch of one.
+pub(crate) fn opening(path: &mut Path, config: &ModelConfig, shared: Option<&RmsNorm>) -> Result<RmsNorm> {
+    match shared {
+        Some(norm) => Ok(norm.clone()),
+        None => Ok(RmsNorm::new(path, "norm", config.d_model as i64, config.rms_norm_eps)?),
     }
 }
 

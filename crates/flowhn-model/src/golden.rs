@@ -12,7 +12,7 @@ use tch::{Device, Kind, Tensor};
 
 use crate::config::{ModelConfig, RawModel, from_table};
 use crate::model::Input;
-use crate::names::Family;
+use crate::names::{Family, Fold};
 use crate::weights::WeightFile;
 use crate::{Error, Model, Result, hf};
 
@@ -87,14 +87,14 @@ fn check_file(path: &Path, file: &WeightFile, device: Device) -> Result<GoldenRe
         .iter()
         .filter_map(|(name, tensor)| Some((name.strip_prefix("w.")?.to_owned(), tensor.shallow_clone())))
         .collect();
-    subject.family.load(&model, &weights).map_err(|error| fail(error.to_string()))?;
+    subject.family.load(&model, &weights, &subject.fold).map_err(|error| fail(error.to_string()))?;
 
     let ids = tensor("input_ids")?.to_device(device);
     let output = model.forward(&Input::new(&ids))?;
     let logits = output.logits;
     let max_rel_logits = max_rel(&logits, tensor("logits")?, 0.);
     let mut max_rel_hidden = 0f64;
-    for (i, hidden) in recorded(subject.family, &model, output.hidden)?.iter().enumerate() {
+    for (i, hidden) in recorded(&subject, &model, output.hidden)?.iter().enumerate() {
         max_rel_hidden = worst(max_rel_hidden, max_rel(hidden, tensor(&format!("hidden.{i}"))?, 0.));
     }
 
@@ -116,6 +116,7 @@ fn check_file(path: &Path, file: &WeightFile, device: Device) -> Result<GoldenRe
             Ok(if grad.defined() { grad } else { weight.f_zeros_like()? })
         })?;
         let floor = if max_abs(want) <= VANISHING * largest { VANISHING_SCALE * largest } else { 0. };
+        let grad = subject.fold.apply(&name.theirs, &grad)?;
         max_rel_grad = worst(max_rel_grad, max_rel(&grad, want, floor));
     }
 
@@ -123,14 +124,16 @@ fn check_file(path: &Path, file: &WeightFile, device: Device) -> Result<GoldenRe
     Ok(GoldenReport { file: path.to_owned(), max_rel_logits, max_rel_hidden, max_rel_grad, pass })
 }
 
-/// What a family records of the embeddings and the outputs of the blocks.
-fn recorded(family: Family, model: &Model, mut hidden: Vec<Tensor>) -> Result<Vec<Tensor>> {
+/// What the subject's family records of the embeddings and the outputs of the blocks.
+fn recorded(subject: &Subject, model: &Model, mut hidden: Vec<Tensor>) -> Result<Vec<Tensor>> {
     let Some(last) = hidden.pop() else { return Ok(hidden) };
     let normed = model.final_norm(&last)?;
-    match family {
+    match subject.family {
         Family::Released => hidden.push(last),
         // What enters each block, and what leaves the final norm.
         Family::Llama | Family::Jamba => hidden.push(normed),
+        // The same; the norm may have a factor that theirs has not.
+        Family::FalconH1 => hidden.push(normed.f_div_scalar(subject.fold.factor(hf::FINAL_NORM))?),
         // What leaves each block, and what leaves the final norm.
         Family::Mamba | Family::Mamba2 => {
             hidden.extend([last, normed]);
@@ -144,6 +147,7 @@ fn recorded(family: Family, model: &Model, mut hidden: Vec<Tensor>) -> Result<Ve
 struct Subject {
     family: Family,
     config: ModelConfig,
+    fold: Fold,
 }
 
 impl Subject {
@@ -153,13 +157,13 @@ impl Subject {
         let text = text.ok_or_else(|| Error::Input("its metadata has no `config`".to_owned()))?;
         let seq_len = file.tensors.get("input_ids").and_then(|ids| ids.size().last().copied()).unwrap_or(1);
         if text.contains("\"model_type\"") {
-            let hf::HfModel { family, config, .. } = hf::read_config(text, seq_len as usize)?;
-            return Ok(Self { family, config });
+            let hf::HfModel { family, config, fold, .. } = hf::read_config(text, seq_len as usize)?;
+            return Ok(Self { family, config, fold });
         }
         let config: GoldenConfig = serde_json::from_str(text).map_err(|error| {
             Error::Input(format!("its `config` is neither of a released FlowHN model nor of transformers: {error}"))
         })?;
-        Ok(Self { family: Family::Released, config: config.model()? })
+        Ok(Self { family: Family::Released, config: config.model()?, fold: Fold::default() })
     }
 }
 

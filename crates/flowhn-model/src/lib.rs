@@ -26,7 +26,7 @@ pub use error::{Error, Result};
 pub use flowhn_nn::Fp8Projections;
 pub use golden::{GoldenReport, MAX_REL_GRAD, MAX_REL_OUTPUT, check_golden};
 pub use model::{Branches, IGNORE_INDEX, Input, Linears, Model, Output, parts};
-pub use names::{Family, ForeignName};
+pub use names::{Family, Fold, ForeignName};
 pub use recompute::RecomputeEvery;
 pub use score::{Target, TargetScores};
 pub use weights::WeightFile;

@@ -2,7 +2,7 @@
 
 use flowhn_attn::{AttnConfig, Bridge, Rope};
 use flowhn_split::SsmShape;
-use flowhn_ssm::{GroupOrder, Mamba1Config, Mamba2Config, SsmConfig};
+use flowhn_ssm::{GateNorm, GroupOrder, Mamba1Config, Mamba2Config, SsmConfig};
 
 use crate::{ModelConfig, config};
 
@@ -49,10 +49,16 @@ pub(crate) fn ssm(config: &ModelConfig) -> SsmConfig {
             n_groups: n_groups as i64,
             d_conv: d_conv as i64,
             chunk_len: config.ssd_chunk_len,
-            norm_groups: 1,
+            gate_norm: match options.gate_norm {
+                flowhn_split::GateNorm::AfterGate => GateNorm::AfterGate,
+                flowhn_split::GateNorm::BeforeGate => GateNorm::BeforeGate,
+                flowhn_split::GateNorm::None => GateNorm::None,
+            },
+            norm_groups: config.norm_groups as i64,
             norm_eps: config.rms_norm_eps,
             conv_bias: options.conv_bias,
-            proj_bias: options.ssm_bias,
+            in_bias: options.ssm_bias,
+            out_bias: options.ssm_out_bias,
             group_order: match config.group_order {
                 config::GroupOrder::Contiguous => GroupOrder::Contiguous,
                 config::GroupOrder::Strided => GroupOrder::Strided,

@@ -37,6 +37,19 @@ fn what_transformers_has_and_we_do_not_is_refused_by_name() {
         ("jamba_seq", r#"\"sliding_window\": null"#, r#"\"sliding_window\": 4096"#, "`sliding_window` is 4096"),
         ("mamba2", "[0.0, Infinity]", "[0.1, Infinity]", "`time_step_limit` is [0.1,null]"),
         ("mamba1", r#"\"model_type\": \"mamba\""#, r#"\"model_type\": \"bamba\""#, "is for `bamba`"),
+        (
+            "falcon_h1_multipliers",
+            r#"\"hidden_act\": \"silu\""#,
+            r#"\"hidden_act\": \"gelu\""#,
+            "`hidden_act` is \"gelu\"",
+        ),
+        ("falcon_h1_multipliers", r#"\"rope_scaling\": null"#, r#"\"rope_scaling\": 8.00"#, "`rope_scaling` is 8.0"),
+        (
+            "falcon_h1_multipliers",
+            r#"\"key_multiplier\": 0.39"#,
+            r#"\"key_multiplier\": 0.00"#,
+            "`key_multiplier` has 0",
+        ),
         ("mamba2", r#"\"head_dim\": 16"#, r#"\"head_dim\": 32"#, "the two must be equal"),
     ] {
         let file = edited(&format!("{file}.safetensors"), from, to);
@@ -54,6 +67,22 @@ fn another_order_of_groups_does_not_pass() {
     );
     let report = check_golden(file.path(), Device::Cpu).unwrap();
     assert!(!report.pass && report.max_rel_logits > 1e-3, "{report:?}");
+}
+
+#[test]
+fn another_multiplier_or_place_of_a_norm_does_not_pass() {
+    for (name, from, to) in [
+        ("falcon_h1_multipliers", r#"\"ssm_out_multiplier\": 0.24"#, r#"\"ssm_out_multiplier\": 0.42"#),
+        ("falcon_h1_norm_before_gate", r#"\"lm_head_multiplier\": 0.07"#, r#"\"lm_head_multiplier\": 0.08"#),
+        (
+            "falcon_h1_norm_before_gate",
+            r#"\"mamba_norm_before_gate\": true, "#,
+            r#"\"mamba_norm_before_gate\": false,"#,
+        ),
+    ] {
+        let report = check_golden(edited(&format!("{name}.safetensors"), from, to).path(), Device::Cpu).unwrap();
+        assert!(!report.pass && report.max_rel_logits > 1e-3, "{report:?}");
+    }
 }
 
 #[test]

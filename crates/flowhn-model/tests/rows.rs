@@ -1,4 +1,4 @@
-//! The ten systems of the paper's table as they ship (`configs/paper/tiny`): what they cost is what they compute, every parameter
+//! The ten systems of the paper's table and Falcon-H1 as they ship (`configs/paper/tiny`, `configs/falcon_h1`): what they cost is what they compute, every parameter
 //! learns, and they decode exactly.
 
 use std::path::Path;
@@ -15,11 +15,17 @@ const ROWS: [&str; 10] =
 const SIZES: [&str; 4] = ["tiny", "135m", "350m", "1b"];
 
 fn config(size: &str, row: &str, sets: &[&str]) -> ModelConfig {
-    let path = Path::new(env!("CARGO_MANIFEST_DIR")).join(format!("../../configs/paper/{size}/{row}.toml"));
+    let file = if row == "falcon_h1" { format!("{row}/{size}.toml") } else { format!("paper/{size}/{row}.toml") };
+    let path = Path::new(env!("CARGO_MANIFEST_DIR")).join("../../configs").join(file);
     let sets: Vec<String> = sets.iter().map(|set| (*set).to_owned()).collect();
     let mut table = load_table(&path, &sets).unwrap();
     let toml::Value::Table(section) = table.remove("model").unwrap() else { panic!("{row} has no [model]") };
     ModelConfig::check(from_table::<RawModel>(section).unwrap()).unwrap()
+}
+
+/// The rows and what has a folder of its own.
+fn models() -> impl Iterator<Item = &'static str> {
+    ROWS.into_iter().chain(["falcon_h1"])
 }
 
 /// A row that is quick to run: the shipped one with fewer tokens.
@@ -49,7 +55,7 @@ fn rows_of_one_size_have_as_many_parameters() {
 
 #[test]
 fn every_row_computes_what_the_plan_counts() {
-    for row in ROWS {
+    for row in models() {
         let model = model(row);
         let seq_len = model.config().seq_len;
         let (batch, shape) = (2, model.shape());
@@ -66,7 +72,7 @@ fn every_row_computes_what_the_plan_counts() {
 
 #[test]
 fn every_parameter_of_every_row_learns() {
-    for row in ROWS {
+    for row in models() {
         let model = model(row);
         let seq_len = model.config().seq_len;
         let batch = ids(2, seq_len + 1);
@@ -91,7 +97,7 @@ fn every_parameter_of_every_row_learns() {
 
 #[test]
 fn every_row_decodes_and_looks_back_only() {
-    for row in ROWS {
+    for row in models() {
         let model = model(row);
         let ids = ids(2, 60);
         let want = no_grad(|| model.logits(&ids, None)).unwrap();
@@ -121,6 +127,7 @@ fn rows_that_have_a_public_twin_are_written_as_such() {
             assert_eq!(hf::write_config(&config).unwrap().0, want, "{size}/{row}");
         }
     }
+    assert_eq!(hf::write_config(&config("tiny", "falcon_h1", &[])).unwrap().0, Family::FalconH1);
     for row in ["hymba", "no_split", "ae_split", "fa_split", "fac_split"] {
         let config = config("tiny", row, &[]);
         assert!(hf::write_config(&config).is_err(), "{row}");

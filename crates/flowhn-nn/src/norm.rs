@@ -131,8 +131,8 @@ pub fn gated_rms_norm(x: &Tensor, z: &Tensor, weight: &Tensor, eps: f64, n_group
     }
 }
 
-/// [`rms_norm`] with its weight.
-#[derive(Debug)]
+/// [`rms_norm`] with its weight, which clones share.
+#[derive(Clone, Debug)]
 pub struct RmsNorm {
     weight: Weight,
     eps: f64,
@@ -162,6 +162,37 @@ impl RmsNorm {
     /// Those of [`residual_norm`].
     pub fn forward_residual(&self, x: &Tensor, delta: Option<&Tensor>) -> Result<(Tensor, Tensor)> {
         residual_norm(x, delta, &self.beside(x.kind()), self.eps)
+    }
+
+    /// As [`RmsNorm::forward`], with the mean taken over each of `n_groups` equal parts of the last axis.
+    ///
+    /// ```
+    /// use flowhn_nn::{Params, RmsNorm};
+    /// use tch::{Device, Kind, Tensor};
+    /// let norm = RmsNorm::new(&mut Params::new(Device::Cpu, 0).root(), "norm", 8, 0.)?;
+    /// let x = Tensor::randn([5, 8], (Kind::Float, Device::Cpu));
+    /// let halves = [x.narrow(1, 0, 4), x.narrow(1, 4, 4)].map(|half| &half / half.square().mean_dim(1, true, None).sqrt());
+    /// assert!((norm.forward_groups(&x, 2)? - Tensor::cat(&halves, 1)).abs().max().double_value(&[]) < 1e-5);
+    /// # Ok::<(), flowhn_nn::Error>(())
+    /// ```
+    ///
+    /// # Errors
+    /// Those of [`rms_norm`]; [`Error::Invalid`] if the groups do not divide `d`.
+    pub fn forward_groups(&self, x: &Tensor, n_groups: i64) -> Result<Tensor> {
+        const OP: &str = "rms_norm";
+        let weight = self.beside(x.kind());
+        let d = check_arguments(OP, x, &weight)?;
+        match n_groups {
+            1 => rms_norm(x, &weight, self.eps),
+            _ if n_groups < 1 || d % n_groups != 0 => {
+                Err(Error::invalid(OP, format!("{n_groups} groups do not divide the last axis of {d}")))
+            }
+            _ => {
+                let ones = Tensor::f_ones([d / n_groups], (weight.kind(), x.device()))?;
+                let normed = rms_norm(&x.f_unflatten(-1, [n_groups, d / n_groups])?, &ones, self.eps)?;
+                Ok(normed.f_flatten(-2, -1)?.f_mul(&weight)?.f_to_kind(x.kind())?)
+            }
+        }
     }
 
     /// As [`gated_rms_norm`] with this weight.

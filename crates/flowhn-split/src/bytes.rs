@@ -8,7 +8,7 @@
 use serde::{Deserialize, Serialize};
 
 use crate::shape::product;
-use crate::{AttnShape, BlockForm, BlockPlan, BlockShape, Branch, Bridge, Join, MlpShape, Sharing, SsmShape};
+use crate::{AttnShape, BlockForm, BlockPlan, BlockShape, Branch, Bridge, GateNorm, Join, MlpShape, Sharing, SsmShape};
 
 /// The element in which activations and weights are moved.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash, Serialize, Deserialize)]
@@ -66,7 +66,7 @@ impl BlockShape {
         };
         let n_kv = if self.attn.bridge == Bridge::Kv { seq_len } else { n_attn };
         let attn = self.attn.activations(self.d_model, n_attn, n_kv);
-        let ssm = self.ssm.activations(self.d_model, n_ssm);
+        let ssm = self.ssm.activations(self.d_model, n_ssm) + self.own_gate(n_ssm) - self.shared_norm(sharing, n_ssm);
         let attn = branch(n_attn, params.attn, attn);
         let ssm = branch(n_ssm, params.ssm, ssm);
         let fuse = size * (params.fuse + self.fuse_activations(sharing, seq_len));
@@ -75,6 +75,20 @@ impl BlockShape {
             BlockForm::Flow(_) => size * (params.mlp + self.mlp.activations(self.d_model, seq_len)),
         };
         BlockBytes { attn, ssm, fuse, mlp, total: attn + ssm + fuse + mlp }
+    }
+
+    /// What a norm of its own before the gate reads and writes: elsewhere gate and norm are one operation.
+    fn own_gate(&self, n_ssm: usize) -> u64 {
+        match (self.ssm, self.options.gate_norm) {
+            (SsmShape::Mamba2 { d_inner, .. }, GateNorm::BeforeGate) => product(&[2, n_ssm, d_inner]),
+            _ => 0,
+        }
+    }
+
+    /// What the state-space branch's norm reads and writes, where attention's on the same tokens serves both.
+    fn shared_norm(&self, sharing: Sharing, n_ssm: usize) -> u64 {
+        let served = sharing == Sharing::Parallel && self.shares_norm(sharing);
+        if served { product(&[2, n_ssm, self.d_model]) } else { 0 }
     }
 
     fn fuse_activations(&self, sharing: Sharing, seq_len: usize) -> u64 {
@@ -140,8 +154,8 @@ impl MlpShape {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::Owner;
-    use crate::shape::tests::released_135m;
+    use crate::shape::tests::{mamba2, released_135m};
+    use crate::{Fusion, Owner};
 
     #[test]
     fn traffic_is_weights_once_and_activations_by_the_token() {
@@ -166,6 +180,21 @@ mod tests {
         let plan = BlockPlan::uniform(5, Owner::Both).unwrap();
         let bytes = |element| released_135m().bytes(Sharing::Parallel, &plan, element).total;
         assert_eq!(bytes(Element::Fp32), 2 * bytes(Element::Bf16));
+    }
+
+    #[test]
+    fn a_shared_norm_reads_and_writes_once() {
+        let mut block = released_135m();
+        block.form = BlockForm::Flow(Fusion::None);
+        let plan = BlockPlan::uniform(5, Owner::Both).unwrap();
+        let apart = block.bytes(Sharing::Parallel, &plan, Element::Fp32).total;
+        block.options.shared_norm = true;
+        let shared = block.bytes(Sharing::Parallel, &plan, Element::Fp32).total;
+        assert_eq!(apart - shared, 4 * 768 * (2 * 5 + 1));
+        block.ssm = mamba2(1536);
+        let fused = block.bytes(Sharing::Parallel, &plan, Element::Fp32).total;
+        block.options.gate_norm = GateNorm::BeforeGate;
+        assert_eq!(block.bytes(Sharing::Parallel, &plan, Element::Fp32).total - fused, 4 * 2 * 5 * 1536);
     }
 
     #[test]

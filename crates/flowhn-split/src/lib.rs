@@ -25,6 +25,6 @@ pub use report::{BlockReport, PerToken, PlanReport};
 pub use routing::{BlockRoute, Routing, policy_per_block};
 pub use settings::{AttnFrac, Cycle, SplitSettings, Window};
 pub use shape::{
-    AttnShape, BlockForm, BlockOptions, BlockParams, BlockShape, Bridge, FuseShape, Fusion, Join, MlpShape, ModelShape,
-    SsmShape,
+    AttnShape, BlockForm, BlockOptions, BlockParams, BlockShape, Bridge, FuseShape, Fusion, GateNorm, Join, MlpShape,
+    ModelShape, SsmShape,
 };

@@ -163,10 +163,16 @@ pub struct BlockOptions {
     pub mlp_bias: bool,
     /// The bias of the SSM's convolution.
     pub conv_bias: bool,
-    /// Biases of the SSM's input and output projections.
+    /// The bias of the SSM's input projection.
     pub ssm_bias: bool,
-    /// An RMSNorm with weight before the output projection of attention and of Mamba-1; Mamba-2 always has its own.
+    /// The bias of the SSM's output projection.
+    pub ssm_out_bias: bool,
+    /// An RMSNorm with weight before the output projection of attention and of Mamba-1; Mamba-2 has its own.
     pub mixer_norms: bool,
+    /// Mamba-2's own norm before the output projection.
+    pub gate_norm: GateNorm,
+    /// Whether one norm opens both branches of a flow block; one that has a single branch is the same either way.
+    pub shared_norm: bool,
     /// Positions that a query sees, its own included; `None` for all before it.
     pub window: Option<usize>,
     /// Learned tokens in front of every sequence, which every query sees whatever its window. All blocks of a model have the same.
@@ -180,11 +186,27 @@ impl Default for BlockOptions {
             mlp_bias: false,
             conv_bias: true,
             ssm_bias: false,
+            ssm_out_bias: false,
             mixer_norms: false,
+            gate_norm: GateNorm::AfterGate,
+            shared_norm: false,
             window: None,
             n_meta: 0,
         }
     }
+}
+
+/// The RMSNorm with weight of Mamba-2's output, `y`, and its gate `silu(z)`.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum GateNorm {
+    /// `norm(y silu(z))`, as in Mamba-2.
+    #[default]
+    AfterGate,
+    /// `norm(y) silu(z)`.
+    BeforeGate,
+    /// `y silu(z)`: no norm.
+    None,
 }
 
 impl BlockOptions {
@@ -198,15 +220,14 @@ impl BlockOptions {
     /// The SSM's parameters with these options.
     fn ssm_params(&self, ssm: &SsmShape, d_model: usize) -> u64 {
         let conv = if self.conv_bias { 0 } else { ssm.conv_channels() };
-        let bias = match (self.ssm_bias, ssm.matrices(d_model).first()) {
-            (true, Some(&(_, d_in_proj))) => d_in_proj + d_model,
-            _ => 0,
+        let in_bias = ssm.matrices(d_model).first().filter(|_| self.ssm_bias).map_or(0, |&(_, d_in_proj)| d_in_proj);
+        let out_bias = if self.ssm_out_bias { d_model } else { 0 };
+        let (norm, no_norm) = match *ssm {
+            SsmShape::Mamba1 { d_inner, .. } if self.mixer_norms => (d_inner, 0),
+            SsmShape::Mamba2 { d_inner, .. } if self.gate_norm == GateNorm::None => (0, d_inner),
+            _ => (0, 0),
         };
-        let norm = match ssm {
-            SsmShape::Mamba1 { d_inner, .. } if self.mixer_norms => *d_inner,
-            _ => 0,
-        };
-        ssm.params(d_model) + (bias + norm) as u64 - conv as u64
+        ssm.params(d_model) + (in_bias + out_bias + norm) as u64 - (conv + no_norm) as u64
     }
 
     /// What the options add to the MLP's parameters.
@@ -314,7 +335,7 @@ pub struct BlockParams {
     pub attn: u64,
     /// SSM: likewise.
     pub ssm: u64,
-    /// What joins the branches; `final_proj` and its norm belong here.
+    /// What joins the branches; `final_proj` and its norm belong here, and the norm that opens both branches.
     pub fuse: u64,
     /// The shared MLP of a flow block with its norm.
     pub mlp: u64,
@@ -352,13 +373,20 @@ impl BlockShape {
             BlockForm::Released => (mlp, 0),
             BlockForm::Flow(_) => (0, mlp),
         };
+        let shared_norm = if self.shares_norm(sharing) { d_model as u64 } else { 0 };
         let branch = |branch, mixer: u64| {
-            if sharing.has(branch) { mixer + d_model as u64 + own_mlp } else { 0 }
+            if sharing.has(branch) { mixer + d_model as u64 - shared_norm + own_mlp } else { 0 }
         };
         let attn = branch(Branch::Attn, self.attn.params(d_model) + options.attn_params(&self.attn, d_model));
         let ssm = branch(Branch::Ssm, options.ssm_params(&self.ssm, d_model));
-        let fuse = self.fuse(sharing).params(d_model);
+        let fuse = self.fuse(sharing).params(d_model) + shared_norm;
         BlockParams { attn, ssm, fuse, mlp: shared_mlp, total: attn + ssm + fuse + shared_mlp }
+    }
+
+    /// Whether one norm opens both branches.
+    pub fn shares_norm(&self, sharing: Sharing) -> bool {
+        let flow = matches!(self.form, BlockForm::Flow(_));
+        self.options.shared_norm && flow && Branch::ALL.iter().all(|&branch| sharing.has(branch))
     }
 
     /// Checks that the sizes fit together.
@@ -524,11 +552,30 @@ pub(crate) mod tests {
         assert_eq!(grown(|p| p.attn, &block), 768 + 2 * 192 + 768 + 2 * 2048 + 768);
         assert_eq!(grown(|p| p.ssm, &block), 2 * 2048 + 768);
         block.options = BlockOptions { ssm_bias: true, conv_bias: false, ..BlockOptions::default() };
-        assert_eq!(grown(|p| p.ssm, &block), 2 * 1536 + 768 - 1536);
+        assert_eq!(grown(|p| p.ssm, &block), 2 * 1536 - 1536);
+        block.options = BlockOptions { ssm_out_bias: true, ..BlockOptions::default() };
+        assert_eq!(grown(|p| p.ssm, &block), 768);
         block.options = BlockOptions { mixer_norms: true, ..BlockOptions::default() };
         assert_eq!((grown(|p| p.attn, &block), grown(|p| p.ssm, &block)), (768, d_inner as i64));
         block.ssm = mamba2(1536);
         assert_eq!(block.options.ssm_params(&block.ssm, 768), block.ssm.params(768));
+        block.options.gate_norm = GateNorm::BeforeGate;
+        assert_eq!(block.options.ssm_params(&block.ssm, 768), block.ssm.params(768));
+        block.options.gate_norm = GateNorm::None;
+        assert_eq!(block.options.ssm_params(&block.ssm, 768), block.ssm.params(768) - 1536);
+    }
+
+    #[test]
+    fn a_shared_norm_is_counted_once() {
+        let mut block = released_135m();
+        block.form = BlockForm::Flow(Fusion::None);
+        let apart = block.params(Sharing::Parallel);
+        let alone = block.params(Sharing::SsmOnly);
+        block.options.shared_norm = true;
+        let shared = block.params(Sharing::Parallel);
+        assert_eq!((shared.attn, shared.ssm, shared.fuse), (apart.attn - 768, apart.ssm - 768, apart.fuse + 768));
+        assert_eq!(shared.total, apart.total - 768);
+        assert_eq!(block.params(Sharing::SsmOnly), alone);
     }
 
     #[test]

@@ -7,8 +7,8 @@ use std::time::Instant;
 
 use flowhn_nn::Params;
 use flowhn_ssm::{
-    CausalConv1d, GroupOrder, Mamba1Config, Mamba2Config, Result, SelectiveScan, Ssd, SsmConfig, SsmInit, SsmMixer,
-    causal_conv1d, selective_scan, ssd,
+    CausalConv1d, GateNorm, GroupOrder, Mamba1Config, Mamba2Config, Result, SelectiveScan, Ssd, SsmConfig, SsmInit,
+    SsmMixer, causal_conv1d, selective_scan, ssd,
 };
 use tch::{Device, Kind, Tensor};
 
@@ -60,8 +60,10 @@ fn main() -> Result<()> {
             chunk_len: 64,
             norm_eps: 1e-6,
             norm_groups: 1,
+            gate_norm: GateNorm::AfterGate,
             conv_bias: true,
-            proj_bias: false,
+            in_bias: false,
+            out_bias: false,
             group_order: GroupOrder::Contiguous,
         }),
     ];

@@ -17,7 +17,9 @@ mod ssd;
 pub use conv::{Activation, CausalConv1d, CausalConv1dOutput, CausalConv1dStep, causal_conv1d, causal_conv1d_step};
 pub use flowhn_torch::{Error, Result};
 pub use kernels::KERNELS;
-pub use mixer::{GroupOrder, Mamba1, Mamba1Config, Mamba2, Mamba2Config, SsmConfig, SsmInit, SsmMixer, SsmState};
+pub use mixer::{
+    GateNorm, GroupOrder, Mamba1, Mamba1Config, Mamba2, Mamba2Config, SsmConfig, SsmInit, SsmMixer, SsmState,
+};
 pub use scan::{
     DtActivation, SelectiveScan, SelectiveScanOutput, SelectiveScanStep, selective_scan, selective_scan_step,
 };

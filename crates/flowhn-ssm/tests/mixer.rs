@@ -6,7 +6,7 @@ use std::collections::HashMap;
 
 use common::{normal, resets, same_bits};
 use flowhn_nn::{Decay, Params};
-use flowhn_ssm::{GroupOrder, Mamba1Config, Mamba2Config, SsmConfig, SsmInit, SsmMixer, SsmState};
+use flowhn_ssm::{GateNorm, GroupOrder, Mamba1Config, Mamba2Config, SsmConfig, SsmInit, SsmMixer, SsmState};
 use flowhn_torch::testing::assert_close;
 use tch::{Device, Kind, Tensor};
 
@@ -22,14 +22,24 @@ const MAMBA2: Mamba2Config = Mamba2Config {
     chunk_len: 8,
     norm_eps: 1e-5,
     norm_groups: 1,
+    gate_norm: GateNorm::AfterGate,
     conv_bias: true,
-    proj_bias: false,
+    in_bias: false,
+    out_bias: false,
     group_order: GroupOrder::Contiguous,
 };
 
-fn configs() -> [SsmConfig; 3] {
+fn configs() -> [SsmConfig; 5] {
     let jamba = Mamba1Config { inner_norm_eps: Some(1e-6), ..MAMBA1 };
-    [SsmConfig::Mamba1(MAMBA1), SsmConfig::Mamba1(jamba), SsmConfig::Mamba2(MAMBA2)]
+    let before_gate = Mamba2Config { gate_norm: GateNorm::BeforeGate, norm_groups: 2, out_bias: true, ..MAMBA2 };
+    let without_norm = Mamba2Config { gate_norm: GateNorm::None, ..MAMBA2 };
+    [
+        SsmConfig::Mamba1(MAMBA1),
+        SsmConfig::Mamba1(jamba),
+        SsmConfig::Mamba2(MAMBA2),
+        SsmConfig::Mamba2(before_gate),
+        SsmConfig::Mamba2(without_norm),
+    ]
 }
 
 fn new_mixer(config: &SsmConfig, init: SsmInit) -> (SsmMixer, Params) {
@@ -221,6 +231,35 @@ fn group_norms_differ_from_one_norm() {
     let x_bld = input(5);
     let (one, two) = (one.forward(&x_bld, None, None).unwrap(), two.forward(&x_bld, None, None).unwrap());
     assert!(!same_bits(&one, &two));
+}
+
+/// Every place of the norm, from the output without one: the output projection is the identity here.
+#[test]
+fn gate_and_norm_are_what_they_say() {
+    let x_bld = normal(1, &[2, 7, 32]).to_kind(Kind::Float);
+    let scale = normal(2, &[32]).to_kind(Kind::Float);
+    let output = |gate_norm, norm_groups| {
+        let config = Mamba2Config { d_model: 32, gate_norm, norm_groups, ..MAMBA2 };
+        let (mixer, params) = new_mixer(&SsmConfig::Mamba2(config), SsmInit::Mamba);
+        params.assign("out_proj.weight", &Tensor::eye(32, (Kind::Float, Device::Cpu))).unwrap();
+        match params.get("norm.weight") {
+            Some(_) => params.assign("norm.weight", &scale).unwrap(),
+            None => assert_eq!(gate_norm, GateNorm::None),
+        }
+        let z_ble =
+            x_bld.linear(&params.get("in_proj.weight").unwrap().weight.master().narrow(0, 0, 32), None::<Tensor>);
+        (mixer.forward(&x_bld, None, None).unwrap(), z_ble.silu())
+    };
+    let (gated, gate) = output(GateNorm::None, 1);
+    for groups in [1, 2, 4] {
+        let norm = |x: &Tensor| {
+            let x = x.unflatten(-1, [groups, 32 / groups]);
+            let square = x.square().mean_dim(-1, true, Kind::Float);
+            (x / (square + MAMBA2.norm_eps).sqrt()).flatten(-2, -1) * &scale
+        };
+        assert_close("after", &output(GateNorm::AfterGate, groups).0, &norm(&gated), 1e-5);
+        assert_close("before", &output(GateNorm::BeforeGate, groups).0, &(norm(&(&gated / &gate)) * &gate), 1e-5);
+    }
 }
 
 #[test]

@@ -41,7 +41,7 @@ pub struct Imported {
     pub family: Family,
     /// Parameters.
     pub parameters: u64,
-    /// What stayed behind, each a sentence: keys of `config.json` that have no counterpart here and, as far as is known, change
+    /// What became of multipliers, and what stayed behind, each a sentence: keys of `config.json` that have no counterpart here and, as far as is known, change
     /// nothing; a tokenizer.
     pub warnings: Vec<String>,
 }
@@ -61,14 +61,20 @@ pub fn import(options: &ImportOptions) -> Result<Imported> {
         Some(seq_len) => seq_len,
         None => hf::max_position(&text).map_err(in_config)?.unwrap_or(2048).min(8192),
     };
-    let hf::HfModel { family, config, ignored } = hf::read_config(&text, seq_len).map_err(in_config)?;
+    let hf::HfModel { family, config, fold, ignored } = hf::read_config(&text, seq_len).map_err(in_config)?;
     let model = Model::new(&config, Device::Cpu, 0)?;
     let mut tensors = read_weights(&options.from)?;
     // Older files of Llama hold a table that follows from the configuration.
     tensors.retain(|name, _| !name.ends_with("rotary_emb.inv_freq"));
-    family.load(&model, &tensors).map_err(|error| file_error(&options.from, &error))?;
+    family.load(&model, &tensors, &fold).map_err(|error| file_error(&options.from, &error))?;
 
     let mut warnings = Vec::new();
+    if !fold.is_empty() {
+        warnings.push(
+            "the multipliers of config.json are now factors of the weights: the logits are the same, and an export has multipliers of 1"
+                .to_owned(),
+        );
+    }
     if !ignored.is_empty() {
         warnings.push(format!("config.json has keys that mean nothing here: {}", ignored.join(", ")));
     }
@@ -137,7 +143,7 @@ pub fn export(model: &Model, tokenizer: Option<&Path>, to: &Path) -> Result<Expo
     let (family, json) = hf::write_config(model.config())?;
     let mut tensors = family.export(model)?;
     if family == Family::Mamba2 && model.config().tie_embeddings {
-        // transformers 4.49 does not know that this family's head may be tied, and would start it at random.
+        // transformers 4.57 does not know that this family's head may be tied, and would start it at random.
         let embed = tensors.iter().find(|(name, _)| name == "backbone.embeddings.weight");
         let head = embed.map(|(_, embed)| ("lm_head.weight".to_owned(), embed.shallow_clone()));
         tensors.extend(head);
@@ -153,7 +159,7 @@ pub fn export(model: &Model, tokenizer: Option<&Path>, to: &Path) -> Result<Expo
         let bytes = fs::read(tokenizer).map_err(Error::io(tokenizer, "read"))?;
         crate::storage::write_atomically(&Disk, &to.join(TOKENIZER), &bytes)?;
     }
-    Ok(Exported { family, warnings: hf::warnings(model.config()) })
+    Ok(Exported { family, warnings: hf::warnings(family, model.config()) })
 }
 
 /// All tensors of a directory, of one file or of the shards that an index lists.

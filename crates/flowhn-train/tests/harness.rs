@@ -69,7 +69,7 @@ fn model(config: &serde_json::Value) -> Model {
             (name.theirs.clone(), weight(&name.theirs, &shape))
         })
         .collect();
-    described.family.load(&model, &tensors).unwrap();
+    described.family.load(&model, &tensors, &described.fold).unwrap();
     model
 }
 

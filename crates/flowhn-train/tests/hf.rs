@@ -89,7 +89,7 @@ fn every_family_comes_in_computes_and_goes_out_again() {
         let back = WeightFile::read(&to.join("model.safetensors")).unwrap();
         assert_eq!(back.metadata["format"], "pt");
         let want = weights(&file);
-        // transformers 4.49 wants the tied head of a Mamba-2 spelled out.
+        // transformers 4.57 wants the tied head of a Mamba-2 spelled out.
         let repeated = usize::from(family == Family::Mamba2 && model.config().tie_embeddings);
         assert_eq!(back.tensors.len(), want.len() + repeated, "{name}");
         assert!(want.iter().all(|(name, tensor)| back.tensors[name].equal(tensor)), "{name}");
@@ -97,6 +97,55 @@ fn every_family_comes_in_computes_and_goes_out_again() {
         let again = no_grad(|| model_of(&second).forward(&Input::new(&file.tensors["input_ids"]))).unwrap().logits;
         assert!(again.equal(&logits), "{name}");
     }
+}
+
+#[test]
+fn multipliers_come_in_as_factors_and_go_out_as_ones() {
+    for name in ["falcon_h1_multipliers", "falcon_h1_norm_before_gate"] {
+        let dir = tempfile::tempdir().unwrap();
+        let file = golden(name);
+        let from = saved(dir.path(), &file, |_| ());
+        let first = imported(&from, &dir.path().join("run")).unwrap();
+        assert_eq!(first.family, Family::FalconH1);
+        assert!(first.warnings.iter().any(|warning| warning.contains("multipliers")), "{:?}", first.warnings);
+        let model = model_of(&first);
+        assert_eq!(model.config().tie_embeddings, name.contains("before"));
+        let ids = &file.tensors["input_ids"];
+        let logits = no_grad(|| model.forward(&Input::new(ids))).unwrap().logits;
+        assert_close(name, &logits, &file.tensors["logits"], 1e-5);
+
+        let to = dir.path().join("back");
+        assert!(export(&model, None, &to).unwrap().warnings.is_empty());
+        let second = imported(&to, &dir.path().join("again")).unwrap();
+        assert!(!second.warnings.iter().any(|warning| warning.contains("multipliers")), "{:?}", second.warnings);
+        let again = model_of(&second);
+        assert_eq!(again.config(), model.config());
+        for (theirs, ours) in again.params().iter().zip(model.params()) {
+            assert!(theirs.weight.master().equal(ours.weight.master()), "{name}: {}", ours.name);
+        }
+        // The same names as before, and one number by hand.
+        let back = WeightFile::read(&to.join("model.safetensors")).unwrap().tensors;
+        let want = weights(&file);
+        assert_eq!(back.len(), want.len());
+        assert!(want.iter().all(|(name, tensor)| back[name].size() == tensor.size()), "{name}");
+        let down = "model.layers.1.feed_forward.down_proj.weight";
+        let folded = (file.tensors[&format!("w.{down}")].to_kind(Kind::Double) * 0.59).to_kind(Kind::Float);
+        assert!(back[down].equal(&folded), "{name}");
+    }
+}
+
+#[test]
+fn tensors_of_a_mixer_that_do_not_fit_are_listed_too() {
+    let dir = tempfile::tempdir().unwrap();
+    let from = saved(dir.path(), &golden("falcon_h1_norm_before_gate"), |tensors| {
+        tensors.retain(|(name, _)| name != "model.layers.1.mamba.norm.weight");
+        for (_, tensor) in tensors.iter_mut().filter(|(name, _)| name == "model.layers.0.mamba.in_proj.weight") {
+            *tensor = tensor.narrow(0, 0, 50);
+        }
+    });
+    let message = imported(&from, &dir.path().join("run")).unwrap_err().to_string();
+    assert!(message.contains("missing [\"model.layers.1.mamba.norm.weight\"]"), "{message}");
+    assert!(message.contains("model.layers.0.mamba.in_proj.weight is [50, 12], expected [78, 12]"), "{message}");
 }
 
 #[test]

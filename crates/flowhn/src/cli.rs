@@ -32,7 +32,7 @@ pub enum Command {
     Plan(plan::Args),
     /// Compare models with files of recorded outputs and gradients.
     Golden(golden::Args),
-    /// Make a run of a checkpoint of transformers: Llama, Mamba, Mamba-2, Jamba.
+    /// Make a run of a checkpoint of transformers: Llama, Mamba, Mamba-2, Jamba, Falcon-H1.
     Import(import::Args),
     /// Write a checkpoint as transformers reads it.
     Export(export::Args),

@@ -4,8 +4,8 @@ mod raw;
 mod strict;
 
 use flowhn_split::{
-    AttnShape, BlockForm, BlockOptions, BlockShape, Branch, Bridge, Fusion, MlpShape, ModelShape, Policy, Routing,
-    Sharing, SplitSettings, SsmShape, policy_per_block,
+    AttnShape, BlockForm, BlockOptions, BlockShape, Branch, Bridge, Fusion, GateNorm, MlpShape, ModelShape, Policy,
+    Routing, Sharing, SplitSettings, SsmShape, policy_per_block,
 };
 
 pub use raw::{BlockKind, GroupOrder, InitKind, Mixer, PolicyList, RawModel};
@@ -47,6 +47,8 @@ pub struct ModelConfig {
     pub ssm: SsmShape,
     /// Which group of B and C a head of Mamba-2 reads.
     pub group_order: GroupOrder,
+    /// Equal groups of channels that Mamba-2's own norm (`options.gate_norm`) normalises apart.
+    pub norm_groups: usize,
     /// Tokens of a chunk of the SSD algorithm; no effect on what Mamba-2 computes.
     pub ssd_chunk_len: usize,
     /// What blocks have beside their sizes; the window is that of the blocks that are not in `global_blocks`.
@@ -83,6 +85,10 @@ impl ModelConfig {
             let message = "the released block has no bridge: use block = \"flow\" or bridge = \"none\"";
             return Err(Error::value("model.attn.bridge", message));
         }
+        if raw.shared_norm && raw.block == BlockKind::Released {
+            let message = "each branch of the released block has its norm: drop the key or use block = \"flow\"";
+            return Err(Error::value("model.shared_norm", message));
+        }
         if raw.rms_norm_eps.is_nan() || raw.rms_norm_eps <= 0. {
             return Err(Error::value("model.rms_norm_eps", format!("{} is not above 0", raw.rms_norm_eps)));
         }
@@ -106,13 +112,17 @@ impl ModelConfig {
             rope_theta: raw.attn.rope.then_some(raw.attn.rope_theta),
             ssm,
             group_order: raw.ssm.group_order.unwrap_or_default(),
+            norm_groups: raw.ssm.norm_groups.unwrap_or(1),
             ssd_chunk_len,
             options: BlockOptions {
                 attn_bias: raw.attn.bias,
                 mlp_bias: raw.mlp_bias,
                 conv_bias: raw.ssm.conv_bias.unwrap_or(true),
                 ssm_bias: raw.ssm.proj_bias,
+                ssm_out_bias: raw.ssm.out_proj_bias.unwrap_or(raw.ssm.proj_bias),
                 mixer_norms: raw.mixer_norms,
+                gate_norm: raw.ssm.gate_norm.unwrap_or_default(),
+                shared_norm: raw.shared_norm,
                 window: raw.attn.window,
                 n_meta: raw.n_meta,
             },
@@ -160,6 +170,7 @@ impl ModelConfig {
             padding_idx: self.padding_idx,
             mlp_bias: self.options.mlp_bias,
             mixer_norms: self.options.mixer_norms,
+            shared_norm: self.options.shared_norm,
             n_meta: self.options.n_meta,
             attn: RawAttn {
                 n_heads: Some(self.attn.n_heads),
@@ -179,11 +190,15 @@ impl ModelConfig {
                 d_conv: Some(self.ssm.d_conv()),
                 conv_bias: Some(self.options.conv_bias),
                 proj_bias: self.options.ssm_bias,
+                out_proj_bias: (mixer == Mixer::Mamba2).then_some(self.options.ssm_out_bias),
                 dt_rank,
                 inner_norms,
                 d_head,
                 n_groups,
                 group_order: (mixer == Mixer::Mamba2).then_some(self.group_order),
+                gate_norm: (mixer == Mixer::Mamba2).then_some(self.options.gate_norm),
+                norm_groups: (mixer == Mixer::Mamba2 && self.options.gate_norm != GateNorm::None)
+                    .then_some(self.norm_groups),
                 chunk_len,
             },
             split: RawSplit {
@@ -301,18 +316,19 @@ fn check_attn(raw: &RawAttn, d_model: usize, has_attn: bool) -> Result<AttnShape
 
 /// The mixer's shape and the chunk length of its algorithm.
 fn check_ssm(raw: &RawSsm, d_model: usize) -> Result<(SsmShape, usize)> {
-    let foreign = match raw.mixer {
-        Mixer::Mamba1 => [
+    let foreign: &[(&str, bool)] = match raw.mixer {
+        Mixer::Mamba1 => &[
             ("d_head", raw.d_head.is_some()),
             ("n_groups", raw.n_groups.is_some()),
             ("chunk_len", raw.chunk_len.is_some()),
             ("group_order", raw.group_order.is_some()),
+            ("gate_norm", raw.gate_norm.is_some()),
+            ("norm_groups", raw.norm_groups.is_some()),
+            ("out_proj_bias", raw.out_proj_bias.is_some()),
         ],
-        Mixer::Mamba2 => {
-            [("dt_rank", raw.dt_rank.is_some()), ("inner_norms", raw.inner_norms.is_some()), ("", false), ("", false)]
-        }
+        Mixer::Mamba2 => &[("dt_rank", raw.dt_rank.is_some()), ("inner_norms", raw.inner_norms.is_some())],
     };
-    if let Some((key, _)) = foreign.into_iter().find(|&(_, given)| given) {
+    if let Some((key, _)) = foreign.iter().find(|&&(_, given)| given) {
         let (own, other) = match raw.mixer {
             Mixer::Mamba1 => ("mamba1", "mamba2"),
             Mixer::Mamba2 => ("mamba2", "mamba1"),
@@ -326,6 +342,14 @@ fn check_ssm(raw: &RawSsm, d_model: usize) -> Result<(SsmShape, usize)> {
     let chunk_len = raw.chunk_len.unwrap_or(256);
     if chunk_len == 0 {
         return Err(Error::value("model.ssm.chunk_len", "it must be at least 1"));
+    }
+    if raw.gate_norm == Some(GateNorm::None) && raw.norm_groups.is_some() {
+        let message = "there is no norm with gate_norm = \"none\": drop one of the two keys";
+        return Err(Error::value("model.ssm.norm_groups", message));
+    }
+    if let Some(n_groups) = raw.norm_groups.filter(|&n| n == 0 || !d_inner.is_multiple_of(n)) {
+        let message = format!("{n_groups} groups do not divide the {d_inner} channels of model.ssm.d_inner");
+        return Err(Error::value("model.ssm.norm_groups", message));
     }
     let shape = match raw.mixer {
         Mixer::Mamba1 => SsmShape::Mamba1 {
@@ -379,6 +403,15 @@ mod tests {
         let mamba2 = read(&[("[split]", "[ssm]\nmixer = \"mamba2\"\nd_head = 16\n[split]")]).unwrap();
         let text = toml::to_string(&mamba2.to_raw()).unwrap();
         assert_eq!(ModelConfig::check(from_table(text.parse().unwrap()).unwrap()).unwrap(), mamba2);
+        for keys in
+            ["norm = \"before_gate\"\nnorm_groups = 2\nout_proj_bias = true", "norm = \"none\"\nproj_bias = true"]
+        {
+            let section = format!("[ssm]\nmixer = \"mamba2\"\nd_head = 16\ngate_{keys}\n[split]");
+            let gated = read(&[("seq_len = 256", "seq_len = 256\nshared_norm = true"), ("[split]", &section)]).unwrap();
+            let text = toml::to_string(&gated.to_raw()).unwrap();
+            assert_eq!(ModelConfig::check(from_table(text.parse().unwrap()).unwrap()).unwrap(), gated);
+            assert!(gated.options.ssm_out_bias && gated.options.shared_norm && gated.options != mamba2.options);
+        }
     }
 
     #[test]
@@ -415,6 +448,19 @@ mod tests {
             ("n_heads = 4", "n_heads = 4\nglobal_blocks = [0]", "model.attn.global_blocks"),
             ("n_heads = 4", "n_heads = 4\nwindow = 8\nglobal_blocks = [3]", "there is no block 3 among 3"),
             ("[split]", "[ssm]\ngroup_order = \"strided\"\n[split]", "model.ssm.group_order"),
+            ("[split]", "[ssm]\ngate_norm = \"none\"\n[split]", "model.ssm.gate_norm"),
+            ("[split]", "[ssm]\nout_proj_bias = true\n[split]", "model.ssm.out_proj_bias"),
+            (
+                "[split]",
+                "[ssm]\nmixer = \"mamba2\"\nd_head = 16\nnorm_groups = 3\n[split]",
+                "`model.ssm.norm_groups`: 3 groups do not divide the 128 channels",
+            ),
+            (
+                "[split]",
+                "[ssm]\nmixer = \"mamba2\"\nd_head = 16\ngate_norm = \"none\"\nnorm_groups = 2\n[split]",
+                "there is no norm with gate_norm",
+            ),
+            ("seq_len = 256", "seq_len = 256\nblock = \"released\"\nshared_norm = true", "model.shared_norm"),
         ] {
             let error = read(&[(from, to)]).unwrap_err().to_string();
             assert!(error.contains(want), "{to}: {error}");

@@ -2,7 +2,7 @@
 
 use std::fmt;
 
-use flowhn_split::{AttnFrac, Bridge, Cycle, Fusion, Policy, Window};
+use flowhn_split::{AttnFrac, Bridge, Cycle, Fusion, GateNorm, Policy, Window};
 use serde::{Deserialize, Deserializer, Serialize, Serializer, de};
 
 /// The form of all blocks.
@@ -77,6 +77,8 @@ pub struct RawModel {
     #[serde(default)]
     pub(super) mixer_norms: bool,
     #[serde(default)]
+    pub(super) shared_norm: bool,
+    #[serde(default)]
     pub(super) n_meta: usize,
     #[serde(default)]
     pub(super) attn: RawAttn,
@@ -128,11 +130,14 @@ pub(super) struct RawSsm {
     pub(super) conv_bias: Option<bool>,
     #[serde(default)]
     pub(super) proj_bias: bool,
+    pub(super) out_proj_bias: Option<bool>,
     pub(super) dt_rank: Option<usize>,
     pub(super) inner_norms: Option<bool>,
     pub(super) d_head: Option<usize>,
     pub(super) n_groups: Option<usize>,
     pub(super) group_order: Option<GroupOrder>,
+    pub(super) gate_norm: Option<GateNorm>,
+    pub(super) norm_groups: Option<usize>,
     pub(super) chunk_len: Option<usize>,
 }
 

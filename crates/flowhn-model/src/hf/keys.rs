@@ -124,9 +124,27 @@ impl Keys {
         value.as_f64().ok_or_else(|| wrong(key, value, "a number"))
     }
 
+    /// `N` numbers, one of which may stand without a list, or `default` where the key is absent or null.
+    pub fn numbers_or<const N: usize>(&self, key: &str, default: [f64; N]) -> Result<[f64; N]> {
+        let Some(value) = self.get(key) else { return Ok(default) };
+        let list = value.as_array().map_or(std::slice::from_ref(value), Vec::as_slice);
+        let numbers: Option<Vec<f64>> = list.iter().map(Value::as_f64).collect();
+        let want = if N == 1 { "a number".to_owned() } else { format!("{N} numbers") };
+        numbers.and_then(|numbers| numbers.try_into().ok()).ok_or_else(|| wrong(key, value, &want))
+    }
+
     pub fn flag_or(&self, key: &str, default: bool) -> Result<bool> {
         let Some(value) = self.get(key) else { return Ok(default) };
         value.as_bool().ok_or_else(|| wrong(key, value, "true or false"))
+    }
+
+    /// The keys of an object, where there is one.
+    pub fn inner(&self, key: &str) -> Result<Option<Self>> {
+        match self.get(key) {
+            None => Ok(None),
+            Some(Value::Object(map)) => Ok(Some(Self { map: map.clone(), read: RefCell::default() })),
+            Some(other) => Err(wrong(key, other, "an object")),
+        }
     }
 
     /// A size that may be absent or null.

@@ -3,9 +3,10 @@
 use serde_json::json;
 use toml::Table;
 
+use super::falcon_h1;
 use super::keys::Keys;
 use crate::config::{GroupOrder, ModelConfig, RawModel, from_table};
-use crate::names::Family;
+use crate::names::{Family, Fold};
 use crate::{Error, Result};
 
 /// A model of `transformers` as one of ours.
@@ -15,6 +16,8 @@ pub struct HfModel {
     pub family: Family,
     /// The same model as a configuration of ours.
     pub config: ModelConfig,
+    /// The family's multipliers, which ours does not have, as factors of its weights: for [`Family::load`].
+    pub fold: Fold,
     /// Keys of the file that neither we nor, as far as we know, the result depends on.
     pub ignored: Vec<String>,
 }
@@ -35,15 +38,21 @@ pub struct HfModel {
 /// [`Error::Input`] for a family or a value that we do not compute, naming it.
 pub fn read_config(text: &str, seq_len: usize) -> Result<HfModel> {
     let keys = Keys::parse(text)?;
+    let mut fold = Fold::default();
     let (family, section) = match keys.text("model_type") {
         Some("llama") => (Family::Llama, llama(&keys)?),
         Some("mamba") => (Family::Mamba, mamba(&keys)?),
         Some("mamba2") => (Family::Mamba2, mamba2(&keys)?),
         Some("jamba") => (Family::Jamba, jamba(&keys)?),
+        Some("falcon_h1") => {
+            let (section, factors) = falcon_h1::read(&keys)?;
+            fold = factors;
+            (Family::FalconH1, section)
+        }
         other => {
             let found = other.map_or_else(|| "has no `model_type`".to_owned(), |name| format!("is for `{name}`"));
             return Err(Error::Input(format!(
-                "the configuration {found}; supported are llama, mamba, mamba2 and jamba"
+                "the configuration {found}; supported are llama, mamba, mamba2, jamba and falcon_h1"
             )));
         }
     };
@@ -52,7 +61,7 @@ pub fn read_config(text: &str, seq_len: usize) -> Result<HfModel> {
     let mut table: Table = text.parse().map_err(|error: toml::de::Error| Error::Input(error.to_string()))?;
     table.insert("seq_len".to_owned(), (seq_len as i64).into());
     let config = ModelConfig::check(from_table::<RawModel>(table)?)?;
-    Ok(HfModel { family, config, ignored: keys.left_over() })
+    Ok(HfModel { family, config, fold, ignored: keys.left_over() })
 }
 
 /// The longest sequence that a `config.json` speaks of (`max_position_embeddings`), where it does.
@@ -66,7 +75,6 @@ pub fn max_position(text: &str) -> Result<Option<usize>> {
 fn llama(keys: &Keys) -> Result<String> {
     let n_heads = keys.size("num_attention_heads")?;
     let d_model = keys.size("hidden_size")?;
-    keys.only("rope_scaling", &[json!({"rope_type": "default"}), json!({"type": "default"})])?;
     keys.only("attention_dropout", &[json!(0), json!(0.0)])?;
     Ok(format!(
         "{}d_ff = {}\nmlp_bias = {}\n{}\
@@ -78,7 +86,7 @@ fn llama(keys: &Keys) -> Result<String> {
         keys.size_or("num_key_value_heads", n_heads)?,
         keys.size_or("head_dim", d_model / n_heads.max(1))?,
         keys.flag_or("attention_bias", false)?,
-        keys.number_or("rope_theta", 10_000.)?,
+        rope_theta(keys, 10_000.)?,
     ))
 }
 
@@ -154,8 +162,7 @@ fn jamba(keys: &Keys) -> Result<String> {
          conv_bias = {}\nproj_bias = {}\n",
         outer(keys, "rms_norm_eps", 1e-6, false)?,
         keys.size("intermediate_size")?,
-        // This family pads with token 0 unless it says otherwise, even by null.
-        padding(if keys.has("pad_token_id") { keys.maybe_size("pad_token_id")? } else { Some(0) }),
+        padding_or_0(keys)?,
         keys.size_or("num_key_value_heads", n_heads)?,
         expanded(keys, "mamba_expand", d_model)?,
         keys.size_or("mamba_d_state", 16)?,
@@ -167,7 +174,7 @@ fn jamba(keys: &Keys) -> Result<String> {
 }
 
 /// What every family has at the top of `[model]`.
-fn outer(keys: &Keys, eps_key: &str, eps: f64, tied: bool) -> Result<String> {
+pub(super) fn outer(keys: &Keys, eps_key: &str, eps: f64, tied: bool) -> Result<String> {
     Ok(format!(
         "block = \"flow\"\nvocab_size = {}\nd_model = {}\nn_layers = {}\nrms_norm_eps = {:e}\ntie_embeddings = {}\n",
         keys.size("vocab_size")?,
@@ -182,8 +189,26 @@ fn padding(idx: Option<usize>) -> String {
     idx.map_or_else(String::new, |idx| format!("padding_idx = {idx}\n"))
 }
 
+/// The padding of a family whose token for it is 0 unless it says otherwise, even by null.
+pub(super) fn padding_or_0(keys: &Keys) -> Result<String> {
+    Ok(padding(if keys.has("pad_token_id") { keys.maybe_size("pad_token_id")? } else { Some(0) }))
+}
+
+/// The base of rotary positions that nothing scales; transformers 5 writes it one level down.
+pub(super) fn rope_theta(keys: &Keys, default: f64) -> Result<f64> {
+    keys.only("rope_scaling", &[json!({"rope_type": "default"}), json!({"type": "default"})])?;
+    let theta = keys.number_or("rope_theta", default)?;
+    let Some(inner) = keys.inner("rope_parameters")? else { return Ok(theta) };
+    inner.only("rope_type", &[json!("default")])?;
+    let theta = inner.number_or("rope_theta", theta)?;
+    match inner.left_over().as_slice() {
+        [] => Ok(theta),
+        keys => Err(Error::Input(format!("`rope_parameters` has {}, which is not supported", keys.join(", ")))),
+    }
+}
+
 /// `hidden_size` times a factor that need not be whole, cut to a whole number.
-fn expanded(keys: &Keys, key: &str, d_model: usize) -> Result<usize> {
+pub(super) fn expanded(keys: &Keys, key: &str, d_model: usize) -> Result<usize> {
     Ok((keys.number_or(key, 2.)? * d_model as f64) as usize)
 }
 
@@ -206,8 +231,11 @@ fn group_order(keys: &Keys) -> GroupOrder {
 
 /// The policies of the blocks, as TOML.
 fn policies(keys: &Keys, family: Family) -> Result<String> {
-    if family != Family::Jamba {
-        return Ok(if family == Family::Llama { "\"attn_all\"" } else { "\"ssm_all\"" }.to_owned());
+    match family {
+        Family::Jamba => {}
+        Family::Llama => return Ok("\"attn_all\"".to_owned()),
+        Family::FalconH1 => return Ok("\"no_split\"".to_owned()),
+        Family::Released | Family::Mamba | Family::Mamba2 => return Ok("\"ssm_all\"".to_owned()),
     }
     let (period, offset) = (keys.size_or("attn_layer_period", 8)?, keys.size_or("attn_layer_offset", 4)?);
     if offset >= period {

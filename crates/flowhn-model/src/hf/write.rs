@@ -1,8 +1,9 @@
 //! From a configuration of ours to a `config.json`, where there is one for it.
 
-use flowhn_split::{Bridge, Policy, Sharing, SsmShape, policy_per_block};
+use flowhn_split::{Bridge, GateNorm, Policy, Sharing, SsmShape, policy_per_block};
 use serde_json::{Map, Value, json};
 
+use super::falcon_h1;
 use crate::config::{BlockKind, GroupOrder, ModelConfig};
 use crate::names::Family;
 use crate::{Error, Result};
@@ -29,10 +30,11 @@ pub fn write_config(config: &ModelConfig) -> Result<(Family, Value)> {
     Ok((family, json))
 }
 
-/// What to know before the written configuration is used, each a sentence.
-pub fn warnings(config: &ModelConfig) -> Vec<String> {
+/// What to know before a configuration that was written for this family is used, each a sentence.
+pub fn warnings(family: Family, config: &ModelConfig) -> Vec<String> {
     let mut warnings = Vec::new();
-    if let SsmShape::Mamba2 { d_inner, d_head, n_groups, .. } = config.ssm
+    if family == Family::Mamba2
+        && let SsmShape::Mamba2 { d_inner, d_head, n_groups, .. } = config.ssm
         && n_groups > 1
         && n_groups < d_inner / d_head.max(1)
     {
@@ -50,12 +52,13 @@ pub fn warnings(config: &ModelConfig) -> Vec<String> {
 fn members(config: &ModelConfig, policies: &[Policy]) -> Result<(Family, Value)> {
     let options = &config.options;
     let all = |sharing| policies.iter().all(|policy| policy.sharing() == sharing);
-    let refuse = |what: &str| Err(Error::Input(format!("no model of transformers 4.49 that we export has {what}")));
+    let refuse = |what: &str| Err(Error::Input(format!("no model of transformers that we export has {what}")));
     if config.block == BlockKind::Released {
         return refuse("the released FlowHN block (model.block = \"released\")");
     }
-    if let Some(policy) = policies.iter().find(|p| matches!(p.sharing(), Sharing::Parallel | Sharing::Split)) {
-        return refuse(&format!("blocks with both branches (policy {policy})"));
+    let has_both = |policy: &&Policy| matches!(policy.sharing(), Sharing::Parallel | Sharing::Split);
+    if let Some(policy) = policies.iter().find(has_both).filter(|_| !all(Sharing::Parallel)) {
+        return refuse(&format!("blocks like this one (policy {policy}), or not in every layer"));
     }
     for (there, what) in [
         (options.n_meta > 0, "learned tokens in front (model.n_meta)"),
@@ -66,6 +69,9 @@ fn members(config: &ModelConfig, policies: &[Policy]) -> Result<(Family, Value)>
         if there {
             return refuse(what);
         }
+    }
+    if all(Sharing::Parallel) {
+        return falcon_h1::write(config).map(|json| (Family::FalconH1, json));
     }
     if all(Sharing::AttnOnly) && config.rope_theta.is_some() {
         return match config.d_ff {
@@ -81,6 +87,12 @@ fn members(config: &ModelConfig, policies: &[Policy]) -> Result<(Family, Value)>
             no_padding(config, "Mamba").map(|()| (Family::Mamba, mamba(config)))
         }
         SsmShape::Mamba2 { .. } if all(Sharing::SsmOnly) && config.d_ff == 0 => {
+            if options.gate_norm != GateNorm::AfterGate || config.norm_groups != 1 {
+                return refuse("Mamba-2 alone with another norm (model.ssm.gate_norm, model.ssm.norm_groups)");
+            }
+            if options.ssm_bias != options.ssm_out_bias {
+                return refuse("a bias in one projection of Mamba-2 (model.ssm.proj_bias, model.ssm.out_proj_bias)");
+            }
             no_padding(config, "Mamba-2").map(|()| (Family::Mamba2, mamba2(config)))
         }
         SsmShape::Mamba1 { inner_norms, .. } if config.d_ff > 0 && config.rope_theta.is_none() => {
@@ -236,7 +248,7 @@ fn period_of(policies: &[Policy]) -> Result<(usize, usize)> {
 }
 
 /// A factor whose product with `of`, cut to a whole number, is `whole`.
-fn ratio(whole: usize, of: usize) -> Value {
+pub(super) fn ratio(whole: usize, of: usize) -> Value {
     if whole.is_multiple_of(of) {
         return json!(whole / of);
     }
@@ -295,6 +307,16 @@ mod tests {
     fn what_no_family_has_is_named() {
         for (text, want) in [
             ("d_ff = 40\nn_layers = 1\n[attn]\nn_heads = 4\n[split]\npolicy = \"ae_split\"", "policy ae_split"),
+            (
+                "d_ff = 0\nn_layers = 1\n[ssm]\nmixer = \"mamba2\"\nd_head = 12\ngate_norm = \"before_gate\"\n\
+                 [split]\npolicy = \"ssm_all\"",
+                "model.ssm.gate_norm",
+            ),
+            (
+                "d_ff = 0\nn_layers = 1\n[ssm]\nmixer = \"mamba2\"\nd_head = 12\nout_proj_bias = true\n\
+                 [split]\npolicy = \"ssm_all\"",
+                "model.ssm.out_proj_bias",
+            ),
             ("d_ff = 0\nn_layers = 1\n[ssm]\ninner_norms = true\n[split]\npolicy = \"ssm_all\"", "this mixture"),
             (
                 "d_ff = 4\nn_layers = 4\n[attn]\nn_heads = 4\n\

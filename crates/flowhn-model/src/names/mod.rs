@@ -3,11 +3,14 @@
 //! We merge what reads the same input into one matrix (q, k, v; gate, up), so several of their tensors may be rows of one of ours.
 //! Each family of models is one table in [`tables`]; golden files, import and export all read it.
 
+mod fold;
 mod tables;
 
 use std::collections::{HashMap, HashSet};
 
 use tch::Tensor;
+
+pub use fold::Fold;
 
 use crate::{Error, Model, Result};
 
@@ -24,6 +27,8 @@ pub enum Family {
     Mamba2,
     /// `JambaForCausalLM` of `transformers`, without experts.
     Jamba,
+    /// `FalconH1ForCausalLM` of `transformers`.
+    FalconH1,
 }
 
 /// One tensor of another implementation and the rows of our parameter that it is.
@@ -83,13 +88,13 @@ impl Family {
         Ok(names)
     }
 
-    /// Overwrites a model's parameters with tensors under this family's names, of any float type.
+    /// Overwrites a model's parameters with tensors under this family's names, of any float type, times the factors of `fold`.
     ///
     /// The matrix of a tied head may be among them if it equals the embedding's.
     ///
     /// # Errors
     /// [`Error::Input`] that lists all names that are missing, left over or of a wrong shape. The model is then as it was.
-    pub fn load(self, model: &Model, tensors: &HashMap<String, Tensor>) -> Result<()> {
+    pub fn load(self, model: &Model, tensors: &HashMap<String, Tensor>, fold: &Fold) -> Result<()> {
         let names = self.names(model)?;
         let known: HashSet<&str> = names.iter().map(|name| name.theirs.as_str()).collect();
         let missing: Vec<&str> = known_in_order(&names).filter(|name| !tensors.contains_key(*name)).collect();
@@ -110,8 +115,9 @@ impl Family {
             )));
         }
         for param in model.params() {
-            let pieces: Vec<&Tensor> =
-                names.iter().filter(|name| name.ours == param.name).map(|name| &tensors[&name.theirs]).collect();
+            let pieces = names.iter().filter(|name| name.ours == param.name);
+            let pieces: Vec<Tensor> =
+                pieces.map(|name| fold.apply(&name.theirs, &tensors[&name.theirs])).collect::<Result<_>>()?;
             let whole = if let [one] = pieces.as_slice() { one.shallow_clone() } else { Tensor::f_cat(&pieces, 0)? };
             model.params().assign(&param.name, &whole.f_reshape(param.weight.size())?)?;
         }

@@ -1,5 +1,5 @@
 //! The tables, one a family. Names are those of the state dicts: of the script published with arXiv 2505.19472, and of
-//! `LlamaForCausalLM`, `MambaForCausalLM`, `Mamba2ForCausalLM` and `JambaForCausalLM` in transformers 4.49.
+//! `LlamaForCausalLM`, `MambaForCausalLM`, `Mamba2ForCausalLM`, `JambaForCausalLM` and `FalconH1ForCausalLM` in transformers 4.57.
 
 use super::{Family, NameTable};
 
@@ -10,6 +10,7 @@ pub(super) fn of(family: Family) -> &'static NameTable {
         Family::Mamba => &MAMBA,
         Family::Mamba2 => &MAMBA2,
         Family::Jamba => &JAMBA,
+        Family::FalconH1 => &FALCON_H1,
     }
 }
 
@@ -99,13 +100,16 @@ const MAMBA2: NameTable = NameTable {
     ],
 };
 
+/// What Jamba and Falcon-H1 have outside their blocks.
+const HYBRID_OUTER: &[(&str, &str)] = &[
+    ("embed.weight", "model.embed_tokens.weight"),
+    ("norm.weight", "model.final_layernorm.weight"),
+    ("lm_head.weight", "lm_head.weight"),
+];
+
 const JAMBA: NameTable = NameTable {
     title: "Jamba models",
-    outer: &[
-        ("embed.weight", "model.embed_tokens.weight"),
-        ("norm.weight", "model.final_layernorm.weight"),
-        ("lm_head.weight", "lm_head.weight"),
-    ],
+    outer: HYBRID_OUTER,
     layers: "model.layers.",
     parts: &[
         ("attn.norm.", &["input_layernorm."]),
@@ -122,5 +126,20 @@ const JAMBA: NameTable = NameTable {
         ("mlp.norm.", &["pre_ff_layernorm."]),
         ("mlp.gate_up_proj.weight", &["feed_forward.gate_proj.weight", "feed_forward.up_proj.weight"]),
         ("mlp.down_proj.weight", &["feed_forward.down_proj.weight"]),
+    ],
+};
+
+const FALCON_H1: NameTable = NameTable {
+    title: "Falcon-H1 models",
+    outer: HYBRID_OUTER,
+    layers: "model.layers.",
+    parts: &[
+        ("norm.", &["input_layernorm."]),
+        ("attn.mixer.qkv_proj.", &["self_attn.q_proj.", "self_attn.k_proj.", "self_attn.v_proj."]),
+        ("attn.mixer.o_proj.", &["self_attn.o_proj."]),
+        ("ssm.mixer.", &["mamba."]),
+        ("mlp.norm.", &["pre_ff_layernorm."]),
+        ("mlp.gate_up_proj.", &["feed_forward.gate_proj.", "feed_forward.up_proj."]),
+        ("mlp.down_proj.", &["feed_forward.down_proj."]),
     ],
 };

@@ -9,7 +9,7 @@ use super::{case, ensure};
 use crate::golden::check_golden_bytes;
 use crate::{MAX_REL_GRAD, MAX_REL_OUTPUT, Result};
 
-const FILES: [(&str, &[u8]); 8] = [
+const FILES: [(&str, &[u8]); 10] = [
     ("flowhn_no_split", include_bytes!("../../tests/golden/flowhn_no_split.safetensors")),
     ("flowhn_ae_split", include_bytes!("../../tests/golden/flowhn_ae_split.safetensors")),
     ("flowhn_fa_split", include_bytes!("../../tests/golden/flowhn_fa_split.safetensors")),
@@ -18,6 +18,8 @@ const FILES: [(&str, &[u8]); 8] = [
     ("mamba2_one_group_tied", include_bytes!("../../tests/golden/mamba2_one_group_tied.safetensors")),
     ("mamba2_strided_biases", include_bytes!("../../tests/golden/mamba2_strided_biases.safetensors")),
     ("jamba_offset_biases", include_bytes!("../../tests/golden/jamba_offset_biases.safetensors")),
+    ("falcon_h1_multipliers", include_bytes!("../../tests/golden/falcon_h1_multipliers.safetensors")),
+    ("falcon_h1_norm_before_gate", include_bytes!("../../tests/golden/falcon_h1_norm_before_gate.safetensors")),
 ];
 
 pub(super) fn cases() -> Vec<Case> {

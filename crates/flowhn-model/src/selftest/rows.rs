@@ -9,7 +9,7 @@ use crate::config::{ModelConfig, RawModel, from_table};
 use crate::{Error, Input, Model, Result};
 
 /// Name and section, but for the sizes that all share.
-pub(super) const ROWS: [(&str, &str); 6] = [
+pub(super) const ROWS: [(&str, &str); 9] = [
     (
         "llama with biases",
         "d_ff = 48\nmlp_bias = true\ntie_embeddings = true\n\
@@ -35,6 +35,25 @@ pub(super) const ROWS: [(&str, &str); 6] = [
         "d_ff = 48\nfusion = \"mean\"\nmixer_norms = true\nn_meta = 5\n\
          [attn]\nn_heads = 4\nn_kv_heads = 2\nd_head = 6\nrope = true\nwindow = 9\nglobal_blocks = [1]\n\
          [ssm]\nd_inner = 40\nd_state = 8\n[split]\npolicy = \"no_split\"",
+    ),
+    (
+        "falcon-h1, a gate without norm, biases",
+        "d_ff = 48\nmlp_bias = true\nfusion = \"none\"\nshared_norm = true\n\
+         [attn]\nn_heads = 4\nn_kv_heads = 2\nd_head = 6\nrope = true\nbias = true\n\
+         [ssm]\nmixer = \"mamba2\"\nd_inner = 48\nd_state = 16\nd_head = 12\nn_groups = 2\nchunk_len = 8\ngate_norm = \"none\"\n\
+         proj_bias = true\n[split]\npolicy = \"no_split\"",
+    ),
+    (
+        "falcon-h1, the norm before the gate, tied",
+        "d_ff = 48\nfusion = \"none\"\nshared_norm = true\ntie_embeddings = true\n\
+         [attn]\nn_heads = 4\nn_kv_heads = 2\nd_head = 6\nrope = true\n\
+         [ssm]\nmixer = \"mamba2\"\nd_inner = 48\nd_state = 16\nd_head = 12\nn_groups = 2\nchunk_len = 8\n\
+         gate_norm = \"before_gate\"\nnorm_groups = 2\nout_proj_bias = true\n[split]\npolicy = \"no_split\"",
+    ),
+    (
+        "one norm for branches that share out the tokens, or a bridge",
+        "d_ff = 48\nshared_norm = true\n[attn]\nn_heads = 4\nn_kv_heads = 2\nd_head = 6\nrope = true\nbridge = \"kv\"\n\
+         [ssm]\nd_inner = 40\nd_state = 8\n[split]\ntile = 4\nchunk_len = 4\npolicy = [\"cyclic_split\", \"ae_split\", \"no_split\"]",
     ),
     (
         "a window without learned tokens",

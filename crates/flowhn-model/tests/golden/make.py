@@ -1,9 +1,11 @@
-"""Writes golden files of Llama, Mamba, Mamba-2 and Jamba models with uncommon shapes: tiny random models run by transformers 4.49.0 on
-torch 2.11.0, float32, CPU.
+"""Writes golden files of Llama, Mamba, Mamba-2, Jamba and Falcon-H1 models with uncommon shapes: tiny random models run by transformers
+4.57.6 on torch 2.11.0, float32, CPU.
 
-    pip install torch==2.11.0 transformers==4.49.0 safetensors && python make.py [FOLDER [CASE...]]
+    pip install torch==2.11.0 transformers==4.57.6 safetensors && python make.py [FOLDER [CASE...]]
 
-Without arguments it writes the cases of SHIPPED beside itself; with a folder all cases, or those named, into it.
+Without arguments it writes the cases of SHIPPED beside itself; with a folder all cases, or those named, into it. The files that ship are
+of 4.49.0, but for Falcon-H1's, which that version does not have; groups of Mamba-2 are strided in `mamba2_strided_biases` of that version
+and contiguous since 4.52.
 
 One safetensors file a case; the metadata key `config` is the model's config.json. Keys: input_ids, logits, loss (mean next-token
 cross-entropy), hidden.i (as transformers returns them: what enters each block, in the two Mambas what leaves each block; the last after
@@ -19,6 +21,8 @@ import torch
 import transformers
 from safetensors.torch import save_file
 from transformers import (
+    FalconH1Config,
+    FalconH1ForCausalLM,
     JambaConfig,
     JambaForCausalLM,
     LlamaConfig,
@@ -31,6 +35,7 @@ from transformers import (
 
 # Small enough to ship: each is below 100 KB.
 SHIPPED = ["llama_biases_mqa", "mamba_untied_biases", "mamba2_one_group_tied", "mamba2_strided_biases", "jamba_offset_biases"]
+SHIPPED += ["falcon_h1_multipliers", "falcon_h1_norm_before_gate"]
 
 
 def llama(**sizes):
@@ -60,6 +65,21 @@ def jamba(**sizes):
     return JambaForCausalLM(JambaConfig(**{**small, **sizes}))
 
 
+# Multipliers as far apart as those of the released models, none a power of two.
+MULTIPLIERS = dict(
+    embedding_multiplier=5.7, lm_head_multiplier=0.07, attention_in_multiplier=1.3, attention_out_multiplier=0.55, key_multiplier=0.39,
+    mlp_multipliers=[0.88, 0.59], ssm_in_multiplier=1.25, ssm_out_multiplier=0.24, ssm_multipliers=[0.35, 0.3, 0.45, 0.6, 0.7],
+)
+
+
+def falcon_h1(**sizes):
+    small = dict(
+        vocab_size=37, hidden_size=12, intermediate_size=14, num_hidden_layers=2, num_attention_heads=3, num_key_value_heads=1, head_dim=4,
+        mamba_d_ssm=24, mamba_n_heads=6, mamba_d_head=4, mamba_n_groups=1, mamba_d_state=6, mamba_chunk_size=8, rope_theta=500.0,
+    )
+    return FalconH1ForCausalLM(FalconH1Config(**{**small, **sizes}))
+
+
 # Case: the model and the shape of its input.
 CASES = {
     "llama_biases_mqa": (lambda: llama(attention_bias=True, mlp_bias=True, rope_theta=500.0), (2, 13)),
@@ -86,6 +106,40 @@ CASES = {
         (2, 33),
     ),
     "jamba_scan_only": (lambda: jamba(attn_layer_period=9, attn_layer_offset=8, mamba_d_state=16, pad_token_id=7), (1, 12)),
+    "falcon_h1_plain": (lambda: falcon_h1(), (2, 13)),
+    "falcon_h1_multipliers": (
+        lambda: falcon_h1(
+            **MULTIPLIERS, attention_bias=True, mlp_bias=True, mamba_proj_bias=True, projectors_bias=True, head_dim=6,
+        ),
+        (2, 13),
+    ),
+    "falcon_h1_norm_before_gate": (
+        lambda: falcon_h1(
+            **MULTIPLIERS, mamba_rms_norm=True, mamba_n_groups=2, tie_word_embeddings=True, mamba_proj_bias=True, pad_token_id=3,
+        ),
+        (2, 21),
+    ),
+    "falcon_h1_norm_after_gate": (
+        lambda: falcon_h1(
+            **MULTIPLIERS, mamba_rms_norm=True, mamba_norm_before_gate=False, mamba_n_groups=3, mamba_conv_bias=False, projectors_bias=True,
+            rms_norm_eps=1e-6, num_hidden_layers=3,
+        ),
+        (1, 29),
+    ),
+    "falcon_h1_tied_alike": (
+        lambda: falcon_h1(
+            tie_word_embeddings=True, embedding_multiplier=3.0, lm_head_multiplier=3.0, mamba_rms_norm=True, mamba_n_groups=1, pad_token_id=None,
+        ),
+        (3, 7),
+    ),
+    "falcon_h1_odd_sizes": (
+        lambda: falcon_h1(
+            **MULTIPLIERS, hidden_size=15, intermediate_size=21, mamba_d_ssm=None, mamba_expand=3, mamba_n_heads=5, mamba_d_head="auto",
+            mamba_n_groups=5, mamba_d_state=3, mamba_d_conv=3, mamba_rms_norm=True, mamba_norm_before_gate=False, head_dim=10,
+            num_attention_heads=2, num_key_value_heads=2, mamba_chunk_size=64,
+        ),
+        (2, 37),
+    ),
 }
 
 

@@ -27,16 +27,32 @@ pub struct Mamba2Config {
     pub d_conv: i64,
     /// Tokens that SSD computes together, 256 in Mamba-2.
     pub chunk_len: usize,
-    /// Epsilon of the gated norm before the output projection.
+    /// The norm before the output projection and its place beside the gate.
+    pub gate_norm: GateNorm,
+    /// Epsilon of that norm.
     pub norm_eps: f64,
-    /// Equal groups of channels that the gated norm normalises apart: 1 as in `transformers`, `n_groups` as in `mamba_ssm`.
+    /// Equal groups of channels that it normalises apart: 1 as in Mamba-2 of `transformers`, `n_groups` as in `mamba_ssm`.
     pub norm_groups: i64,
     /// Whether the convolution has a bias, as in Mamba-2.
     pub conv_bias: bool,
-    /// Whether the input and output projections have biases, zero at first.
-    pub proj_bias: bool,
+    /// Whether the input projection has a bias, zero at first.
+    pub in_bias: bool,
+    /// Whether the output projection has a bias, zero at first.
+    pub out_bias: bool,
     /// Which heads share a group.
     pub group_order: GroupOrder,
+}
+
+/// The RMSNorm of what SSD returns, `y`, and its gate `silu(z)`.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum GateNorm {
+    /// `norm(y silu(z))`, as in Mamba-2.
+    #[default]
+    AfterGate,
+    /// `norm(y) silu(z)`.
+    BeforeGate,
+    /// `y silu(z)`: no norm.
+    None,
 }
 
 /// Which group of B and C a head of Mamba-2 reads.
@@ -63,7 +79,7 @@ impl Mamba2Config {
 }
 
 /// `out_proj(norm(ssd(silu(conv(x, B, C)), dt) silu(z)))` with `(z, x, B, C, dt) = in_proj(x)` (Dao and Gu, arXiv 2405.21060,
-/// section 7).
+/// section 7); where the norm stands, or that there is none, says [`GateNorm`].
 #[derive(Debug)]
 pub struct Mamba2 {
     config: Mamba2Config,
@@ -73,13 +89,13 @@ pub struct Mamba2 {
     dt_bias_h: Weight,
     a_log_h: Weight,
     d_h: Weight,
-    norm: RmsNorm,
+    norm: Option<RmsNorm>,
     out_proj: Linear,
 }
 
 impl Mamba2 {
-    /// Registers `in_proj.weight conv1d.{weight,bias} dt_bias A_log D norm.weight out_proj.weight` under `path`, and the
-    /// projections' biases where the config asks for them.
+    /// Registers `in_proj.weight conv1d.{weight,bias} dt_bias A_log D norm.weight out_proj.weight` under `path`, biases and the
+    /// norm where the config asks for them.
     ///
     /// # Errors
     /// [`Error::Invalid`] if a size is not positive, groups do not divide what they group, or a name is taken.
@@ -107,8 +123,8 @@ impl Mamba2 {
             return Err(Error::invalid("Mamba2", message));
         }
         let in_width = d_inner + conv_channels + n_heads;
-        let proj_bias = Bias::zeros_if(config.proj_bias);
-        let in_proj = Linear::new(path, "in_proj", d_model, in_width, init.linear(d_model), proj_bias.clone())?;
+        let in_bias = Bias::zeros_if(config.in_bias);
+        let in_proj = Linear::new(path, "in_proj", d_model, in_width, init.linear(d_model), in_bias)?;
         let mut conv = path.push("conv1d");
         let conv_weight_ek = conv.weight("weight", &[conv_channels, d_conv], init.conv_weight(d_conv), Decay::Yes)?;
         let conv_bias_e = match config.conv_bias {
@@ -125,8 +141,16 @@ impl Mamba2 {
             dt_bias_h: path.weight("dt_bias", &[n_heads], dt_bias, Decay::No)?,
             a_log_h: path.weight("A_log", &[n_heads], Init::Values(a_log), Decay::No)?,
             d_h: path.weight("D", &[n_heads], Init::Ones, Decay::No)?,
-            norm: RmsNorm::new(path, "norm", d_inner, config.norm_eps)?,
-            out_proj: Linear::new(path, "out_proj", d_inner, d_model, init.linear(d_inner), proj_bias)?,
+            norm: match config.gate_norm {
+                GateNorm::None => None,
+                GateNorm::AfterGate | GateNorm::BeforeGate => {
+                    Some(RmsNorm::new(path, "norm", d_inner, config.norm_eps)?)
+                }
+            },
+            out_proj: {
+                let out_bias = Bias::zeros_if(config.out_bias);
+                Linear::new(path, "out_proj", d_inner, d_model, init.linear(d_inner), out_bias)?
+            },
         })
     }
 
@@ -183,7 +207,16 @@ impl Mamba2 {
             state.conv_bje = conv.final_state_bje;
             state.scan = out.final_state_bhpn;
         }
-        let y_ble = self.norm.forward_gated(&out.y_blhp.flatten(2, 3), z_ble, self.config.norm_groups)?;
-        self.out_proj.forward(&y_ble)
+        self.out_proj.forward(&self.gated(&out.y_blhp.flatten(2, 3), z_ble)?)
+    }
+
+    /// `y` through gate and norm.
+    fn gated(&self, y_ble: &Tensor, z_ble: &Tensor) -> Result<Tensor> {
+        let norm_groups = self.config.norm_groups;
+        match &self.norm {
+            Some(norm) if self.config.gate_norm == GateNorm::AfterGate => norm.forward_gated(y_ble, z_ble, norm_groups),
+            Some(norm) => Ok(norm.forward_groups(y_ble, norm_groups)?.f_mul(&z_ble.f_silu()?)?),
+            None => Ok(y_ble.f_mul(&z_ble.f_silu()?)?),
+        }
     }
 }

@@ -12,7 +12,7 @@ use tch::Tensor;
 
 pub use init::SsmInit;
 pub use mamba1::{Mamba1, Mamba1Config};
-pub use mamba2::{GroupOrder, Mamba2, Mamba2Config};
+pub use mamba2::{GateNorm, GroupOrder, Mamba2, Mamba2Config};
 pub use state::SsmState;
 
 /// Which mixer, and its sizes.
