@@ -1,6 +1,6 @@
 //! The mixer of Mamba-2.
 
-use flowhn_nn::{Bias, Decay, Init, Linear, Path, RmsNorm, Weight};
+use flowhn_nn::{Activations, Bias, Decay, Init, Linear, Path, RmsNorm, Weight};
 use flowhn_torch::{Error, Result, check, split_features};
 use tch::Tensor;
 
@@ -135,21 +135,27 @@ impl Mamba2 {
         &self.config
     }
 
+    pub(super) fn in_proj(&self) -> &Linear {
+        &self.in_proj
+    }
+
     /// As [`SsmMixer::forward`](super::SsmMixer::forward).
     ///
     /// # Errors
     /// As there.
     pub fn forward(
         &self,
-        x_bld: &Tensor,
+        x_bld: impl Into<Activations>,
         reset_bl: Option<&Tensor>,
         mut state: Option<&mut SsmState>,
     ) -> Result<Tensor> {
         let Mamba2Config { d_model, n_heads, d_head, d_state, n_groups, .. } = self.config;
-        let [batch, seq_len, _] = check::dims("Mamba2", "x_bld", x_bld, "[batch, seq_len, d_model]")?;
-        check::shape("Mamba2", "x_bld", x_bld, &[batch, seq_len, d_model])?;
+        let x_bld = x_bld.into();
+        let x = x_bld.tensor();
+        let [batch, seq_len, _] = check::dims("Mamba2", "x_bld", x, "[batch, seq_len, d_model]")?;
+        check::shape("Mamba2", "x_bld", x, &[batch, seq_len, d_model])?;
         let (d_inner, conv_channels) = (self.config.d_inner(), self.config.conv_channels());
-        let state_kind = state_kind(x_bld.kind());
+        let state_kind = state_kind(x.kind());
 
         let projected = self.in_proj.forward(x_bld)?;
         let pieces = split_features(&projected, &[&[d_inner], &[conv_channels], &[n_heads]])?;
@@ -183,7 +189,8 @@ impl Mamba2 {
             state.conv_bje = conv.final_state_bje;
             state.scan = out.final_state_bhpn;
         }
-        let y_ble = self.norm.forward_gated(&out.y_blhp.flatten(2, 3), z_ble, self.config.norm_groups)?;
-        self.out_proj.forward(&y_ble)
+        let y_ble = out.y_blhp.flatten(2, 3);
+        let normed = self.norm.forward_gated_for(&self.out_proj, &y_ble, z_ble, self.config.norm_groups)?;
+        self.out_proj.forward(normed)
     }
 }
