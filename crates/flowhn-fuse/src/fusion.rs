@@ -239,9 +239,7 @@ impl Fusion {
         let [a, s] = [a, s].map(|x| x.map(Residual::sum).transpose());
         let (a_bnd, s_bmd) = self.outputs(OP, a?.as_ref(), s?.as_ref(), attn, ssm)?;
         match (&self.form, self.shape.topology) {
-            (Form::Proj(_), _) | (_, Topology::Both) => {
-                normed(x_bld, Some(&self.fuse(&a_bnd, &s_bmd, attn, ssm)?))
-            }
+            (Form::Proj(_), _) | (_, Topology::Both) => normed(x_bld, Some(&self.fuse(&a_bnd, &s_bmd, attn, ssm)?)),
             (Form::Plain | Form::Mean | Form::Gated { .. }, _) => {
                 let (a_bnd, s_bmd) = self.gated(a_bnd, s_bmd)?;
                 let (sum_bld, normed_bld) = merge_residual_norm(x_bld, &a_bnd, &s_bmd, attn, ssm, norm)?;

@@ -46,7 +46,7 @@ pub const KERNELS: &[KernelSpec] = &[
             &routed_norm(RowForm::new(3, 256, 1), 1, false),
             &routed_norm(RowForm::new(4, 1024, 1), 1, false),
             &routed_norm_fp8(RowForm::new(1, 512, 2)),
-            &routed_norm_fp8(RowForm::new(2, 512, 2)),
+            &routed_norm_fp8(RowForm::new(2, 1024, 1)),
             &routed_norm_fp8(RowForm::new(3, 256, 2)),
             &routed_norm(RowForm::new(4, 1024, 1), 1, true),
         ],

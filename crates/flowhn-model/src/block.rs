@@ -130,12 +130,9 @@ impl Block {
             }
             BlockTail::Flow(Some(mlp)) => {
                 let (norm, reader) = (mlp.norm(), Some(mlp.in_proj()));
-                let (x_bld, normed_bld) =
-                    self.fusion.forward_residual_norm(&x_bld, a, s, attn, ssm, norm, reader)?;
+                let (x_bld, normed_bld) = self.fusion.forward_residual_norm(&x_bld, a, s, attn, ssm, norm, reader)?;
                 let normed_bld = normed_bld.pass(|x| timeline::pass(x, parts::MLP, parts::FUSION))?;
-                Ok(mlp
-                    .forward_normed(x_bld, normed_bld)?
-                    .map_last(|x| timeline::pass(x, parts::FUSION, parts::MLP))?)
+                Ok(mlp.forward_normed(x_bld, normed_bld)?.map_last(|x| timeline::pass(x, parts::FUSION, parts::MLP))?)
             }
             BlockTail::Flow(None) => {
                 let [a_bnd, s_bmd] = [a, s].map(|x| x.map(Residual::sum).transpose());
@@ -156,14 +153,14 @@ impl Block {
                     let norms = (attn.norm(), ssm.norm());
                     if attn.has_tail() {
                         let readers = [attn.mixer().in_proj(), Some(ssm.mixer().in_proj())];
-                        let split =
-                            split_norm_tokens(x_bld, change, attn_route, ssm_route, norms.into(), readers)?;
+                        let split = split_norm_tokens(x_bld, change, attn_route, ssm_route, norms.into(), readers)?;
                         let attn = BranchInput::Both { x_bnd: split.attn_bnd, normed_bnd: split.attn_normed };
                         let ssm = BranchInput::Both { x_bnd: split.ssm_bmd, normed_bnd: split.ssm_normed };
                         return Ok((split.sum_bld, attn, ssm));
                     }
                     let normed = split_norm(x_bld, change, attn_route, ssm_route, norms.0, norms.1)?;
-                    let (attn, ssm) = (BranchInput::Normed(normed.attn_bnd.into()), BranchInput::Normed(normed.ssm_bmd.into()));
+                    let (attn, ssm) =
+                        (BranchInput::Normed(normed.attn_bnd.into()), BranchInput::Normed(normed.ssm_bmd.into()));
                     return Ok((normed.sum_bld, attn, ssm));
                 }
                 (Some(attn), None) if attn_route.is_all() => return read_alone(stream, attn.norm()),

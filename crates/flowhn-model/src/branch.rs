@@ -112,8 +112,7 @@ impl BranchTail {
     fn forward(&self, x_bnd: &Tensor, mixed_bnd: Tensor) -> Result<Residual> {
         match &self.mlp {
             Some(mlp) => {
-                let (h_bnd, normed_bnd) =
-                    mlp.norm().forward_residual_for(mlp.in_proj(), x_bnd, Some(&mixed_bnd))?;
+                let (h_bnd, normed_bnd) = mlp.norm().forward_residual_for(mlp.in_proj(), x_bnd, Some(&mixed_bnd))?;
                 mlp.forward_normed(h_bnd, normed_bnd)
             }
             None => Ok(Residual { x: x_bnd.shallow_clone(), change: Some(mixed_bnd) }),

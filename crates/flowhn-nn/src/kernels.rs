@@ -117,7 +117,7 @@ pub const KERNELS: &[KernelSpec] = &[
             &RowForm::new(3, 256, 3).defines(1),
             &RowForm::new(2, 512, 1).defines(1),
             &RowForm::new(1, 512, 2).fp8_defines(),
-            &RowForm::new(2, 512, 2).fp8_defines(),
+            &RowForm::new(2, 1024, 1).fp8_defines(),
             &RowForm::new(3, 256, 3).fp8_defines(),
             &RowForm::new(4, 1024, 1).defines(1),
         ],

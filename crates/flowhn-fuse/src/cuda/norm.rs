@@ -15,8 +15,9 @@ use crate::{Route, pieces};
 
 /// Forms of `routed_norm.cu` forward.
 const FORWARD: &[RowForm] = &[RowForm::new(1, 512, 1), RowForm::new(2, 512, 1), RowForm::new(3, 256, 1)];
-/// Those that round, with teams as those have: the order of a row's sum decides its last bits.
-const FP8_FORWARD: &[RowForm] = &[RowForm::new(1, 512, 2), RowForm::new(2, 512, 2), RowForm::new(3, 256, 2)];
+/// Those that round: threads enough to hide the barrier before columns go out, in teams as above, since the order of a row's sum decides
+/// its last bits.
+const FP8_FORWARD: &[RowForm] = &[RowForm::new(1, 512, 2), RowForm::new(2, 1024, 1), RowForm::new(3, 256, 2)];
 /// Backward rows in flight count most, and two vectors a thread keep the most of them, also where some lanes idle.
 const BACKWARD: &[RowForm] = &[RowForm::new(2, 512, 1)];
 

@@ -61,11 +61,15 @@ pub(crate) fn merge_sums(branches: [&Tensor; 2], changes: [&Tensor; 2], attn: &R
 
 /// Whether [`merge_sums_fp8`] takes these.
 pub(crate) fn rounds_merge(a: &Residual, s: &Residual, attn: &Route, ssm: &Route) -> bool {
-    let terms: Vec<&Tensor> = [Some(&a.x), Some(&s.x), a.change.as_ref(), s.change.as_ref()].into_iter().flatten().collect();
+    let terms: Vec<&Tensor> =
+        [Some(&a.x), Some(&s.x), a.change.as_ref(), s.change.as_ref()].into_iter().flatten().collect();
     let shapes = [&a.x, &s.x].map(|x| x.size());
     a.x.device().is_cuda()
         && terms.iter().all(|x| x.kind() == Kind::BFloat16 && x.dim() == 3 && x.stride()[2] == 1)
-        && [&a.change, &s.change].into_iter().zip(&shapes).all(|(x, shape)| x.as_ref().is_some_and(|x| x.size() == *shape))
+        && [&a.change, &s.change]
+            .into_iter()
+            .zip(&shapes)
+            .all(|(x, shape)| x.as_ref().is_some_and(|x| x.size() == *shape))
         && attn.partitions_with(ssm)
         && (attn.is_single_span() || ssm.is_single_span())
         && is_aligned(shapes[0][2], &terms)

@@ -47,8 +47,7 @@ impl Function for ResidualNormCuda {
 
     fn forward(&mut self, ctx: &mut ForwardCtx, inputs: &[&Tensor]) -> Result<Vec<Tensor>> {
         let norm = Norm { op: Self::NAME, eps: self.eps, recorded: ctx.is_recorded() };
-        let Forward { sum, y, rstd } =
-            norm.forward(inputs[0], inputs.get(2).copied(), inputs[1], self.place.take())?;
+        let Forward { sum, y, rstd } = norm.forward(inputs[0], inputs.get(2).copied(), inputs[1], self.place.take())?;
         let sum = sum.unwrap_or_else(|| inputs[0].shallow_clone());
         if let Some(rstd) = rstd {
             [&sum, inputs[1], &rstd].into_iter().for_each(|x| ctx.save(x));
@@ -69,15 +68,17 @@ impl Function for ResidualNormCuda {
 
 /// Forms of `rms_norm.cu` forward: bounds that leave registers for two blocks and more, since threads hide what a load takes.
 const FORWARD: &[RowForm] = &[RowForm::new(1, 512, 2), RowForm::new(2, 512, 2), RowForm::new(3, 256, 3)];
+/// Those that round: threads enough to hide the barrier before columns go out, in teams as above, since the order of a row's sum decides
+/// its last bits.
+const FP8_FORWARD: &[RowForm] = &[RowForm::new(1, 512, 2), RowForm::new(2, 1024, 1), RowForm::new(3, 256, 3)];
 /// Backward rows in flight count most, and two vectors a thread keep the most of them, also where some lanes idle.
 const BACKWARD: &[RowForm] = &[RowForm::new(2, 512, 1)];
 /// Forms of `gated_rms_norm.cu` forward, bounded for the same reason.
 const GATED_FORWARD: &[RowForm] = &[RowForm::new(1, 512, 2), RowForm::new(3, 256, 2), RowForm::new(2, 256, 4)];
+/// Those that round, as [`FP8_FORWARD`].
+const GATED_FP8_FORWARD: &[RowForm] = &[RowForm::new(1, 512, 2), RowForm::new(3, 256, 2), RowForm::new(2, 1024, 1)];
 /// Forms of `gated_rms_norm.cu` backward.
 const GATED_BACKWARD: &[RowForm] = &[RowForm::new(1, 512, 1), RowForm::new(2, 256, 1), RowForm::new(3, 256, 1)];
-
-/// Forms of `gated_rms_norm.cu` forward that round, with teams as those have: the order of a row's sum decides its last bits.
-const GATED_FP8_FORWARD: &[RowForm] = &[RowForm::new(1, 512, 2), RowForm::new(3, 256, 2), RowForm::new(2, 1024, 1)];
 
 struct Norm {
     op: &'static str,
@@ -95,13 +96,7 @@ struct Forward {
 
 impl Norm {
     /// With a place, the norm is left there and something stands in for it.
-    fn forward(
-        &self,
-        x: &Tensor,
-        delta: Option<&Tensor>,
-        weight: &Tensor,
-        place: Option<Fp8Place>,
-    ) -> Result<Forward> {
+    fn forward(&self, x: &Tensor, delta: Option<&Tensor>, weight: &Tensor, place: Option<Fp8Place>) -> Result<Forward> {
         let x_kind = kind_define(self.op, "x", x)?;
         let (d, weight) = (weight.size()[0], as_f32(weight)?);
         let rows = Rows::new(self.op, &[Some(x), delta].into_iter().flatten().collect::<Vec<_>>())?;
@@ -112,7 +107,7 @@ impl Norm {
         let mut touched: Vec<&Tensor> = [Some(rows.tensor(0)), delta, Some(&weight)].into_iter().flatten().collect();
         let out = RowsOut::new(x, d, place, &touched)?;
         touched.push(&out.y);
-        let tiling = RowTiling::new(self.op, d, FORWARD)?;
+        let tiling = RowTiling::new(self.op, d, if out.blocks.is_some() { FP8_FORWARD } else { FORWARD })?;
         let mut args = vec![Arg::Tensor(rows.tensor(0)), Arg::opt(delta), Arg::Tensor(&weight)];
         args.extend([Arg::opt(sum.as_ref()), Arg::Tensor(&out.y), Arg::opt(rstd.as_ref())]);
         args.extend(rows.strides(0).into_iter().chain(rows.strides(1)));

@@ -14,7 +14,10 @@ use super::weight::Fp8Factors;
 /// Whether sums may be kept in fewer bits than f32 has, as the tensor cores have them between two additions in f32: fast, and as good as
 /// the rounding of the factors asks for where outputs are rounded to bf16 anyway.
 pub(super) const FAST_FORWARD: bool = true;
-pub(super) const FAST_BACKWARD: bool = false;
+/// The gradient of the input: sums over the outputs' width.
+pub(super) const FAST_INPUT_GRAD: bool = false;
+/// The gradient of the weight: sums over all tokens.
+pub(super) const FAST_WEIGHT_GRAD: bool = false;
 
 /// `y = x W^T` in bf16. Its inputs are x, bf16 or what stands in for it, and the master of W, which the gradient goes to.
 pub(crate) struct LinearFp8 {
@@ -46,12 +49,12 @@ impl Function for LinearFp8 {
         let [wants_dx, wants_dweight] = [0, 1].map(|input_idx| ctx.needs_grad(input_idx));
         let grad = rounded(&grads[0], slot, wants_dx, wants_dweight)?;
         let dx = || -> Result<Tensor> {
-            let dx_ti = product(&grad.plain, slot, weight_io, weight_slot, Kind::BFloat16, FAST_BACKWARD)?;
+            let dx_ti = product(&grad.plain, slot, weight_io, weight_slot, Kind::BFloat16, FAST_INPUT_GRAD)?;
             like(&dx_ti, &grads[0])
         };
         let dweight = || -> Result<Tensor> {
             let x_it = x_it.first().ok_or_else(|| Error::invalid(Self::NAME, "the activation was not saved"))?;
-            product(&grad.transposed, slot, x_it, x_slot, Kind::Float, FAST_BACKWARD)
+            product(&grad.transposed, slot, x_it, x_slot, Kind::Float, FAST_WEIGHT_GRAD)
         };
         Ok(vec![wants_dx.then(dx).transpose()?, wants_dweight.then(dweight).transpose()?])
     }

@@ -7,7 +7,7 @@ use flowhn_torch::kernel::{Arg, Kernel};
 use flowhn_torch::{BackwardCtx, Error, ForwardCtx, Function, Result};
 
 use super::cast::{Rounded, THREADS, cast, padded, tiles};
-use super::linear::{FAST_BACKWARD, FAST_FORWARD, activations, like, product, rounded};
+use super::linear::{FAST_FORWARD, FAST_INPUT_GRAD, FAST_WEIGHT_GRAD, activations, like, product, rounded};
 use super::place::Fp8Place;
 use super::scales::Slot;
 use super::weight::Fp8Factors;
@@ -63,20 +63,21 @@ impl Function for MlpFp8 {
         let (x_it, h_ft) = (next(wants_dgate_up), next(wants_ddown));
 
         let dy = rounded(&grads[0], dy_slot, wants_dx || wants_dgate_up, wants_ddown)?;
-        let ddown =
-            h_ft.map(|h_ft| product(&dy.transposed, dy_slot, h_ft, h_slot, Kind::Float, FAST_BACKWARD)).transpose()?;
+        let ddown = h_ft
+            .map(|h_ft| product(&dy.transposed, dy_slot, h_ft, h_slot, Kind::Float, FAST_WEIGHT_GRAD))
+            .transpose()?;
         if !(wants_dx || wants_dgate_up) {
             return Ok(vec![None, None, ddown]);
         }
-        let dh_tf = product(&dy.plain, dy_slot, weight_fi, down_slot, Kind::BFloat16, FAST_BACKWARD)?;
+        let dh_tf = product(&dy.plain, dy_slot, weight_fi, down_slot, Kind::BFloat16, FAST_INPUT_GRAD)?;
         drop(dy);
         let d = rounded_swiglu_grad(gate_up_tg, &dh_tf, slot, wants_dx, wants_dgate_up)?;
         let dx = || -> Result<Tensor> {
-            let dx_ti = product(&d.plain, slot, weight_ig, gate_up_slot, Kind::BFloat16, FAST_BACKWARD)?;
+            let dx_ti = product(&d.plain, slot, weight_ig, gate_up_slot, Kind::BFloat16, FAST_INPUT_GRAD)?;
             like(&dx_ti, &grads[0])
         };
         let dgate_up =
-            x_it.map(|x_it| product(&d.transposed, slot, x_it, x_slot, Kind::Float, FAST_BACKWARD)).transpose()?;
+            x_it.map(|x_it| product(&d.transposed, slot, x_it, x_slot, Kind::Float, FAST_WEIGHT_GRAD)).transpose()?;
         Ok(vec![wants_dx.then(dx).transpose()?, dgate_up, ddown])
     }
 }
