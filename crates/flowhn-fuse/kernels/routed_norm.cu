@@ -81,15 +81,15 @@ routed_norm_forward(const X* x, i64 x_batch, i64 x_token, const i64* positions0,
         int first_row = (blockIdx.x - (share.route ? n_blocks0 : 0)) * FP8_ROWS;
         Fp8Rows y(share.route ? y8_1 : y8_0, share.route ? y8_t1 : y8_t0, share.route ? slot1 : slot0, first_row, share.n_rows,
                   share.route ? n_padded1 : n_padded0, d, 0, d);
-        i64 first = first_row + team.idx, end = y.end(), step = team.n;
+        i64 row = first_row + team.idx, end = y.end(), step = team.n;
 #else
         X* y = share.route ? y1 : y0;
-        i64 first = share.team_idx, end = share.n_rows, step = share.n_teams;
+        i64 row = share.team_idx, end = share.n_rows, step = share.n_teams;
 #endif
         X* branch_sum = share.route ? sum1 : sum0;
         float w[VECS][VEC];
         load_weight(w, share.route ? weight1 : weight0, team, width);
-        for (i64 row = first; row < end; row += step) {
+        for (; row < end; row += step) {
             Token token(share, (int)row);
             i64 place = (i64)token.b * seq_len + token.p;
             Pack<X> s[VECS];
@@ -141,6 +141,7 @@ routed_norm_forward(const X* x, i64 x_batch, i64 x_token, const i64* positions0,
             }
         }
 #if FP8_ROWS
+        pass_last_round(row - first_row, end - first_row, team);
         y.finish();
     };
     run(Flag<true>());

@@ -223,8 +223,7 @@ impl Fusion {
         s: Option<&Residual>,
         attn: &Route,
         ssm: &Route,
-        norm: &RmsNorm,
-        reader: Option<&Linear>,
+        (norm, reader): (&RmsNorm, Option<&Linear>),
     ) -> Result<(Tensor, Activations)> {
         const OP: &str = "fusion";
         let normed = |x: &Tensor, delta: Option<&Tensor>| match reader {

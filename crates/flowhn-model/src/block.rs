@@ -125,12 +125,12 @@ impl Block {
         match &self.tail {
             BlockTail::Released { norm, proj } => {
                 let (x_bld, normed_bld) =
-                    self.fusion.forward_residual_norm(&x_bld, a, s, attn, ssm, norm, Some(proj))?;
+                    self.fusion.forward_residual_norm(&x_bld, a, s, attn, ssm, (norm, Some(proj)))?;
                 Ok(Residual { x: x_bld, change: Some(proj.forward(normed_bld)?) })
             }
             BlockTail::Flow(Some(mlp)) => {
-                let (norm, reader) = (mlp.norm(), Some(mlp.in_proj()));
-                let (x_bld, normed_bld) = self.fusion.forward_residual_norm(&x_bld, a, s, attn, ssm, norm, reader)?;
+                let norm = (mlp.norm(), Some(mlp.in_proj()));
+                let (x_bld, normed_bld) = self.fusion.forward_residual_norm(&x_bld, a, s, attn, ssm, norm)?;
                 let normed_bld = normed_bld.pass(|x| timeline::pass(x, parts::MLP, parts::FUSION))?;
                 Ok(mlp.forward_normed(x_bld, normed_bld)?.map_last(|x| timeline::pass(x, parts::FUSION, parts::MLP))?)
             }

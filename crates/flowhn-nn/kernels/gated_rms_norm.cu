@@ -48,11 +48,11 @@ gated_rms_norm_forward(const X* x, const X* z, const float* weight, X* y, float*
         load_weight(w, weight + group * d, team, width);
 #if FP8_ROWS
         Fp8Rows out(y8, y8_t, slot, blockIdx.x * FP8_ROWS, n_rows, n_padded, n_groups * d, group * d, d);
-        i64 first = out.first_row + team.idx, end = out.end(), step = team.n;
+        i64 next = out.first_row + team.idx, end = out.end(), step = team.n;
 #else
-        i64 first = blockIdx.x * team.n + team.idx, end = n_rows, step = gridDim.x * team.n;
+        i64 next = blockIdx.x * team.n + team.idx, end = n_rows, step = gridDim.x * team.n;
 #endif
-        for (i64 next = first; next < end; next += step) {
+        for (; next < end; next += step) {
             int row = (int)next, outer_idx = (unsigned)row / (unsigned)inner, inner_idx = row - outer_idx * inner;
             Pack<X> xs[VECS], zs[VECS];
             load_row(xs, x + RowStrides{x_outer, x_inner}.start(outer_idx, inner_idx) + group * d, team, width);
@@ -84,6 +84,7 @@ gated_rms_norm_forward(const X* x, const X* z, const float* weight, X* y, float*
             }
         }
 #if FP8_ROWS
+        pass_last_round(next - out.first_row, end - out.first_row, team);
         out.finish();
     };
     run(Flag<true>());

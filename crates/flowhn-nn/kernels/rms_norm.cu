@@ -46,11 +46,11 @@ rms_norm_forward(const X* x, const X* delta, const float* weight, X* sum, X* y, 
         load_weight(w, weight, team, width);
 #if FP8_ROWS
         Fp8Rows out(y8, y8_t, slot, blockIdx.x * FP8_ROWS, n_rows, n_padded, d, 0, d);
-        i64 first = out.first_row + team.idx, end = out.end(), step = team.n;
+        i64 next = out.first_row + team.idx, end = out.end(), step = team.n;
 #else
-        i64 first = blockIdx.x * team.n + team.idx, end = n_rows, step = gridDim.x * team.n;
+        i64 next = blockIdx.x * team.n + team.idx, end = n_rows, step = gridDim.x * team.n;
 #endif
-        for (i64 next = first; next < end; next += step) {
+        for (; next < end; next += step) {
             int row = (int)next, outer_idx = (unsigned)row / (unsigned)inner, inner_idx = row - outer_idx * inner;
             Pack<X> s[VECS];
             load_row(s, x + RowStrides{x_outer, x_inner}.start(outer_idx, inner_idx), team, width);
@@ -97,6 +97,7 @@ rms_norm_forward(const X* x, const X* delta, const float* weight, X* sum, X* y, 
             }
         }
 #if FP8_ROWS
+        pass_last_round(next - out.first_row, end - out.first_row, team);
         out.finish();
     };
     run(Flag<true>());

@@ -109,7 +109,7 @@ impl Norm {
         touched.push(&out.y);
         let tiling = RowTiling::new(self.op, d, if out.blocks.is_some() { FP8_FORWARD } else { FORWARD })?;
         let mut args = vec![Arg::Tensor(rows.tensor(0)), Arg::opt(delta), Arg::Tensor(&weight)];
-        args.extend([Arg::opt(sum.as_ref()), Arg::Tensor(&out.y), Arg::opt(rstd.as_ref())]);
+        args.extend([Arg::opt(sum.as_ref()), out.arg(), Arg::opt(rstd.as_ref())]);
         args.extend(rows.strides(0).into_iter().chain(rows.strides(1)));
         args.extend([Arg::I32(rows.n_rows()), rows.inner(), Arg::I32(d as i32), Arg::I32(tiling.team as i32)]);
         args.extend([aligned(d, &touched), Arg::F32(self.eps as f32)]);
@@ -139,6 +139,11 @@ impl RowsOut {
             _ => Tensor::f_empty(x.size(), (x.kind(), x.device()))?,
         };
         Ok(Self { y, place, blocks })
+    }
+
+    /// The argument for rows that are stored as they are.
+    fn arg(&self) -> Arg<'_> {
+        Arg::opt(self.blocks.is_none().then_some(&self.y))
     }
 
     /// Launches a kernel with the arguments of the variant that stores rows; returns those, or what stands in for them.
@@ -227,7 +232,7 @@ impl Function for GatedRmsNormCuda {
         let tiling = RowTiling::new(Self::NAME, d, forms)?;
         let rstd = Tensor::f_empty([n_rows, n_groups], (Kind::Float, x.device()))?;
         let mut args = vec![Arg::Tensor(rows.tensor(0)), Arg::Tensor(rows.tensor(1)), Arg::Tensor(&weight)];
-        args.extend([Arg::Tensor(&out.y), Arg::Tensor(&rstd)]);
+        args.extend([out.arg(), Arg::Tensor(&rstd)]);
         args.extend(rows.strides(0).into_iter().chain(rows.strides(1)));
         args.extend([Arg::I32(rows.n_rows()), rows.inner(), Arg::I32(d as i32), Arg::I32(tiling.team as i32)]);
         args.extend([aligned(d, &touched), Arg::F32(self.eps as f32)]);

@@ -54,8 +54,8 @@ impl SsmConfig {
 /// let x_bld = Tensor::randn([2, 5, 8], (Kind::Float, Device::Cpu));
 /// let whole = mixer.forward(&x_bld, None, None)?;
 /// let mut state = SsmState::new(&config, 2, Device::Cpu);
-/// let prompt = mixer.forward(&x_bld.narrow(1, 0, 4), None, Some(&mut state))?;
-/// let last = mixer.forward(&x_bld.narrow(1, 4, 1), None, Some(&mut state))?;
+/// let prompt = mixer.forward(x_bld.narrow(1, 0, 4), None, Some(&mut state))?;
+/// let last = mixer.forward(x_bld.narrow(1, 4, 1), None, Some(&mut state))?;
 /// let decoded = Tensor::cat(&[prompt, last], 1);
 /// assert!((decoded - whole).abs().max().double_value(&[]) < 1e-5);
 /// # Ok::<(), flowhn_ssm::Error>(())
