@@ -25,7 +25,7 @@
 // that a cast of y_k would have (fp8_rows.cuh); a block has so many neighbouring rows, and rows are aligned.
 //
 // X_KIND: dtype of all but weights and rstd; BRANCH_GRADS: whether there is ds_k; VECS: vectors a thread; MAX_THREADS, MIN_BLOCKS:
-// bounds of the block and of the blocks of a multiprocessor; FP8_ROWS: 0 or the rows of a block.
+// bounds of the block and of the blocks of a multiprocessor; FP8_ROWS: the rows of a block of the forward pass alone, or 0.
 #include "rows.cuh"
 #include "smem.cuh"
 #if FP8_ROWS
@@ -153,6 +153,7 @@ routed_norm_forward(const X* x, i64 x_batch, i64 x_token, const i64* positions0,
 }
 #endif
 
+#if FP8_ROWS == 0
 extern "C" __global__ void __launch_bounds__(MAX_THREADS, MIN_BLOCKS)
 routed_norm_backward(const X* s, i64 s_batch, i64 s_token, const i64* positions0, const i64* positions1, int n0, int n1, int batch,
                      int seq_len, const X* dy0, const X* dy1, i64 dy0_batch, i64 dy0_token, i64 dy1_batch, i64 dy1_token,
@@ -243,3 +244,4 @@ extern "C" __global__ void __launch_bounds__(1024)
 sum_partials(const float* partials, float* dweight, int first, int n_partials, int d) {
     sum_columns(partials + (i64)first * d, dweight, n_partials, d);
 }
+#endif

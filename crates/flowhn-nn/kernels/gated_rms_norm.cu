@@ -15,7 +15,7 @@
 // With FP8_ROWS the forward pass leaves y rounded to fp8, as in rms_norm.cu.
 //
 // X_KIND: dtype of all but weight and rstd; VECS: vectors a thread; MAX_THREADS, MIN_BLOCKS:
-// bounds of the block and of the blocks of a multiprocessor; FP8_ROWS: 0 or the rows of a block.
+// bounds of the block and of the blocks of a multiprocessor; FP8_ROWS: the rows of a block of the forward pass alone, or 0.
 #include "rows.cuh"
 #include "smem.cuh"
 #if FP8_ROWS
@@ -96,6 +96,7 @@ gated_rms_norm_forward(const X* x, const X* z, const float* weight, X* y, float*
 }
 #endif
 
+#if FP8_ROWS == 0
 extern "C" __global__ void __launch_bounds__(MAX_THREADS, MIN_BLOCKS)
 gated_rms_norm_backward(const X* x, const X* z, const X* dy, const float* weight, const float* rstd, X* dx, X* dz,
                         float* partials, i64 x_outer, i64 x_inner, i64 z_outer, i64 z_inner, i64 dy_outer, i64 dy_inner,
@@ -171,3 +172,4 @@ gated_rms_norm_backward(const X* x, const X* z, const X* dy, const float* weight
 extern "C" __global__ void __launch_bounds__(1024) sum_partials(const float* partials, float* dweight, int n_partials, int d) {
     sum_columns(partials, dweight, n_partials, d);
 }
+#endif

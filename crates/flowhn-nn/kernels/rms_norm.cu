@@ -20,7 +20,7 @@
 // have (fp8_rows.cuh); the block has so many neighbouring rows, and rows are aligned.
 //
 // X_KIND: dtype of all but weight and rstd; VECS: vectors a thread; MAX_THREADS, MIN_BLOCKS:
-// bounds of the block and of the blocks of a multiprocessor; FP8_ROWS: 0 or the rows of a block.
+// bounds of the block and of the blocks of a multiprocessor; FP8_ROWS: the rows of a block of the forward pass alone, or 0.
 #include "rows.cuh"
 #include "smem.cuh"
 #if FP8_ROWS
@@ -109,6 +109,7 @@ rms_norm_forward(const X* x, const X* delta, const float* weight, X* sum, X* y, 
 }
 #endif
 
+#if FP8_ROWS == 0
 struct Backward {
     const X *s, *dy, *ds;
     const float *weight, *rstd;
@@ -209,3 +210,4 @@ residual_norm_backward(const X* s, const X* dy, const X* ds, const float* weight
 extern "C" __global__ void __launch_bounds__(1024) sum_partials(const float* partials, float* dweight, int n_partials, int d) {
     sum_columns(partials, dweight, n_partials, d);
 }
+#endif
