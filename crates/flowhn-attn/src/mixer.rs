@@ -5,7 +5,7 @@
 
 use tch::Tensor;
 
-use flowhn_nn::{Bias, Init, Linear, Path, RmsNorm};
+use flowhn_nn::{Activations, Bias, Init, Linear, Path, RmsNorm};
 use flowhn_torch::{Error, Result, check, split_features};
 
 use crate::{KvCache, Mask, Positions, attention, rotary};
@@ -181,6 +181,14 @@ impl AttnMixer {
         Ok(Self { config, input, out_norm, o_proj })
     }
 
+    /// The projection that alone reads the window's tokens, if they have no other reader: with a bridge they do.
+    pub fn in_proj(&self) -> Option<&Linear> {
+        match &self.input {
+            Input::Window { qkv_proj } => Some(qkv_proj),
+            Input::Bridge { .. } => None,
+        }
+    }
+
     /// The shape of the mixer.
     pub fn config(&self) -> &AttnConfig {
         &self.config
@@ -201,27 +209,29 @@ impl AttnMixer {
     /// [`Error::Shape`] and its kin for tensors, [`Error::Invalid`] for a source or positions that are missing or too many.
     pub fn forward(
         &self,
-        x_bnd: &Tensor,
+        x_bnd: impl Into<Activations>,
         source_bmd: Option<&Tensor>,
         ctx: &AttnContext,
         cache: Option<&mut KvCache>,
     ) -> Result<Tensor> {
-        let batch = check::dims::<3>(OP, "x_bnd", x_bnd, "[batch, n, d_model]")?[0];
+        let x_bnd = x_bnd.into();
+        let x = x_bnd.tensor();
+        let batch = check::dims::<3>(OP, "x_bnd", x, "[batch, n, d_model]")?[0];
         let n = ctx.positions.len() as i64;
-        check::shape(OP, "x_bnd", x_bnd, &[batch, n, self.config.d_model])?;
-        check::device(OP, "x_bnd", x_bnd, ctx.positions.device())?;
+        check::shape(OP, "x_bnd", x, &[batch, n, self.config.d_model])?;
+        check::device(OP, "x_bnd", x, ctx.positions.device())?;
         let (q_bnhp, kv, kv_positions, kv_segments) = match &self.input {
             Input::Window { qkv_proj } => {
                 if source_bmd.is_some() || ctx.source_positions.is_some() {
                     let message = "a source was given, but only a mixer with a kv bridge reads one";
                     return Err(Error::invalid(OP, message));
                 }
-                let (q, kv) = self.window_heads(qkv_proj, x_bnd, ctx.positions)?;
+                let (q, kv) = self.window_heads(qkv_proj, &x_bnd, ctx.positions)?;
                 (q, kv, ctx.positions, ctx.segments_bn)
             }
             Input::Bridge { q_proj, kv_proj } => {
                 let (source, positions) = self.source(source_bmd, ctx, batch)?;
-                let q = self.turned(self.heads(&q_proj.forward(x_bnd)?)?, ctx.positions)?;
+                let q = self.turned(self.heads(&q_proj.forward(&x_bnd)?)?, ctx.positions)?;
                 (q, self.source_heads(kv_proj, source, positions)?, positions, ctx.source_segments_bm)
             }
         };
@@ -288,7 +298,7 @@ impl AttnMixer {
     }
 
     /// Queries, keys and values of the same tokens. Queries and keys lie side by side and are turned together.
-    fn window_heads(&self, qkv_proj: &Linear, x_bnd: &Tensor, positions: &Positions) -> Result<(Tensor, Heads)> {
+    fn window_heads(&self, qkv_proj: &Linear, x_bnd: &Activations, positions: &Positions) -> Result<(Tensor, Heads)> {
         let (h, k, p) = (self.config.n_heads, self.config.n_kv_heads, self.config.d_head);
         let qkv = qkv_proj.forward(x_bnd)?;
         if self.config.rope.is_none() {

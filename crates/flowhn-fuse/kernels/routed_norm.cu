@@ -21,10 +21,16 @@
 // Teams of threads hold rows in registers as in rms_norm.cu. The first n_blocks0 blocks take the tokens of route 0, the
 // others those of route 1, so that a block has one weight and one part of its gradient.
 //
+// With FP8_ROWS the forward pass leaves each branch's y rounded to fp8, y8_k [n_padded_k, d] and y8_t_k [d, n_padded_k], with the bits
+// that a cast of y_k would have (fp8_rows.cuh); a block has so many neighbouring rows, and rows are aligned.
+//
 // X_KIND: dtype of all but weights and rstd; BRANCH_GRADS: whether there is ds_k; VECS: vectors a thread; MAX_THREADS, MIN_BLOCKS:
-// bounds of the block and of the blocks of a multiprocessor.
+// bounds of the block and of the blocks of a multiprocessor; FP8_ROWS: the rows of a block of the forward pass alone, or 0.
 #include "rows.cuh"
 #include "smem.cuh"
+#if FP8_ROWS
+#include "fp8_rows.cuh"
+#endif
 
 typedef DtypeOf<X_KIND>::type X;
 
@@ -52,11 +58,17 @@ struct Token {
     }
 };
 
+#if FP8_ROWS == 0 || __CUDA_ARCH__ >= 890
 extern "C" __global__ void __launch_bounds__(MAX_THREADS, MIN_BLOCKS)
 routed_norm_forward(const X* x, i64 x_batch, i64 x_token, const i64* positions0, const i64* positions1, int n0, int n1, int batch,
                     int seq_len, const X* change0, const X* change1, i64 change0_batch, i64 change0_token, i64 change1_batch,
                     i64 change1_token, int change_of_branch, const float* weight0, const float* weight1, X* sum, X* sum0, X* sum1, X* y0,
-                    X* y1, int y_of_branch, float* rstd, int n_blocks0, int d, int team_size, int aligned, float eps) {
+                    X* y1, int y_of_branch, float* rstd, int n_blocks0, int d, int team_size, int aligned, float eps
+#if FP8_ROWS
+                    , unsigned char* y8_0, unsigned char* y8_t0, float* slot0, int n_padded0, unsigned char* y8_1, unsigned char* y8_t1,
+                    float* slot1, int n_padded1
+#endif
+) {
     __shared__ float slots[64];
     Team team(team_size);
     TeamSum team_sum(slots);
@@ -65,11 +77,19 @@ routed_norm_forward(const X* x, i64 x_batch, i64 x_token, const i64* positions0,
         Share share(team, positions0, positions1, n0, n1, batch, n_blocks0);
         const X* change = share.route ? change1 : change0;
         RowStrides change_strides = share.route ? RowStrides{change1_batch, change1_token} : RowStrides{change0_batch, change0_token};
+#if FP8_ROWS
+        int first_row = (blockIdx.x - (share.route ? n_blocks0 : 0)) * FP8_ROWS;
+        Fp8Rows y(share.route ? y8_1 : y8_0, share.route ? y8_t1 : y8_t0, share.route ? slot1 : slot0, first_row, share.n_rows,
+                  share.route ? n_padded1 : n_padded0, d, 0, d);
+        i64 row = first_row + team.idx, end = y.end(), step = team.n;
+#else
         X* y = share.route ? y1 : y0;
+        i64 row = share.team_idx, end = share.n_rows, step = share.n_teams;
+#endif
         X* branch_sum = share.route ? sum1 : sum0;
         float w[VECS][VEC];
         load_weight(w, share.route ? weight1 : weight0, team, width);
-        for (i64 row = share.team_idx; row < share.n_rows; row += share.n_teams) {
+        for (; row < end; row += step) {
             Token token(share, (int)row);
             i64 place = (i64)token.b * seq_len + token.p;
             Pack<X> s[VECS];
@@ -113,14 +133,27 @@ routed_norm_forward(const X* x, i64 x_batch, i64 x_token, const i64* positions0,
                 #pragma unroll
                 for (int i = 0; i < VEC; i++) a[i] *= w[v][i];
                 out.set(a);
+#if FP8_ROWS
+                y.put(out, (int)row, team.column(v));
+#else
                 store_vector(out, y + (y_of_branch ? row : place) * d, v, team, width);
+#endif
             }
         }
+#if FP8_ROWS
+        pass_last_round(row - first_row, end - first_row, team);
+        y.finish();
+    };
+    run(Flag<true>());
+#else
     };
     if (aligned) run(Flag<true>());
     else run(Flag<false>());
+#endif
 }
+#endif
 
+#if FP8_ROWS == 0
 extern "C" __global__ void __launch_bounds__(MAX_THREADS, MIN_BLOCKS)
 routed_norm_backward(const X* s, i64 s_batch, i64 s_token, const i64* positions0, const i64* positions1, int n0, int n1, int batch,
                      int seq_len, const X* dy0, const X* dy1, i64 dy0_batch, i64 dy0_token, i64 dy1_batch, i64 dy1_token,
@@ -211,3 +244,4 @@ extern "C" __global__ void __launch_bounds__(1024)
 sum_partials(const float* partials, float* dweight, int first, int n_partials, int d) {
     sum_columns(partials + (i64)first * d, dweight, n_partials, d);
 }
+#endif

@@ -18,10 +18,11 @@
 
 use tch::Tensor;
 
-use flowhn_nn::{Bias, Init, Linear, Path, Residual, RmsNorm};
+use flowhn_nn::{Activations, Bias, Init, Linear, Path, Residual, RmsNorm};
 use flowhn_torch::{Error, Result, check};
 
-use crate::{Route, merge, merge_residual, merge_residual_norm, merge_sums};
+use crate::merge::merge_sums_for;
+use crate::{Route, merge, merge_residual, merge_residual_norm};
 
 /// A way to fuse the branches.
 #[derive(Clone, Copy, Debug, PartialEq)]
@@ -207,7 +208,8 @@ impl Fusion {
     }
 
     /// [`Fusion::forward_residual`] and the norm of its result, in one pass where no product stands between. What the branches' last
-    /// sublayers add is added on the way.
+    /// sublayers add is added on the way. `reader` is the projection that alone reads the norm, if it is one: what that multiplies in fp8
+    /// may be rounded here.
     ///
     /// # Shapes
     /// As [`Fusion::forward_residual`]; the norm is over `d_model`.
@@ -221,22 +223,26 @@ impl Fusion {
         s: Option<&Residual>,
         attn: &Route,
         ssm: &Route,
-        norm: &RmsNorm,
-    ) -> Result<(Tensor, Tensor)> {
+        (norm, reader): (&RmsNorm, Option<&Linear>),
+    ) -> Result<(Tensor, Activations)> {
         const OP: &str = "fusion";
+        let normed = |x: &Tensor, delta: Option<&Tensor>| match reader {
+            Some(reader) => norm.forward_residual_for(reader, x, delta),
+            None => norm.forward_residual(x, delta).map(|(sum, normed)| (sum, normed.into())),
+        };
         if let (Form::Proj(proj), Topology::Split, Some(a), Some(s)) = (&self.form, self.shape.topology, a, s) {
             let _checked = self.outputs(OP, Some(&a.x), Some(&s.x), attn, ssm)?;
-            return norm.forward_residual(x_bld, Some(&proj.forward(&merge_sums(a, s, attn, ssm)?)?));
+            let projected = proj.forward(merge_sums_for(proj, a, s, attn, ssm)?)?;
+            return normed(x_bld, Some(&projected));
         }
         let [a, s] = [a, s].map(|x| x.map(Residual::sum).transpose());
         let (a_bnd, s_bmd) = self.outputs(OP, a?.as_ref(), s?.as_ref(), attn, ssm)?;
         match (&self.form, self.shape.topology) {
-            (Form::Proj(_), _) | (_, Topology::Both) => {
-                norm.forward_residual(x_bld, Some(&self.fuse(&a_bnd, &s_bmd, attn, ssm)?))
-            }
+            (Form::Proj(_), _) | (_, Topology::Both) => normed(x_bld, Some(&self.fuse(&a_bnd, &s_bmd, attn, ssm)?)),
             (Form::Plain | Form::Mean | Form::Gated { .. }, _) => {
                 let (a_bnd, s_bmd) = self.gated(a_bnd, s_bmd)?;
-                merge_residual_norm(x_bld, &a_bnd, &s_bmd, attn, ssm, norm)
+                let (sum_bld, normed_bld) = merge_residual_norm(x_bld, &a_bnd, &s_bmd, attn, ssm, norm)?;
+                Ok((sum_bld, normed_bld.into()))
             }
         }
     }

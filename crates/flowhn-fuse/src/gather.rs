@@ -4,7 +4,7 @@
 
 use tch::Tensor;
 
-use flowhn_nn::{RmsNorm, residual_norm, rms_norm};
+use flowhn_nn::{Activations, Fp8Place, Linear, RmsNorm, residual_norm, residual_norm_to, rms_norm};
 use flowhn_torch::{BackwardCtx, Error, ForwardCtx, Function, Result, apply, check};
 
 use crate::cuda::{GatherNorm, SplitNorm};
@@ -132,22 +132,27 @@ pub(crate) fn normed_split(
         let attn_bnd = rms_norm(&a_bnd, weights[0], eps[0])?;
         return Ok(SplitNormed { attn_bnd, ssm_bmd: rms_norm(&s_bmd, weights[1], eps[1])?, sum_bld });
     }
-    let [sum_bld, attn_bnd, ssm_bmd] = apply_split_norm(x_bld, delta_bld, attn, ssm, weights, eps[0], false)?;
+    let [sum_bld, attn_bnd, ssm_bmd] = apply_split_norm(x_bld, delta_bld, attn, ssm, weights, eps[0], None)?;
     Ok(SplitNormed { sum_bld, attn_bnd, ssm_bmd })
 }
 
 /// What [`split_norm_tokens`] returns.
 #[derive(Debug)]
 pub struct SplitTokens {
-    /// The sum and the normed tokens of each branch.
-    pub normed: SplitNormed,
+    /// `x + delta`, or `x` where nothing is added: `[batch, seq_len, d]`.
+    pub sum_bld: Tensor,
     /// The attention branch's tokens of the sum: `[batch, attn.len(), d]`.
     pub attn_bnd: Tensor,
+    /// The same, normed.
+    pub attn_normed: Activations,
     /// The state-space branch's tokens of the sum: `[batch, ssm.len(), d]`.
     pub ssm_bmd: Tensor,
+    /// The same, normed.
+    pub ssm_normed: Activations,
 }
 
-/// [`split_norm`] for branches that also go on with their tokens as they are, as where a branch has a residual of its own.
+/// [`split_norm`] for branches that also go on with their tokens as they are, as where a branch has a residual of its own. `readers` are
+/// the projections, attention's first, that alone read the normed tokens, where there are such: what they multiply in fp8 is rounded here.
 ///
 /// On CUDA one pass over the sequence forward and one backward, in which the gradients of the sum, of its tokens and of their norms
 /// become one.
@@ -163,8 +168,9 @@ pub struct SplitTokens {
 /// let norm = RmsNorm::new(&mut params.root(), "norm", 1, 0.)?;
 /// let x = Tensor::ones([1, 3, 1], (Kind::Float, Device::Cpu));
 /// let (attn, ssm) = (Route::new(3, &[2..3], Device::Cpu)?, Route::new(3, &[0..2], Device::Cpu)?);
-/// let split = split_norm_tokens(&x, Some(&x), &attn, &ssm, &norm, &norm)?;
-/// assert_eq!((split.attn_bnd.double_value(&[0, 0, 0]), split.normed.attn_bnd.double_value(&[0, 0, 0])), (2., 1.));
+/// let split = split_norm_tokens(&x, Some(&x), &attn, &ssm, [&norm, &norm], [None, None])?;
+/// let normed = split.attn_normed.values()?;
+/// assert_eq!((split.attn_bnd.double_value(&[0, 0, 0]), normed.double_value(&[0, 0, 0])), (2., 1.));
 /// # Ok::<(), flowhn_fuse::Error>(())
 /// ```
 ///
@@ -175,12 +181,12 @@ pub fn split_norm_tokens(
     delta_bld: Option<&Tensor>,
     attn: &Route,
     ssm: &Route,
-    attn_norm: &RmsNorm,
-    ssm_norm: &RmsNorm,
+    norms: [&RmsNorm; 2],
+    readers: [Option<&Linear>; 2],
 ) -> Result<SplitTokens> {
-    let norms = [attn_norm, ssm_norm];
     let [attn_weight, ssm_weight] = checked_weights("split_norm_tokens", x_bld, delta_bld, [attn, ssm], norms)?;
-    normed_split_tokens(x_bld, delta_bld, attn, ssm, [&attn_weight, &ssm_weight], norms.map(RmsNorm::eps))
+    let weights = [&attn_weight, &ssm_weight];
+    normed_split_tokens(x_bld, delta_bld, attn, ssm, weights, norms.map(RmsNorm::eps), readers)
 }
 
 /// [`split_norm_tokens`] with the weights at hand, attention's first.
@@ -191,19 +197,31 @@ pub(crate) fn normed_split_tokens(
     ssm: &Route,
     weights: [&Tensor; 2],
     eps: [f64; 2],
+    readers: [Option<&Linear>; 2],
 ) -> Result<SplitTokens> {
+    let (batch, d) = (x_bld.size()[0], x_bld.size()[2]);
+    let place = |reader: Option<&Linear>, route: &Route| -> Result<Option<Fp8Place>> {
+        let Some(reader) = reader else { return Ok(None) };
+        reader.fp8_place(&[batch, route.len() as i64, d], x_bld.kind())
+    };
+    let places = [place(readers[0], attn)?, place(readers[1], ssm)?];
+    let given = places.clone();
+    let [attn_place, ssm_place] = places;
     if !is_fused(x_bld, attn, ssm, eps) {
         let sum_bld = delta_bld.map_or_else(|| Ok(x_bld.shallow_clone()), |delta| x_bld.f_add(delta))?;
         let (sum_bld, a_bnd, s_bmd) = split_residual(&sum_bld, attn, ssm)?;
-        let (a_bnd, normed_bnd) = residual_norm(&a_bnd, None, weights[0], eps[0])?;
-        let (s_bmd, normed_bmd) = residual_norm(&s_bmd, None, weights[1], eps[1])?;
-        let normed = SplitNormed { sum_bld, attn_bnd: normed_bnd, ssm_bmd: normed_bmd };
-        return Ok(SplitTokens { normed, attn_bnd: a_bnd, ssm_bmd: s_bmd });
+        let [given_attn, given_ssm] = given;
+        let (attn_bnd, attn_normed) = residual_norm_to(given_attn, &a_bnd, None, weights[0], eps[0])?;
+        let (ssm_bmd, ssm_normed) = residual_norm_to(given_ssm, &s_bmd, None, weights[1], eps[1])?;
+        let attn_normed = Activations::new(attn_normed, attn_place);
+        let ssm_normed = Activations::new(ssm_normed, ssm_place);
+        return Ok(SplitTokens { sum_bld, attn_bnd, attn_normed, ssm_bmd, ssm_normed });
     }
-    let [sum_bld, normed_bnd, normed_bmd, attn_bnd, ssm_bmd] =
-        apply_split_norm(x_bld, delta_bld, attn, ssm, weights, eps[0], true)?;
-    let normed = SplitNormed { sum_bld, attn_bnd: normed_bnd, ssm_bmd: normed_bmd };
-    Ok(SplitTokens { normed, attn_bnd, ssm_bmd })
+    let [sum_bld, attn_normed, ssm_normed, attn_bnd, ssm_bmd] =
+        apply_split_norm(x_bld, delta_bld, attn, ssm, weights, eps[0], Some(given))?;
+    let attn_normed = Activations::new(attn_normed, attn_place);
+    let ssm_normed = Activations::new(ssm_normed, ssm_place);
+    Ok(SplitTokens { sum_bld, attn_bnd, attn_normed, ssm_bmd, ssm_normed })
 }
 
 /// Whether one kernel does a split and the norms behind it.
@@ -218,11 +236,13 @@ fn apply_split_norm<const N: usize>(
     ssm: &Route,
     weights: [&Tensor; 2],
     eps: f64,
-    with_tokens: bool,
+    with_tokens: Option<[Option<Fp8Place>; 2]>,
 ) -> Result<[Tensor; N]> {
     let inputs: Vec<&Tensor> =
         [Some(x_bld), Some(weights[0]), Some(weights[1]), delta_bld].into_iter().flatten().collect();
-    let function = SplitNorm { attn: attn.clone(), ssm: ssm.clone(), eps, n_inputs: inputs.len(), with_tokens };
+    let (attn, ssm) = (attn.clone(), ssm.clone());
+    let (n_inputs, with_tokens, places) = (inputs.len(), with_tokens.is_some(), with_tokens.unwrap_or_default());
+    let function = SplitNorm { attn, ssm, eps, n_inputs, with_tokens, places };
     let outputs = apply(function, &inputs)?;
     outputs.try_into().map_err(|_| Error::invalid("split_norm", "the function lost its outputs"))
 }

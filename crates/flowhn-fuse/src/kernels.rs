@@ -11,6 +11,13 @@ pub(crate) static TOKENS: KernelSource =
 pub(crate) static ROUTED_NORM: KernelSource =
     KernelSource { name: "routed_norm.cu", text: include_str!("../kernels/routed_norm.cu"), headers: &[] };
 
+/// Two sums and their merge, rounded to fp8.
+pub(crate) static MERGE_FP8: KernelSource =
+    KernelSource { name: "merge_fp8.cu", text: include_str!("../kernels/merge_fp8.cu"), headers: &[] };
+
+/// The macros of [`MERGE_FP8`]: E4M3.
+pub(crate) const MERGE_FP8_DEFINES: &[(&str, i64)] = &[("FORMAT", 0)];
+
 /// Every kernel of this crate with the variants in use; a test compiles them all.
 pub const KERNELS: &[KernelSpec] = &[
     KernelSpec {
@@ -38,13 +45,23 @@ pub const KERNELS: &[KernelSpec] = &[
             &routed_norm(RowForm::new(2, 512, 1), 1, true),
             &routed_norm(RowForm::new(3, 256, 1), 1, false),
             &routed_norm(RowForm::new(4, 1024, 1), 1, false),
+            &routed_norm_fp8(RowForm::new(1, 512, 2)),
+            &routed_norm_fp8(RowForm::new(2, 1024, 1)),
+            &routed_norm_fp8(RowForm::new(3, 256, 2)),
             &routed_norm(RowForm::new(4, 1024, 1), 1, true),
         ],
     },
+    KernelSpec { source: &MERGE_FP8, variants: &[MERGE_FP8_DEFINES] },
 ];
 
 /// The macros of `routed_norm.cu`.
 pub(crate) const fn routed_norm(form: RowForm, x_kind: i64, branch_grads: bool) -> [(&'static str, i64); 5] {
     let [x_kind, vectors, threads, blocks] = form.defines(x_kind);
     [x_kind, vectors, threads, blocks, ("BRANCH_GRADS", branch_grads as i64)]
+}
+
+/// The macros of the forward pass of `routed_norm.cu` that rounds.
+pub(crate) const fn routed_norm_fp8(form: RowForm) -> [(&'static str, i64); 6] {
+    let [x_kind, vectors, threads, blocks, rows] = form.fp8_defines();
+    [x_kind, vectors, threads, blocks, rows, ("BRANCH_GRADS", 0)]
 }

@@ -4,7 +4,7 @@
 
 use tch::Tensor;
 
-use flowhn_nn::{Residual, RmsNorm, residual_norm};
+use flowhn_nn::{Activations, Fp8Place, Linear, Residual, RmsNorm, residual_norm};
 use flowhn_torch::{BackwardCtx, Error, ForwardCtx, Function, Result, apply, check};
 
 use crate::cuda::MergeResidualNorm;
@@ -74,7 +74,33 @@ pub fn merge_sums(a: &Residual, s: &Residual, attn: &Route, ssm: &Route) -> Resu
     if attn.is_empty() || ssm.is_empty() {
         return merge(&a.sum()?, &s.sum()?, attn, ssm);
     }
-    one(apply(MergeSums { attn: attn.clone(), ssm: ssm.clone() }, &[&a.x, &s.x, da_bnd, ds_bmd])?)
+    let function = MergeSums { attn: attn.clone(), ssm: ssm.clone(), is_read_in_fp8: false, place: None };
+    one(apply(function, &[&a.x, &s.x, da_bnd, ds_bmd])?)
+}
+
+/// [`merge_sums`] for one reader: what that multiplies in fp8 is rounded in the same pass where the tokens of a branch are neighbours,
+/// and gradients are then handed to the branches as views, since what rounds them takes those as they are.
+pub(crate) fn merge_sums_for(
+    reader: &Linear,
+    a: &Residual,
+    s: &Residual,
+    attn: &Route,
+    ssm: &Route,
+) -> Result<Activations> {
+    let in_one_pass = || -> Result<Option<Activations>> {
+        let (Some(da_bnd), Some(ds_bmd), true) = (&a.change, &s.change, cuda::rounds_merge(a, s, attn, ssm)) else {
+            return Ok(None);
+        };
+        let shape = [a.x.size()[0], attn.seq_len() as i64, a.x.size()[2]];
+        let Some(place) = reader.fp8_place(&shape, a.x.kind())? else { return Ok(None) };
+        let (attn, ssm, place) = (attn.clone(), ssm.clone(), Some(place));
+        let function = MergeSums { attn, ssm, is_read_in_fp8: true, place: place.clone() };
+        Ok(Some(Activations::new(one(apply(function, &[&a.x, &s.x, da_bnd, ds_bmd])?)?, place)))
+    };
+    match in_one_pass()? {
+        Some(merged) => Ok(merged),
+        None => Ok(merge_sums(a, s, attn, ssm)?.into()),
+    }
 }
 
 /// `x_bld + merge(a, s)` in one pass over the sequence: the residual add of a block.
@@ -215,6 +241,9 @@ impl Function for Merge {
 struct MergeSums {
     attn: Route,
     ssm: Route,
+    is_read_in_fp8: bool,
+    /// Where the merged tokens go, until they are there.
+    place: Option<Fp8Place>,
 }
 
 impl Function for MergeSums {
@@ -222,11 +251,16 @@ impl Function for MergeSums {
 
     fn forward(&mut self, _ctx: &mut ForwardCtx, inputs: &[&Tensor]) -> Result<Vec<Tensor>> {
         let [a_bnd, s_bmd, da_bnd, ds_bmd] = inputs else { unreachable!("four inputs") };
-        Ok(vec![cuda::merge_sums([a_bnd, s_bmd], [da_bnd, ds_bmd], &self.attn, &self.ssm)?])
+        let (branches, changes) = ([*a_bnd, *s_bmd], [*da_bnd, *ds_bmd]);
+        Ok(vec![match self.place.take() {
+            Some(place) => cuda::merge_sums_fp8(branches, changes, &self.attn, &self.ssm, &place)?,
+            None => cuda::merge_sums(branches, changes, &self.attn, &self.ssm)?,
+        }])
     }
 
     fn backward(&self, _ctx: &BackwardCtx, grads: &[Tensor]) -> Result<Vec<Option<Tensor>>> {
-        let (a_bnd, s_bmd) = pieces::take_grads(&grads[0], &self.attn, &self.ssm)?;
+        let take = if self.is_read_in_fp8 { pieces::take_both } else { pieces::take_grads };
+        let (a_bnd, s_bmd) = take(&grads[0], &self.attn, &self.ssm)?;
         Ok(vec![Some(a_bnd.shallow_clone()), Some(s_bmd.shallow_clone()), Some(a_bnd), Some(s_bmd)])
     }
 }

@@ -2,6 +2,8 @@
 
 // b batch, l seq_len, n and m tokens of one branch, d features
 
+mod fp8;
+
 use flowhn_torch::testing::{Case, Rule, noise, same_bits};
 use flowhn_torch::{Error, Result};
 use tch::{Device, Kind, Tensor};
@@ -36,6 +38,7 @@ pub fn cases() -> Vec<Case> {
         let runs = runs.clone();
         cases.push(Case::new(format!("split and merge: {name}, every dtype"), move |device| copies(&runs, device)));
     }
+    cases.extend(fp8::cases());
     cases
 }
 
@@ -164,13 +167,16 @@ fn split_norm_tokens(runs: &[usize], d: i64, kind: Kind, device: Device) -> Resu
     let kernel = |x: &[Tensor]| {
         let (view, delta, weights) = (part(&x[0], d), part(&x[1], d), [&x[2], &x[3]]);
         let mut outputs = Vec::new();
-        let first = normed_split_tokens(&view, Some(&delta), &attn, &ssm, weights, [EPS; 2])?;
-        let second = normed_split_tokens(&first.normed.sum_bld, None, &attn, &ssm, weights, [EPS; 2])?;
+        let split = |x: &Tensor, delta: Option<&Tensor>| {
+            normed_split_tokens(x, delta, &attn, &ssm, weights, [EPS; 2], [None, None])
+        };
+        let first = split(&view, Some(&delta))?;
+        let second = split(&first.sum_bld, None)?;
         for split in [&first, &second] {
-            outputs.extend([split.normed.attn_bnd.shallow_clone(), split.normed.ssm_bmd.shallow_clone()]);
+            outputs.extend([split.attn_normed.values()?.shallow_clone(), split.ssm_normed.values()?.shallow_clone()]);
             outputs.extend([split.attn_bnd.transpose(0, 1), &split.ssm_bmd * 2.]);
         }
-        outputs.push(second.normed.sum_bld);
+        outputs.push(second.sum_bld);
         Ok(outputs)
     };
     let plain = |x: &[Tensor]| {

@@ -131,15 +131,15 @@ impl Block {
         let (a, s, attn, ssm) = (a_bnd.as_ref(), s_bmd.as_ref(), &routes.attn, &routes.ssm);
         match &self.tail {
             BlockTail::Released { norm, proj } => {
-                let (x_bld, normed_bld) = self.fusion.forward_residual_norm(&x_bld, a, s, attn, ssm, norm)?;
-                Ok(Residual { x: x_bld, change: Some(proj.forward(&normed_bld)?) })
+                let (x_bld, normed_bld) =
+                    self.fusion.forward_residual_norm(&x_bld, a, s, attn, ssm, (norm, Some(proj)))?;
+                Ok(Residual { x: x_bld, change: Some(proj.forward(normed_bld)?) })
             }
             BlockTail::Flow(Some(mlp)) => {
-                let (x_bld, normed_bld) = self.fusion.forward_residual_norm(&x_bld, a, s, attn, ssm, mlp.norm())?;
-                let normed_bld = timeline::pass(&normed_bld, parts::MLP, parts::FUSION)?;
-                Ok(mlp
-                    .forward_normed(x_bld, &normed_bld)?
-                    .map_last(|x| timeline::pass(x, parts::FUSION, parts::MLP))?)
+                let norm = (mlp.norm(), Some(mlp.in_proj()));
+                let (x_bld, normed_bld) = self.fusion.forward_residual_norm(&x_bld, a, s, attn, ssm, norm)?;
+                let normed_bld = normed_bld.pass(|x| timeline::pass(x, parts::MLP, parts::FUSION))?;
+                Ok(mlp.forward_normed(x_bld, normed_bld)?.map_last(|x| timeline::pass(x, parts::FUSION, parts::MLP))?)
             }
             BlockTail::Flow(None) => {
                 let [a_bnd, s_bmd] = [a, s].map(|x| x.map(Residual::sum).transpose());
@@ -162,13 +162,15 @@ impl Block {
                 (Some(attn), Some(ssm)) if !(attn_route.is_empty() || ssm_route.is_empty()) => {
                     let norms = (attn.norm(), ssm.norm());
                     if attn.has_tail() {
-                        let split = split_norm_tokens(x_bld, change, attn_route, ssm_route, norms.0, norms.1)?;
-                        let attn = BranchInput::Both { x_bnd: split.attn_bnd, normed_bnd: split.normed.attn_bnd };
-                        let ssm = BranchInput::Both { x_bnd: split.ssm_bmd, normed_bnd: split.normed.ssm_bmd };
-                        return Ok((split.normed.sum_bld, attn, ssm));
+                        let readers = [attn.mixer().in_proj(), Some(ssm.mixer().in_proj())];
+                        let split = split_norm_tokens(x_bld, change, attn_route, ssm_route, norms.into(), readers)?;
+                        let attn = BranchInput::Both { x_bnd: split.attn_bnd, normed_bnd: split.attn_normed };
+                        let ssm = BranchInput::Both { x_bnd: split.ssm_bmd, normed_bnd: split.ssm_normed };
+                        return Ok((split.sum_bld, attn, ssm));
                     }
                     let normed = split_norm(x_bld, change, attn_route, ssm_route, norms.0, norms.1)?;
-                    let (attn, ssm) = (BranchInput::Normed(normed.attn_bnd), BranchInput::Normed(normed.ssm_bmd));
+                    let (attn, ssm) =
+                        (BranchInput::Normed(normed.attn_bnd.into()), BranchInput::Normed(normed.ssm_bmd.into()));
                     return Ok((normed.sum_bld, attn, ssm));
                 }
                 (Some(attn), None) if attn_route.is_all() => return read_alike(stream, attn.norm()),
@@ -213,7 +215,7 @@ impl Block {
             return Ok(None);
         }
         let (x_bnd, normed_bnd) = input.normed_by(branch.norm())?;
-        branch.forward(x_bnd.as_ref(), &normed_bnd, None, &ctx, cache).map(Some)
+        branch.forward(x_bnd.as_ref(), normed_bnd, None, &ctx, cache).map(Some)
     }
 
     /// The state-space branch on its tokens.
@@ -234,7 +236,7 @@ impl Block {
 /// reads nothing.
 fn read_alike(stream: &Residual, norm: &RmsNorm) -> Result<(Tensor, BranchInput, BranchInput)> {
     let (x_bld, normed_bld) = norm.forward_residual(&stream.x, stream.change.as_ref())?;
-    let input = || BranchInput::Both { x_bnd: x_bld.shallow_clone(), normed_bnd: normed_bld.shallow_clone() };
+    let input = || BranchInput::Both { x_bnd: x_bld.shallow_clone(), normed_bnd: (&normed_bld).into() };
     let (attn, ssm) = (input(), input());
     Ok((x_bld, attn, ssm))
 }

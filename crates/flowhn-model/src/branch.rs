@@ -1,7 +1,7 @@
 //! One branch of a block: norm, mixer and, in the released block, a residual and an MLP of its own.
 
 use flowhn_attn::{AttnContext, AttnInit, AttnMixer, KvCache};
-use flowhn_nn::{Bias, Path, Residual, RmsNorm, SwiGluMlp};
+use flowhn_nn::{Activations, Bias, Linear, Path, Residual, RmsNorm, SwiGluMlp};
 use flowhn_ssm::{SsmMixer, SsmState};
 use flowhn_torch::{Stream, record_stream, timeline};
 use tch::Tensor;
@@ -34,8 +34,13 @@ impl MlpSublayer {
         &self.norm
     }
 
+    /// The projection that alone reads the normed tokens.
+    pub fn in_proj(&self) -> &Linear {
+        self.mlp.gate_up_proj()
+    }
+
     /// The sublayer on tokens of which the norm is known.
-    pub fn forward_normed(&self, x_bld: Tensor, normed_bld: &Tensor) -> Result<Residual> {
+    pub fn forward_normed(&self, x_bld: Tensor, normed_bld: impl Into<Activations>) -> Result<Residual> {
         Ok(Residual { x: x_bld, change: Some(self.mlp.forward(normed_bld)?) })
     }
 }
@@ -46,9 +51,9 @@ pub(crate) enum BranchInput {
     /// Its tokens.
     Tokens(Tensor),
     /// Its tokens after its norm, where it needs them no other way.
-    Normed(Tensor),
+    Normed(Activations),
     /// Both.
-    Both { x_bnd: Tensor, normed_bnd: Tensor },
+    Both { x_bnd: Tensor, normed_bnd: Activations },
 }
 
 impl BranchInput {
@@ -57,33 +62,34 @@ impl BranchInput {
         let pass = |x: &Tensor| timeline::pass(x, inside, outside);
         Ok(match self {
             Self::Tokens(x_bnd) => Self::Tokens(pass(x_bnd)?),
-            Self::Normed(normed_bnd) => Self::Normed(pass(normed_bnd)?),
+            Self::Normed(normed_bnd) => Self::Normed(normed_bnd.pass(pass)?),
             Self::Both { x_bnd, normed_bnd } => {
-                Self::Both { x_bnd: x_bnd.shallow_clone(), normed_bnd: pass(normed_bnd)? }
+                Self::Both { x_bnd: x_bnd.shallow_clone(), normed_bnd: normed_bnd.pass(pass)? }
             }
         })
     }
 
     /// The tokens, if the branch still adds them to its output, and the normed tokens.
-    pub fn normed_by(&self, norm: &RmsNorm) -> Result<(Option<Tensor>, Tensor)> {
+    pub fn normed_by(&self, norm: &RmsNorm) -> Result<(Option<Tensor>, Activations)> {
         match self {
-            Self::Normed(normed_bnd) => Ok((None, normed_bnd.shallow_clone())),
-            Self::Both { x_bnd, normed_bnd } => Ok((Some(x_bnd.shallow_clone()), normed_bnd.shallow_clone())),
+            Self::Normed(normed_bnd) => Ok((None, normed_bnd.into())),
+            Self::Both { x_bnd, normed_bnd } => Ok((Some(x_bnd.shallow_clone()), normed_bnd.into())),
             Self::Tokens(x_bnd) => {
                 let (x_bnd, normed_bnd) = norm.forward_residual(x_bnd, None)?;
-                Ok((Some(x_bnd), normed_bnd))
+                Ok((Some(x_bnd), normed_bnd.into()))
             }
         }
     }
 
     /// Keeps the memory of its tensors until `stream` is done with it.
     pub fn record_stream(&self, stream: Stream) -> Result<()> {
-        let (first, second) = match self {
-            Self::Tokens(x) | Self::Normed(x) => (x, None),
-            Self::Both { x_bnd, normed_bnd } => (x_bnd, Some(normed_bnd)),
+        let (tokens, normed) = match self {
+            Self::Tokens(x_bnd) => (Some(x_bnd), None),
+            Self::Normed(normed_bnd) => (None, Some(normed_bnd)),
+            Self::Both { x_bnd, normed_bnd } => (Some(x_bnd), Some(normed_bnd)),
         };
-        record_stream(first, stream)?;
-        second.map_or(Ok(()), |second| Ok(record_stream(second, stream)?))
+        tokens.map_or(Ok(()), |x_bnd| record_stream(x_bnd, stream))?;
+        normed.map_or(Ok(()), |normed_bnd| Ok(normed_bnd.record_stream(stream)?))
     }
 
     /// The tokens as they are, if they were kept.
@@ -106,8 +112,8 @@ impl BranchTail {
     fn forward(&self, x_bnd: &Tensor, mixed_bnd: Tensor) -> Result<Residual> {
         match &self.mlp {
             Some(mlp) => {
-                let (h_bnd, normed_bnd) = mlp.norm().forward_residual(x_bnd, Some(&mixed_bnd))?;
-                mlp.forward_normed(h_bnd, &normed_bnd)
+                let (h_bnd, normed_bnd) = mlp.norm().forward_residual_for(mlp.in_proj(), x_bnd, Some(&mixed_bnd))?;
+                mlp.forward_normed(h_bnd, normed_bnd)
             }
             None => Ok(Residual { x: x_bnd.shallow_clone(), change: Some(mixed_bnd) }),
         }
@@ -156,7 +162,7 @@ impl AttnBranch {
     pub fn forward(
         &self,
         x_bnd: Option<&Tensor>,
-        normed_bnd: &Tensor,
+        normed_bnd: impl Into<Activations>,
         source_bld: Option<&Tensor>,
         ctx: &AttnContext,
         cache: Option<&mut KvCache>,
@@ -192,6 +198,10 @@ impl SsmBranch {
 
     pub fn norm(&self) -> &RmsNorm {
         &self.norm
+    }
+
+    pub fn mixer(&self) -> &SsmMixer {
+        &self.mixer
     }
 
     pub fn forward(

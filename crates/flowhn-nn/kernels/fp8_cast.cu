@@ -2,7 +2,7 @@
 //
 //   y = round(x scale)     y_t = y^T     largest = max(largest, max |x|)
 //
-//   x  [n_rows, n_cols], bf16, rows `row_stride` apart          slot  f32: inverse, scale, largest, held (fp8_scales.cu)
+//   x  [outer, inner, n_cols], bf16, last axis dense            slot  f32: inverse, scale, largest, held (fp8_scales.cu)
 //   y  [n_padded, n_cols], y_t  [n_cols, n_padded], fp8         n_cols, n_padded  multiples of 16
 //
 // Rounding is to nearest even; what is finite and too large becomes the largest number; what is infinite becomes NaN. Rows past the last
@@ -20,7 +20,7 @@
 #if __CUDA_ARCH__ >= 890
 // Either of `y` and `y_t` may be null.
 extern "C" __global__ void __launch_bounds__(THREADS) fp8_cast(
-    const bf16* __restrict__ x, i64 row_stride, unsigned char* __restrict__ y, unsigned char* __restrict__ y_t,
+    const bf16* __restrict__ x, i64 outer_stride, i64 inner_stride, int inner, unsigned char* __restrict__ y, unsigned char* __restrict__ y_t,
     float* __restrict__ slot, int n_rows, int n_padded, int n_cols) {
     __shared__ uint4 tile[TILE * TILE / 16];
     int first_row = blockIdx.y * TILE, first_col = blockIdx.x * TILE, col = first_col + tile_col();
@@ -32,7 +32,9 @@ extern "C" __global__ void __launch_bounds__(THREADS) fp8_cast(
         for (int i = 0; i < 4; i++) {
             int row = first_row + 4 * tile_group(pass) + i;
             rows[pass][i] = make_uint4(0, 0, 0, 0);
-            if (col < n_cols && row < n_rows) rows[pass][i] = *reinterpret_cast<const uint4*>(x + row * row_stride + col);
+            int outer_idx = (unsigned)row / (unsigned)inner, inner_idx = row - outer_idx * inner;
+            const bf16* from = x + outer_idx * outer_stride + inner_idx * inner_stride + col;
+            if (col < n_cols && row < n_rows) rows[pass][i] = *reinterpret_cast<const uint4*>(from);
         }
     }
     float scale = slot[1], most = 0.f;

@@ -12,10 +12,15 @@
 // As in rms_norm.cu a team of threads holds one row of one group in registers and a block keeps its part of dweight there;
 // blockIdx.y is the group. The gate is computed again backward: that is cheaper than to keep it.
 //
+// With FP8_ROWS the forward pass leaves y rounded to fp8, as in rms_norm.cu.
+//
 // X_KIND: dtype of all but weight and rstd; VECS: vectors a thread; MAX_THREADS, MIN_BLOCKS:
-// bounds of the block and of the blocks of a multiprocessor.
+// bounds of the block and of the blocks of a multiprocessor; FP8_ROWS: the rows of a block of the forward pass alone, or 0.
 #include "rows.cuh"
 #include "smem.cuh"
+#if FP8_ROWS
+#include "fp8_rows.cuh"
+#endif
 
 typedef DtypeOf<X_KIND>::type X;
 
@@ -25,9 +30,14 @@ __device__ __forceinline__ float gate_sigmoid(float z) {
     else return sigmoid(z);
 }
 
+#if FP8_ROWS == 0 || __CUDA_ARCH__ >= 890
 extern "C" __global__ void __launch_bounds__(MAX_THREADS, MIN_BLOCKS)
 gated_rms_norm_forward(const X* x, const X* z, const float* weight, X* y, float* rstd, i64 x_outer, i64 x_inner, i64 z_outer,
-                       i64 z_inner, int n_rows, int inner, int d, int team_size, int aligned, float eps) {
+                       i64 z_inner, int n_rows, int inner, int d, int team_size, int aligned, float eps
+#if FP8_ROWS
+                       , unsigned char* y8, unsigned char* y8_t, float* slot, int n_padded
+#endif
+) {
     __shared__ float slots[64];
     Team team(team_size);
     TeamSum team_sum(slots);
@@ -36,7 +46,13 @@ gated_rms_norm_forward(const X* x, const X* z, const float* weight, X* y, float*
         int group = blockIdx.y, n_groups = gridDim.y;
         float w[VECS][VEC];
         load_weight(w, weight + group * d, team, width);
-        for (i64 next = blockIdx.x * team.n + team.idx; next < n_rows; next += gridDim.x * team.n) {
+#if FP8_ROWS
+        Fp8Rows out(y8, y8_t, slot, blockIdx.x * FP8_ROWS, n_rows, n_padded, n_groups * d, group * d, d);
+        i64 next = out.first_row + team.idx, end = out.end(), step = team.n;
+#else
+        i64 next = blockIdx.x * team.n + team.idx, end = n_rows, step = gridDim.x * team.n;
+#endif
+        for (; next < end; next += step) {
             int row = (int)next, outer_idx = (unsigned)row / (unsigned)inner, inner_idx = row - outer_idx * inner;
             Pack<X> xs[VECS], zs[VECS];
             load_row(xs, x + RowStrides{x_outer, x_inner}.start(outer_idx, inner_idx) + group * d, team, width);
@@ -58,16 +74,29 @@ gated_rms_norm_forward(const X* x, const X* z, const float* weight, X* y, float*
             for (int v = 0; v < VECS; v++) {
                 #pragma unroll
                 for (int i = 0; i < VEC; i++) u[v][i] = u[v][i] * r * w[v][i];
-                Pack<X> out;
-                out.set(u[v]);
-                store_vector(out, y + ((i64)row * n_groups + group) * d, v, team, width);
+                Pack<X> normed;
+                normed.set(u[v]);
+#if FP8_ROWS
+                out.put(normed, row, team.column(v));
+#else
+                store_vector(normed, y + ((i64)row * n_groups + group) * d, v, team, width);
+#endif
             }
         }
+#if FP8_ROWS
+        pass_last_round(next - out.first_row, end - out.first_row, team);
+        out.finish();
+    };
+    run(Flag<true>());
+#else
     };
     if (aligned) run(Flag<true>());
     else run(Flag<false>());
+#endif
 }
+#endif
 
+#if FP8_ROWS == 0
 extern "C" __global__ void __launch_bounds__(MAX_THREADS, MIN_BLOCKS)
 gated_rms_norm_backward(const X* x, const X* z, const X* dy, const float* weight, const float* rstd, X* dx, X* dz,
                         float* partials, i64 x_outer, i64 x_inner, i64 z_outer, i64 z_inner, i64 dy_outer, i64 dy_inner,
@@ -143,3 +172,4 @@ gated_rms_norm_backward(const X* x, const X* z, const X* dy, const float* weight
 extern "C" __global__ void __launch_bounds__(1024) sum_partials(const float* partials, float* dweight, int n_partials, int d) {
     sum_columns(partials, dweight, n_partials, d);
 }
+#endif

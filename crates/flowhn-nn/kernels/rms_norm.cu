@@ -16,16 +16,27 @@
 // their part of dweight in registers over all their rows; a block writes its sum once, and `sum_partials` adds the blocks in
 // order: no atomics, the same bits every time.
 //
+// With FP8_ROWS the forward pass leaves y rounded to fp8, y8 [n_padded, d] and y8_t [d, n_padded], with the bits that a cast of y would
+// have (fp8_rows.cuh); the block has so many neighbouring rows, and rows are aligned.
+//
 // X_KIND: dtype of all but weight and rstd; VECS: vectors a thread; MAX_THREADS, MIN_BLOCKS:
-// bounds of the block and of the blocks of a multiprocessor.
+// bounds of the block and of the blocks of a multiprocessor; FP8_ROWS: the rows of a block of the forward pass alone, or 0.
 #include "rows.cuh"
 #include "smem.cuh"
+#if FP8_ROWS
+#include "fp8_rows.cuh"
+#endif
 
 typedef DtypeOf<X_KIND>::type X;
 
+#if FP8_ROWS == 0 || __CUDA_ARCH__ >= 890
 extern "C" __global__ void __launch_bounds__(MAX_THREADS, MIN_BLOCKS)
 rms_norm_forward(const X* x, const X* delta, const float* weight, X* sum, X* y, float* rstd, i64 x_outer, i64 x_inner,
-                 i64 delta_outer, i64 delta_inner, int n_rows, int inner, int d, int team_size, int aligned, float eps) {
+                 i64 delta_outer, i64 delta_inner, int n_rows, int inner, int d, int team_size, int aligned, float eps
+#if FP8_ROWS
+                 , unsigned char* y8, unsigned char* y8_t, float* slot, int n_padded
+#endif
+) {
     __shared__ float slots[64];
     Team team(team_size);
     TeamSum team_sum(slots);
@@ -33,7 +44,13 @@ rms_norm_forward(const X* x, const X* delta, const float* weight, X* sum, X* y, 
         Width<decltype(aligned_rows)::value> width{d};
         float w[VECS][VEC];
         load_weight(w, weight, team, width);
-        for (i64 next = blockIdx.x * team.n + team.idx; next < n_rows; next += gridDim.x * team.n) {
+#if FP8_ROWS
+        Fp8Rows out(y8, y8_t, slot, blockIdx.x * FP8_ROWS, n_rows, n_padded, d, 0, d);
+        i64 next = out.first_row + team.idx, end = out.end(), step = team.n;
+#else
+        i64 next = blockIdx.x * team.n + team.idx, end = n_rows, step = gridDim.x * team.n;
+#endif
+        for (; next < end; next += step) {
             int row = (int)next, outer_idx = (unsigned)row / (unsigned)inner, inner_idx = row - outer_idx * inner;
             Pack<X> s[VECS];
             load_row(s, x + RowStrides{x_outer, x_inner}.start(outer_idx, inner_idx), team, width);
@@ -63,23 +80,36 @@ rms_norm_forward(const X* x, const X* delta, const float* weight, X* sum, X* y, 
             #pragma unroll
             for (int v = 0; v < VECS; v++) {
                 float a[VEC];
-                Pack<X> out;
+                Pack<X> normed;
                 s[v].get(a);
                 #pragma unroll
                 for (int i = 0; i < VEC; i++) a[i] *= r;
                 // The normalised value has the dtype of x before the weight multiplies it.
-                out.set(a), out.get(a);
+                normed.set(a), normed.get(a);
                 #pragma unroll
                 for (int i = 0; i < VEC; i++) a[i] *= w[v][i];
-                out.set(a);
-                store_vector(out, y + (i64)row * d, v, team, width);
+                normed.set(a);
+#if FP8_ROWS
+                out.put(normed, row, team.column(v));
+#else
+                store_vector(normed, y + (i64)row * d, v, team, width);
+#endif
             }
         }
+#if FP8_ROWS
+        pass_last_round(next - out.first_row, end - out.first_row, team);
+        out.finish();
+    };
+    run(Flag<true>());
+#else
     };
     if (aligned) run(Flag<true>());
     else run(Flag<false>());
+#endif
 }
+#endif
 
+#if FP8_ROWS == 0
 struct Backward {
     const X *s, *dy, *ds;
     const float *weight, *rstd;
@@ -180,3 +210,4 @@ residual_norm_backward(const X* s, const X* dy, const X* ds, const float* weight
 extern "C" __global__ void __launch_bounds__(1024) sum_partials(const float* partials, float* dweight, int n_partials, int d) {
     sum_columns(partials, dweight, n_partials, d);
 }
+#endif

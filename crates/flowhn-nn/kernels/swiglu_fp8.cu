@@ -75,9 +75,10 @@ extern "C" __global__ void __launch_bounds__(THREADS, 2) swiglu_backward_fp8(
         uint4 gate[4], up[4], grad[4];
         #pragma unroll
         for (int i = 0; i < 4; i++) {
-            int row = first_row + 4 * tile_group(pass) + i;
+            // Unsigned, it takes fewer registers.
+            unsigned row = first_row + 4 * tile_group(pass) + i;
             bool valid = col < f && row < n_rows;
-            const bf16* from = gate_up + row * stride + col;
+            const bf16* from = gate_up + row * (unsigned long long)stride + col;
             gate[i] = load(from, valid), up[i] = load(from + f, valid), grad[i] = load(dy + row * dy_stride + col, valid);
         }
         #pragma unroll

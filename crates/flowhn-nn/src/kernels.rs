@@ -46,16 +46,13 @@ pub(crate) static LM_HEAD_ROWS: KernelSource = KernelSource {
 pub(crate) static SCALED_CAST: KernelSource =
     KernelSource { name: "scaled_cast.cu", text: include_str!("../kernels/scaled_cast.cu"), headers: &[] };
 
-/// The tile that kernels round to fp8.
-const FP8_HEADERS: &[(&str, &str)] = &[("fp8_tile.cuh", include_str!("../kernels/fp8_tile.cuh"))];
-
 /// Rounding to fp8.
 pub(crate) static FP8_CAST: KernelSource =
-    KernelSource { name: "fp8_cast.cu", text: include_str!("../kernels/fp8_cast.cu"), headers: FP8_HEADERS };
+    KernelSource { name: "fp8_cast.cu", text: include_str!("../kernels/fp8_cast.cu"), headers: &[] };
 
 /// [`swiglu`](crate::swiglu) and its gradient, rounded to fp8.
 pub(crate) static SWIGLU_FP8: KernelSource =
-    KernelSource { name: "swiglu_fp8.cu", text: include_str!("../kernels/swiglu_fp8.cu"), headers: FP8_HEADERS };
+    KernelSource { name: "swiglu_fp8.cu", text: include_str!("../kernels/swiglu_fp8.cu"), headers: &[] };
 
 /// The scales of [`FP8_CAST`].
 pub(crate) static FP8_SCALES: KernelSource =
@@ -119,6 +116,9 @@ pub const KERNELS: &[KernelSpec] = &[
             &RowForm::new(2, 512, 2).defines(1),
             &RowForm::new(3, 256, 3).defines(1),
             &RowForm::new(2, 512, 1).defines(1),
+            &RowForm::new(1, 512, 2).fp8_defines(),
+            &RowForm::new(2, 1024, 1).fp8_defines(),
+            &RowForm::new(3, 256, 3).fp8_defines(),
             &RowForm::new(4, 1024, 1).defines(1),
         ],
     },
@@ -138,6 +138,9 @@ pub const KERNELS: &[KernelSpec] = &[
             &RowForm::new(1, 512, 1).defines(1),
             &RowForm::new(2, 256, 1).defines(1),
             &RowForm::new(3, 256, 1).defines(1),
+            &RowForm::new(1, 512, 2).fp8_defines(),
+            &RowForm::new(3, 256, 2).fp8_defines(),
+            &RowForm::new(2, 1024, 1).fp8_defines(),
             &RowForm::new(4, 1024, 1).defines(1),
         ],
     },

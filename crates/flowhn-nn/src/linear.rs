@@ -7,7 +7,7 @@ use tch::{Kind, Tensor};
 use flowhn_torch::{Result, apply};
 
 use crate::cuda::linear::LinearCuda;
-use crate::fp8::{LinearFp8, check_activations};
+use crate::fp8::{Activations, Fp8Place, LinearFp8, check_activations};
 
 use crate::{Decay, Init, Path, Weight};
 
@@ -54,14 +54,26 @@ impl Linear {
     /// Maps `[.., d_in]` to `[.., d_out]`.
     ///
     /// # Errors
-    /// [`flowhn_torch::Error::Torch`] if the last axis is not `d_in`.
-    pub fn forward(&self, x: &Tensor) -> Result<Tensor> {
-        let Some(bias) = &self.bias else { return linear(x, &self.weight) };
-        let bias = bias.to(x.kind());
-        match self.weight.takes_fp8() || meets_bf16_copy(x, &self.weight) {
-            true => Ok(linear(x, &self.weight)?.f_add(&bias)?),
-            false => Ok(x.f_linear(&self.weight.to(x.kind()), Some(&bias))?),
+    /// [`flowhn_torch::Error::Torch`] if the last axis is not `d_in`; [`flowhn_torch::Error::Invalid`] for activations that were rounded
+    /// for another projection.
+    pub fn forward(&self, x: impl Into<Activations>) -> Result<Tensor> {
+        let x = x.into();
+        let Some(bias) = &self.bias else { return product(x, &self.weight) };
+        let bias = bias.to(x.tensor().kind());
+        if self.weight.takes_fp8() || meets_bf16_copy(x.tensor(), &self.weight) {
+            return Ok(product(x, &self.weight)?.f_add(&bias)?);
         }
+        let x = x.values()?;
+        Ok(x.f_linear(&self.weight.to(x.kind()), Some(&bias))?)
+    }
+
+    /// Where a function may leave its output of this shape and type if nothing but this projection reads it; nowhere if that takes it as it
+    /// is. Hand what it left to [`Linear::forward`] as [`Activations`], before the next step begins.
+    ///
+    /// # Errors
+    /// [`flowhn_torch::Error::Torch`] if there is no memory.
+    pub fn fp8_place(&self, shape: &[i64], kind: Kind) -> Result<Option<Fp8Place>> {
+        self.weight.fp8_place(shape, kind)
     }
 
     /// The weight, `[d_out, d_in]`.
@@ -85,10 +97,16 @@ impl Linear {
 /// [`flowhn_torch::Error::Torch`] if the last axis of `x` is not that of the weight; in fp8 [`flowhn_torch::Error::Shape`], and
 /// [`flowhn_torch::Error::Dtype`] for activations that are not bf16.
 pub fn linear(x: &Tensor, weight: &Weight) -> Result<Tensor> {
+    product(x.into(), weight)
+}
+
+fn product(x: Activations, weight: &Weight) -> Result<Tensor> {
     if let Some(factors) = weight.fp8()? {
-        check_activations(x, weight)?;
-        return Ok(apply(LinearFp8(factors), &[x, weight.master()])?.swap_remove(0));
+        let (x, place) = x.into_parts();
+        check_activations(&x, weight)?;
+        return Ok(apply(LinearFp8 { factors, place }, &[&x, weight.master()])?.swap_remove(0));
     }
+    let x = x.values()?;
     if meets_bf16_copy(x, weight) {
         return Ok(apply(LinearCuda, &[x, weight.master(), &weight.bf16()?])?.swap_remove(0));
     }

@@ -11,7 +11,7 @@ use flowhn_torch::{Error, Result, apply, check};
 
 use crate::cuda::norm::{GatedRmsNormCuda, ResidualNormCuda, RmsNormCuda};
 use crate::rows::{check_weight_kind, no_kernel};
-use crate::{Decay, Init, Path, Weight};
+use crate::{Activations, Decay, Fp8Place, Init, Linear, Path, Rounding, Weight};
 
 /// Returns `x / sqrt(mean(x^2) + eps) * weight`, the mean over the last axis (Zhang and Sennrich 2019).
 ///
@@ -68,6 +68,20 @@ pub fn rms_norm(x: &Tensor, weight: &Tensor, eps: f64) -> Result<Tensor> {
 /// # Errors
 /// [`Error::Shape`], [`Error::Dtype`] or [`Error::Device`], naming the argument at fault.
 pub fn residual_norm(x: &Tensor, delta: Option<&Tensor>, weight: &Tensor, eps: f64) -> Result<(Tensor, Tensor)> {
+    residual_norm_to(None, x, delta, weight, eps)
+}
+
+/// [`residual_norm`] with the norm left where its reader wants it: with a place, the second result stands in for what is there.
+///
+/// # Errors
+/// Those of [`residual_norm`].
+pub fn residual_norm_to(
+    place: Option<Fp8Place>,
+    x: &Tensor,
+    delta: Option<&Tensor>,
+    weight: &Tensor,
+    eps: f64,
+) -> Result<(Tensor, Tensor)> {
     const OP: &str = "residual_norm";
     check_arguments(OP, x, weight)?;
     if let Some(delta) = delta {
@@ -78,12 +92,12 @@ pub fn residual_norm(x: &Tensor, delta: Option<&Tensor>, weight: &Tensor, eps: f
     match x.device() {
         Device::Cpu => {
             let sum = delta.map_or_else(|| Ok(x.shallow_clone()), |delta| x.f_add(delta))?;
-            let normed = apply(plain::RmsNormCpu { eps }, &[&sum, weight]).map(first)?;
+            let normed = apply(Rounding::new(plain::RmsNormCpu { eps }, 0, place), &[&sum, weight]).map(first)?;
             Ok((sum, normed))
         }
         Device::Cuda(_) => {
             let inputs: Vec<&Tensor> = [Some(x), Some(weight), delta].into_iter().flatten().collect();
-            let mut outputs = apply(ResidualNormCuda { eps, n_inputs: inputs.len() }, &inputs)?;
+            let mut outputs = apply(ResidualNormCuda { eps, n_inputs: inputs.len(), place }, &inputs)?;
             let normed = outputs.swap_remove(1);
             Ok((first(outputs), normed))
         }
@@ -115,6 +129,18 @@ pub fn residual_norm(x: &Tensor, delta: Option<&Tensor>, weight: &Tensor, eps: f
 /// [`Error::Shape`], [`Error::Dtype`] or [`Error::Device`], naming the argument at fault; [`Error::Invalid`] if the
 /// groups do not divide `d`.
 pub fn gated_rms_norm(x: &Tensor, z: &Tensor, weight: &Tensor, eps: f64, n_groups: i64) -> Result<Tensor> {
+    gated_rms_norm_to(None, x, z, weight, eps, n_groups)
+}
+
+/// [`gated_rms_norm`] left where its reader wants it.
+fn gated_rms_norm_to(
+    place: Option<Fp8Place>,
+    x: &Tensor,
+    z: &Tensor,
+    weight: &Tensor,
+    eps: f64,
+    n_groups: i64,
+) -> Result<Tensor> {
     const OP: &str = "gated_rms_norm";
     let d = check_arguments(OP, x, weight)?;
     check::shape(OP, "z", z, &x.size())?;
@@ -125,8 +151,11 @@ pub fn gated_rms_norm(x: &Tensor, z: &Tensor, weight: &Tensor, eps: f64, n_group
     }
     let inputs = [x, z, weight];
     match x.device() {
-        Device::Cpu => apply(gated::GatedRmsNormCpu { eps, n_groups: n_groups as usize }, &inputs).map(first),
-        Device::Cuda(_) => apply(GatedRmsNormCuda { eps, n_groups }, &inputs).map(first),
+        Device::Cpu => {
+            let norm = gated::GatedRmsNormCpu { eps, n_groups: n_groups as usize };
+            apply(Rounding::new(norm, 0, place), &inputs).map(first)
+        }
+        Device::Cuda(_) => apply(GatedRmsNormCuda { eps, n_groups, place }, &inputs).map(first),
         other => Err(no_kernel(OP, "x", other)),
     }
 }
@@ -195,12 +224,37 @@ impl RmsNorm {
         }
     }
 
+    /// [`RmsNorm::forward_residual`] for one reader of the norm: where that multiplies in fp8, the kernel of the norm rounds.
+    ///
+    /// # Errors
+    /// Those of [`residual_norm`].
+    pub fn forward_residual_for(
+        &self,
+        reader: &Linear,
+        x: &Tensor,
+        delta: Option<&Tensor>,
+    ) -> Result<(Tensor, Activations)> {
+        let place = reader.fp8_place(&x.size(), x.kind())?;
+        let (sum, normed) = residual_norm_to(place.clone(), x, delta, &self.beside(x.kind()), self.eps)?;
+        Ok((sum, Activations::new(normed, place)))
+    }
+
     /// As [`gated_rms_norm`] with this weight.
     ///
     /// # Errors
     /// Those of [`gated_rms_norm`].
     pub fn forward_gated(&self, x: &Tensor, z: &Tensor, n_groups: i64) -> Result<Tensor> {
         gated_rms_norm(x, z, &self.beside(x.kind()), self.eps, n_groups)
+    }
+
+    /// [`RmsNorm::forward_gated`] for one reader, as [`RmsNorm::forward_residual_for`].
+    ///
+    /// # Errors
+    /// Those of [`gated_rms_norm`].
+    pub fn forward_gated_for(&self, reader: &Linear, x: &Tensor, z: &Tensor, n_groups: i64) -> Result<Activations> {
+        let place = reader.fp8_place(&x.size(), x.kind())?;
+        let normed = gated_rms_norm_to(place.clone(), x, z, &self.beside(x.kind()), self.eps, n_groups)?;
+        Ok(Activations::new(normed, place))
     }
 
     /// The weight, `[d]`.

@@ -2,6 +2,7 @@
 
 mod embedding;
 mod fp8;
+mod fp8_place;
 mod head;
 mod norm;
 mod swiglu;
@@ -12,6 +13,7 @@ use flowhn_torch::testing::Case;
 pub fn cases() -> Vec<Case> {
     let mut cases = embedding::cases();
     cases.extend(fp8::cases());
+    cases.extend(fp8_place::cases());
     cases.extend(head::cases());
     cases.extend(norm::cases());
     cases.extend(swiglu::cases());

@@ -6,7 +6,7 @@ use flowhn_torch::cpu;
 use flowhn_torch::{BackwardCtx, Error, ForwardCtx, Function, Result, apply, check};
 
 use crate::cuda::swiglu::SwiGluCuda;
-use crate::fp8::{MlpFp8, check_activations};
+use crate::fp8::{Activations, MlpFp8, check_activations};
 use crate::rows::{Rows, block_rows, for_float_kind, map_blocks, no_kernel, with_contiguous_rows};
 use crate::simd::{Real, Storage, dispatch};
 use crate::{Bias, Init, Linear, Path};
@@ -82,14 +82,15 @@ impl SwiGluMlp {
     ///
     /// # Errors
     /// Those of [`Linear::forward`] and [`swiglu`].
-    pub fn forward(&self, x: &Tensor) -> Result<Tensor> {
-        let (gate_up, down) = (&self.gate_up_proj, &self.down_proj);
+    pub fn forward(&self, x: impl Into<Activations>) -> Result<Tensor> {
+        let (x, gate_up, down) = (x.into(), &self.gate_up_proj, &self.down_proj);
         if gate_up.bias().is_none()
             && let (Some(gate_up_factors), Some(down_factors)) = (gate_up.weight().fp8()?, down.weight().fp8()?)
         {
-            check_activations(x, gate_up.weight())?;
-            let inputs = [x, gate_up.weight().master(), down.weight().master()];
-            let y = apply(MlpFp8::new(gate_up_factors, down_factors), &inputs)?.swap_remove(0);
+            let (x, place) = x.into_parts();
+            check_activations(&x, gate_up.weight())?;
+            let inputs = [&x, gate_up.weight().master(), down.weight().master()];
+            let y = apply(MlpFp8::new(gate_up_factors, down_factors, place), &inputs)?.swap_remove(0);
             return Ok(down.bias().map(|bias| y.f_add(&bias.to(y.kind()))).transpose()?.unwrap_or(y));
         }
         down.forward(&swiglu(&gate_up.forward(x)?)?)

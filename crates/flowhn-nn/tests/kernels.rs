@@ -19,6 +19,9 @@ const TUNED: &[&str] = &[
     "fp8_cast FORMAT=0",
     "fp8_cast FORMAT=1",
     "swiglu_forward_fp8 FORMAT=0",
+    "swiglu_backward_fp8 FORMAT=1",
+    "rms_norm_forward X_KIND=1 VECS=2 MAX_THREADS=1024 MIN_BLOCKS=1 FP8_ROWS=32",
+    "gated_rms_norm_forward X_KIND=1 VECS=2 MAX_THREADS=1024 MIN_BLOCKS=1 FP8_ROWS=32",
 ];
 
 #[test]

@@ -97,9 +97,9 @@ fn prompt_then_tokens_equal_the_whole() {
         for prompt_len in [1, 2, 8, 22] {
             let mut state = SsmState::new(&config, 2, Device::Cpu);
             assert_eq!(state.n_bytes(), config.state_bytes(2));
-            let mut pieces = vec![mixer.forward(&x_bld.narrow(1, 0, prompt_len), None, Some(&mut state)).unwrap()];
+            let mut pieces = vec![mixer.forward(x_bld.narrow(1, 0, prompt_len), None, Some(&mut state)).unwrap()];
             for token in prompt_len..23 {
-                pieces.push(mixer.forward(&x_bld.narrow(1, token, 1), None, Some(&mut state)).unwrap());
+                pieces.push(mixer.forward(x_bld.narrow(1, token, 1), None, Some(&mut state)).unwrap());
                 state.detach();
             }
             assert_close(&format!("{config:?}"), &Tensor::cat(&pieces, 1), &whole, 1e-5);
@@ -115,7 +115,7 @@ fn packed_documents_do_not_see_each_other() {
     for config in configs() {
         let (mixer, _) = new_mixer(&config, SsmInit::Mamba);
         let packed = mixer.forward(&x_bld, Some(&reset_bl), None).unwrap();
-        let alone = |start, len| mixer.forward(&x_bld.narrow(1, start, len), None, None).unwrap();
+        let alone = |start, len| mixer.forward(x_bld.narrow(1, start, len), None, None).unwrap();
         assert_close("first", &packed.narrow(1, 0, 7), &alone(0, 7), 1e-5);
         assert_close("second", &packed.narrow(1, 7, 13), &alone(7, 13), 1e-5);
         let unpacked = mixer.forward(&x_bld, None, None).unwrap();
@@ -162,7 +162,7 @@ fn bf16_stays_near_f32() {
     for config in configs() {
         let (mixer, params) = new_mixer(&config, SsmInit::Mamba);
         let want = mixer.forward(&x_bld, None, None).unwrap();
-        let got = mixer.forward(&x_bld.to_kind(Kind::BFloat16), None, None).unwrap();
+        let got = mixer.forward(x_bld.to_kind(Kind::BFloat16), None, None).unwrap();
         assert_eq!(got.kind(), Kind::BFloat16);
         assert_close(&format!("{config:?}"), &got, &want, 0.03);
         got.sum(Kind::Float).backward();
@@ -175,7 +175,7 @@ fn f64_passes_through() {
     for config in configs() {
         let (mixer, _) = new_mixer(&config, SsmInit::Mamba);
         let x_bld = input(9);
-        let wide = mixer.forward(&x_bld.to_kind(Kind::Double), None, None).unwrap();
+        let wide = mixer.forward(x_bld.to_kind(Kind::Double), None, None).unwrap();
         assert_eq!(wide.kind(), Kind::Double);
         assert_close("f32", &mixer.forward(&x_bld, None, None).unwrap(), &wide, 1e-5);
     }
@@ -276,6 +276,6 @@ fn errors_name_the_size() {
     assert_eq!(error(&norm_groups), "Mamba2: norm_groups 5 does not divide the inner width 32");
 
     let (mixer, _) = new_mixer(&configs()[0], SsmInit::Mamba);
-    let wrong = mixer.forward(&input(3).narrow(2, 0, 8), None, None).unwrap_err().to_string();
+    let wrong = mixer.forward(input(3).narrow(2, 0, 8), None, None).unwrap_err().to_string();
     assert_eq!(wrong, "Mamba1: x_bld has shape [2, 3, 8], expected [2, 3, 16]");
 }

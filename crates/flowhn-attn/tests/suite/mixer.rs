@@ -189,7 +189,7 @@ fn gradients_match_finite_differences() {
             if bridge {
                 ctx = ctx.with_source(&all);
             }
-            mixer.forward(&inputs[0].index_select(1, &window.tensor()?), bridge.then_some(&inputs[0]), &ctx, None)
+            mixer.forward(inputs[0].index_select(1, &window.tensor()?), bridge.then_some(&inputs[0]), &ctx, None)
         };
         let x = leaf(&noise(&[1, 6, D], 4, Kind::Double));
         gradcheck(run, &[x.shallow_clone()], 1e-5, 1e-6).unwrap_or_else(|error| panic!("{config:?}: {error}"));
@@ -244,10 +244,10 @@ fn mistakes_are_named() {
     let ctx = AttnContext::new(&at);
     let message = |result: flowhn_attn::Result<Tensor>| result.unwrap_err().to_string();
     assert!(
-        message(plain.forward(&x.narrow(2, 0, 5), None, &ctx, None))
+        message(plain.forward(x.narrow(2, 0, 5), None, &ctx, None))
             .contains("x_bnd has shape [2, 3, 5], expected [2, 3, 12]")
     );
-    assert!(message(plain.forward(&x.narrow(1, 0, 2), None, &ctx, None)).contains("expected [2, 3, 12]"));
+    assert!(message(plain.forward(x.narrow(1, 0, 2), None, &ctx, None)).contains("expected [2, 3, 12]"));
     assert!(message(plain.forward(&x, Some(&x), &ctx, None)).contains("only a mixer with a kv bridge"));
     let (_params, bridge) = new(AttnConfig { bridge: Bridge::Kv, ..base });
     assert!(message(bridge.forward(&x, None, &ctx, None)).contains("needs the source tokens and their positions"));

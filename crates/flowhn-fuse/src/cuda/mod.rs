@@ -13,7 +13,7 @@ use flowhn_torch::{Error, Result};
 use crate::Route;
 
 pub(crate) use norm::{GatherNorm, MergeResidualNorm, SplitNorm};
-pub(crate) use tokens::{merge, merge_residual, merge_sums, scatter, split};
+pub(crate) use tokens::{merge, merge_residual, merge_sums, merge_sums_fp8, rounds_merge, scatter, split};
 
 /// The routes that a launch works for: two of one sequence, or one.
 #[derive(Clone, Copy)]

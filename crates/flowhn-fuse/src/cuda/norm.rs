@@ -4,16 +4,20 @@
 
 use tch::{Kind, Tensor};
 
-use flowhn_torch::kernel::rows::{RowForm, RowTiling, aligned, with_dense_rows};
+use flowhn_nn::Fp8Place;
+use flowhn_torch::kernel::rows::{Fp8Blocks, RowForm, RowTiling, aligned, with_dense_rows};
 use flowhn_torch::kernel::{Arg, Defines, Kernel, kind_define};
 use flowhn_torch::{BackwardCtx, ForwardCtx, Function, Result};
 
 use super::{Routes, strides};
-use crate::kernels::{ROUTED_NORM, routed_norm as defines};
+use crate::kernels::{ROUTED_NORM, routed_norm as defines, routed_norm_fp8 as fp8_defines};
 use crate::{Route, pieces};
 
 /// Forms of `routed_norm.cu` forward.
 const FORWARD: &[RowForm] = &[RowForm::new(1, 512, 1), RowForm::new(2, 512, 1), RowForm::new(3, 256, 1)];
+/// Those that round: threads enough to hide the barrier before columns go out, in teams as above, since the order of a row's sum decides
+/// its last bits.
+const FP8_FORWARD: &[RowForm] = &[RowForm::new(1, 512, 2), RowForm::new(2, 1024, 1), RowForm::new(3, 256, 2)];
 /// Backward rows in flight count most, and two vectors a thread keep the most of them, also where some lanes idle.
 const BACKWARD: &[RowForm] = &[RowForm::new(2, 512, 1)];
 
@@ -31,7 +35,8 @@ impl Function for GatherNorm {
         let call = Call::new(Self::NAME, x_bld, Routes { first: &self.route, second: None }, &[weight])?;
         let y_bnd = call.branch(&self.route)?;
         let none = Sums::of_sequence(None);
-        let rstd_bl = call.forward(None, Order::Branch, [&y_bnd, &y_bnd], Order::Branch, none, self.eps)?;
+        let y = Normed::Plain([&y_bnd, &y_bnd], Order::Branch);
+        let rstd_bl = call.forward(None, Order::Branch, y, none, self.eps)?;
         if ctx.is_recorded() {
             [*x_bld, *weight, &rstd_bl].into_iter().for_each(|x| ctx.save(x));
         }
@@ -62,6 +67,8 @@ pub(crate) struct SplitNorm {
     pub(crate) eps: f64,
     pub(crate) n_inputs: usize,
     pub(crate) with_tokens: bool,
+    /// Where the branches' normalised tokens go, if their readers want them in fp8.
+    pub(crate) places: [Option<Fp8Place>; 2],
 }
 
 impl SplitNorm {
@@ -74,8 +81,9 @@ impl Function for SplitNorm {
     const NAME: &'static str = "split_norm";
 
     fn forward(&mut self, ctx: &mut ForwardCtx, inputs: &[&Tensor]) -> Result<Vec<Tensor>> {
+        // The function lives until the backward pass is through; places belong to their readers.
+        let places = std::mem::take(&mut self.places);
         let call = Call::new(Self::NAME, inputs[0], self.routes(), &inputs[1..3])?;
-        let (a_bnd, s_bmd) = (call.branch(&self.attn)?, call.branch(&self.ssm)?);
         let delta = inputs.get(3).map(|delta| with_dense_rows(delta)).transpose()?;
         let sum = delta.as_ref().map(|_| call.sequence()).transpose()?;
         let change = delta.as_ref().map(|delta| [delta, delta]);
@@ -86,7 +94,29 @@ impl Function for SplitNorm {
         };
         let tokens = [written(&self.attn)?, written(&self.ssm)?];
         let sums = Sums { sequence: sum.as_ref(), branches: [tokens[0].as_ref(), tokens[1].as_ref()] };
-        let rstd_bl = call.forward(change, Order::Sequence, [&a_bnd, &s_bmd], Order::Branch, sums, self.eps)?;
+        let read: Vec<&Tensor> = [&call.x_bld, call.weight(0), call.weight(1)].into_iter().chain(&delta).collect();
+        let blocks = match &places {
+            [Some(attn), Some(ssm)] => Fp8Blocks::new(call.d, &read)?.map(|blocks| ([attn, ssm], blocks)),
+            _ => None,
+        };
+        let (rstd_bl, a_bnd, s_bmd) = match blocks {
+            Some((places, blocks)) => {
+                let normed = Normed::Fp8(places, blocks);
+                let rstd_bl = call.forward(change, Order::Sequence, normed, sums, self.eps)?;
+                (rstd_bl, places[0].stand_in(), places[1].stand_in())
+            }
+            None => {
+                let (a_bnd, s_bmd) = (call.branch(&self.attn)?, call.branch(&self.ssm)?);
+                let normed = Normed::Plain([&a_bnd, &s_bmd], Order::Branch);
+                let rstd_bl = call.forward(change, Order::Sequence, normed, sums, self.eps)?;
+                let [attn, ssm] = &places;
+                let left = |place: &Option<Fp8Place>, y: Tensor| match place {
+                    Some(place) => place.fill(&y),
+                    None => Ok(y),
+                };
+                (rstd_bl, left(attn, a_bnd)?, left(ssm, s_bmd)?)
+            }
+        };
         let sum = sum.unwrap_or_else(|| inputs[0].shallow_clone());
         if ctx.is_recorded() {
             [&sum, inputs[1], inputs[2], &rstd_bl].into_iter().for_each(|x| ctx.save(x));
@@ -135,7 +165,8 @@ impl Function for MergeResidualNorm {
         let (sum, y) = (call.sequence()?, call.sequence()?);
         let change = Some([&a_bnd, &s_bmd]);
         let sums = Sums::of_sequence(Some(&sum));
-        let rstd_bl = call.forward(change, Order::Branch, [&y, &y], Order::Sequence, sums, self.eps)?;
+        let normed = Normed::Plain([&y, &y], Order::Sequence);
+        let rstd_bl = call.forward(change, Order::Branch, normed, sums, self.eps)?;
         if ctx.is_recorded() {
             [&sum, *weight, &rstd_bl].into_iter().for_each(|x| ctx.save(x));
         }
@@ -163,6 +194,15 @@ impl Function for MergeResidualNorm {
 enum Order {
     Sequence,
     Branch,
+}
+
+/// Where normalised tokens go.
+#[derive(Clone, Copy)]
+enum Normed<'a> {
+    /// To tensors of the sequence or of the branches.
+    Plain([&'a Tensor; 2], Order),
+    /// Rounded, to the readers of the branches.
+    Fp8([&'a Fp8Place; 2], Fp8Blocks),
 }
 
 /// The tokens before the norm, or the gradients that reach them past the norm: of the sequence and, in their order, of the branches.
@@ -236,22 +276,29 @@ impl<'a> Call<'a> {
         self.weights.get(route_idx).unwrap_or(&self.weights[0])
     }
 
-    /// Writes the normalised tokens to `y` and the tokens before the norm to where `sums` wants them, for the sequence only if there is a
+    /// Writes the normalised tokens to where `normed` says and the tokens before the norm to where `sums` wants them, for the sequence only if there is a
     /// change; returns the reciprocal roots, `[batch, seq_len]`.
     fn forward(
         &self,
         change: Option<[&Tensor; 2]>,
         change_order: Order,
-        y: [&Tensor; 2],
-        y_order: Order,
+        normed: Normed,
         sums: Sums,
         eps: f64,
     ) -> Result<Tensor> {
         let rstd_bl = Tensor::f_empty([self.batch, self.seq_len], (Kind::Float, self.x_bld.device()))?;
-        let tiling = RowTiling::new("routed_norm", self.d, FORWARD)?;
-        let [n_blocks0, n_blocks1] = self.share(|n_rows| tiling.n_blocks(n_rows, self.x_bld.device()))?;
+        let (forms, y, y_order) = match normed {
+            Normed::Plain(y, order) => (FORWARD, y.map(Some), order),
+            Normed::Fp8(..) => (FP8_FORWARD, [None, None], Order::Branch),
+        };
+        let tiling = RowTiling::new("routed_norm", self.d, forms)?;
+        let [n_blocks0, n_blocks1] = match normed {
+            Normed::Plain(..) => self.share(|n_rows| tiling.n_blocks(n_rows, self.x_bld.device()))?,
+            Normed::Fp8(places, blocks) => places.map(|place| blocks.n_blocks(place.n_padded())),
+        };
         let change = change.map_or([None, None], |[first, second]| [Some(first), Some(second)]);
-        let mut touched = vec![&self.x_bld, y[0], y[1], self.weight(0), self.weight(1)];
+        let mut touched = vec![&self.x_bld, self.weight(0), self.weight(1)];
+        touched.extend(y.into_iter().flatten());
         touched.extend(change.into_iter().flatten());
 
         let mut args = vec![Arg::Tensor(&self.x_bld)];
@@ -263,17 +310,23 @@ impl<'a> Call<'a> {
         args.push(Arg::I32(i32::from(change_order == Order::Branch)));
         args.extend([Arg::Tensor(self.weight(0)), Arg::Tensor(self.weight(1)), Arg::opt(sums.sequence)]);
         args.extend(sums.branches.map(Arg::opt));
-        args.extend(y.map(Arg::Tensor));
+        args.extend(y.map(Arg::opt));
         args.extend([Arg::I32(i32::from(y_order == Order::Branch)), Arg::Tensor(&rstd_bl)]);
         args.extend([Arg::I32(n_blocks0 as i32), Arg::I32(self.d as i32), Arg::I32(tiling.team as i32)]);
         args.extend([aligned(self.d, &touched), Arg::F32(eps as f32)]);
         let grid = [(n_blocks0 + n_blocks1) as u32, 1, 1];
-        kernel("routed_norm_forward", &defines(tiling.form, self.x_kind, false)).launch(
-            grid,
-            tiling.block(),
-            0,
-            &args,
-        )?;
+        const ENTRY: &str = "routed_norm_forward";
+        match normed {
+            Normed::Plain(..) => {
+                let defines = defines(tiling.form, self.x_kind, false);
+                kernel(ENTRY, &defines).launch(grid, tiling.block(), 0, &args)?;
+            }
+            Normed::Fp8(places, blocks) => {
+                args.extend(places.into_iter().flat_map(Fp8Place::args));
+                let defines = fp8_defines(tiling.form);
+                kernel(ENTRY, &defines).launch(grid, tiling.block(), blocks.shared_bytes, &args)?;
+            }
+        }
         Ok(rstd_bl)
     }
 

@@ -2,15 +2,16 @@
 
 // b batch, l seq_len, n and m tokens of one branch, d features
 
-use tch::Tensor;
+use tch::{Kind, Tensor};
 
-use flowhn_torch::kernel::rows::{aligned, with_dense_rows};
+use flowhn_nn::{Fp8Place, Residual};
+use flowhn_torch::kernel::rows::{aligned, is_aligned, with_dense_rows};
 use flowhn_torch::kernel::{Arg, Kernel, kind_define};
 use flowhn_torch::{Error, Result};
 
 use super::{Routes, strides};
 use crate::Route;
-use crate::kernels::TOKENS;
+use crate::kernels::{MERGE_FP8, MERGE_FP8_DEFINES, TOKENS};
 
 /// Warps of a block, each with one token.
 const TOKENS_PER_BLOCK: u32 = 8;
@@ -56,6 +57,48 @@ pub(crate) fn merge_residual(
 /// `merge(a + da, s + ds)`.
 pub(crate) fn merge_sums(branches: [&Tensor; 2], changes: [&Tensor; 2], attn: &Route, ssm: &Route) -> Result<Tensor> {
     add("merge_sums", &[branches, changes].concat(), attn, ssm)
+}
+
+/// Whether [`merge_sums_fp8`] takes these.
+pub(crate) fn rounds_merge(a: &Residual, s: &Residual, attn: &Route, ssm: &Route) -> bool {
+    let terms: Vec<&Tensor> =
+        [Some(&a.x), Some(&s.x), a.change.as_ref(), s.change.as_ref()].into_iter().flatten().collect();
+    let shapes = [&a.x, &s.x].map(|x| x.size());
+    a.x.device().is_cuda()
+        && terms.iter().all(|x| x.kind() == Kind::BFloat16 && x.dim() == 3 && x.stride()[2] == 1)
+        && [&a.change, &s.change]
+            .into_iter()
+            .zip(&shapes)
+            .all(|(x, shape)| x.as_ref().is_some_and(|x| x.size() == *shape))
+        && attn.partitions_with(ssm)
+        && (attn.is_single_span() || ssm.is_single_span())
+        && is_aligned(shapes[0][2], &terms)
+}
+
+/// [`merge_sums`] rounded to `place`; returns what stands in for it. One of the routes is a single span.
+pub(crate) fn merge_sums_fp8(
+    branches: [&Tensor; 2],
+    changes: [&Tensor; 2],
+    attn: &Route,
+    ssm: &Route,
+    place: &Fp8Place,
+) -> Result<Tensor> {
+    /// Rows and columns of a block.
+    const TILE: i64 = 128;
+    let (first, second, route) = if attn.is_single_span() { (0, 1, attn) } else { (1, 0, ssm) };
+    let terms = [branches[first], branches[second], changes[first], changes[second]];
+    let (batch, _, d) = terms[0].size3()?;
+    let n_rows = batch * route.seq_len() as i64;
+    let start = route.spans().first().map_or(0, |span| span.start);
+    let mut args: Vec<Arg> = terms.into_iter().map(Arg::Tensor).collect();
+    args.extend(terms.into_iter().flat_map(|x| strides(Some(x), 1, 1)));
+    args.extend([start, route.len(), route.seq_len()].map(|n| Arg::I32(n as i32)));
+    let [y, y_t, slot, n_padded] = place.args();
+    args.extend([y, y_t, slot, Arg::I32(n_rows as i32), n_padded, Arg::I32(d as i32)]);
+    let tiles = |n: i64| ((n + TILE - 1) / TILE) as u32;
+    let kernel = Kernel { source: &MERGE_FP8, entry: "merge_sums_fp8", defines: MERGE_FP8_DEFINES };
+    kernel.launch([tiles(d), tiles(place.n_padded()), 1], 256, 0, &args)?;
+    Ok(place.stand_in())
 }
 
 /// Launches one of the kernels that write a sum for each token of the sequence.

@@ -3,10 +3,11 @@
 
 use tch::{Kind, Tensor};
 
-use flowhn_torch::kernel::rows::{RowForm, RowTiling, Rows, aligned};
+use flowhn_torch::kernel::rows::{Fp8Blocks, RowForm, RowTiling, Rows, aligned};
 use flowhn_torch::kernel::{Arg, Kernel, KernelSource, kind_define};
 use flowhn_torch::{BackwardCtx, ForwardCtx, Function, Result};
 
+use crate::Fp8Place;
 use crate::kernels::{GATED_RMS_NORM, RMS_NORM};
 
 pub(crate) struct RmsNormCuda {
@@ -17,7 +18,8 @@ impl Function for RmsNormCuda {
     const NAME: &'static str = "rms_norm";
 
     fn forward(&mut self, ctx: &mut ForwardCtx, inputs: &[&Tensor]) -> Result<Vec<Tensor>> {
-        let Forward { y, rstd, .. } = forward(Self::NAME, inputs[0], None, inputs[1], self.eps, ctx.is_recorded())?;
+        let norm = Norm { op: Self::NAME, eps: self.eps, recorded: ctx.is_recorded() };
+        let Forward { y, rstd, .. } = norm.forward(inputs[0], None, inputs[1], None)?;
         if let Some(rstd) = rstd {
             [inputs[0], inputs[1], &rstd].into_iter().for_each(|x| ctx.save(x));
         }
@@ -36,14 +38,16 @@ impl Function for RmsNormCuda {
 pub(crate) struct ResidualNormCuda {
     pub(crate) eps: f64,
     pub(crate) n_inputs: usize,
+    /// Where the norm goes, if its reader wants it in fp8.
+    pub(crate) place: Option<Fp8Place>,
 }
 
 impl Function for ResidualNormCuda {
     const NAME: &'static str = "residual_norm";
 
     fn forward(&mut self, ctx: &mut ForwardCtx, inputs: &[&Tensor]) -> Result<Vec<Tensor>> {
-        let delta = inputs.get(2).copied();
-        let Forward { sum, y, rstd } = forward(Self::NAME, inputs[0], delta, inputs[1], self.eps, ctx.is_recorded())?;
+        let norm = Norm { op: Self::NAME, eps: self.eps, recorded: ctx.is_recorded() };
+        let Forward { sum, y, rstd } = norm.forward(inputs[0], inputs.get(2).copied(), inputs[1], self.place.take())?;
         let sum = sum.unwrap_or_else(|| inputs[0].shallow_clone());
         if let Some(rstd) = rstd {
             [&sum, inputs[1], &rstd].into_iter().for_each(|x| ctx.save(x));
@@ -64,13 +68,24 @@ impl Function for ResidualNormCuda {
 
 /// Forms of `rms_norm.cu` forward: bounds that leave registers for two blocks and more, since threads hide what a load takes.
 const FORWARD: &[RowForm] = &[RowForm::new(1, 512, 2), RowForm::new(2, 512, 2), RowForm::new(3, 256, 3)];
+/// Those that round: threads enough to hide the barrier before columns go out, in teams as above, since the order of a row's sum decides
+/// its last bits.
+const FP8_FORWARD: &[RowForm] = &[RowForm::new(1, 512, 2), RowForm::new(2, 1024, 1), RowForm::new(3, 256, 3)];
 /// Backward rows in flight count most, and two vectors a thread keep the most of them, also where some lanes idle; of two blocks one
 /// loads while the other adds its sums up.
 const BACKWARD: &[RowForm] = &[RowForm::new(2, 512, 1), RowForm::new(2, 256, 2)];
 /// Forms of `gated_rms_norm.cu` forward, bounded for the same reason.
 const GATED_FORWARD: &[RowForm] = &[RowForm::new(1, 512, 2), RowForm::new(3, 256, 2), RowForm::new(2, 256, 4)];
+/// Those that round, as [`FP8_FORWARD`].
+const GATED_FP8_FORWARD: &[RowForm] = &[RowForm::new(1, 512, 2), RowForm::new(3, 256, 2), RowForm::new(2, 1024, 1)];
 /// Forms of `gated_rms_norm.cu` backward.
 const GATED_BACKWARD: &[RowForm] = &[RowForm::new(1, 512, 1), RowForm::new(2, 256, 1), RowForm::new(3, 256, 1)];
+
+struct Norm {
+    op: &'static str,
+    eps: f64,
+    recorded: bool,
+}
 
 struct Forward {
     /// Where something is added.
@@ -80,52 +95,81 @@ struct Forward {
     rstd: Option<Tensor>,
 }
 
-fn forward(
-    op: &'static str,
-    x: &Tensor,
-    delta: Option<&Tensor>,
-    weight: &Tensor,
-    eps: f64,
-    recorded: bool,
-) -> Result<Forward> {
-    let x_kind = kind_define(op, "x", x)?;
-    let (d, weight) = (weight.size()[0], as_f32(weight)?);
-    let tiling = RowTiling::new(op, d, FORWARD)?;
-    let rows = Rows::new(op, &[Some(x), delta].into_iter().flatten().collect::<Vec<_>>())?;
-    let n_rows = i64::from(rows.n_rows());
-    let y = Tensor::f_empty(x.size(), (x.kind(), x.device()))?;
-    let sum = delta.map(|_| y.f_empty_like()).transpose()?;
-    let rstd = recorded.then(|| Tensor::f_empty([n_rows], (Kind::Float, x.device()))).transpose()?;
-    let delta = delta.map(|_| rows.tensor(1));
-    let touched: Vec<&Tensor> = [Some(rows.tensor(0)), delta, Some(&weight), Some(&y)].into_iter().flatten().collect();
-    let ([x_outer, x_inner], [delta_outer, delta_inner]) = (rows.strides(0), rows.strides(1));
-    if n_rows > 0 {
-        let n_blocks = tiling.n_blocks(n_rows, x.device())?;
-        kernel(&RMS_NORM, "rms_norm_forward", &tiling.defines(x_kind)).launch(
-            [n_blocks as u32, 1, 1],
-            tiling.block(),
-            0,
-            &[
-                Arg::Tensor(rows.tensor(0)),
-                Arg::opt(delta),
-                Arg::Tensor(&weight),
-                Arg::opt(sum.as_ref()),
-                Arg::Tensor(&y),
-                Arg::opt(rstd.as_ref()),
-                x_outer,
-                x_inner,
-                delta_outer,
-                delta_inner,
-                Arg::I32(rows.n_rows()),
-                rows.inner(),
-                Arg::I32(d as i32),
-                Arg::I32(tiling.team as i32),
-                aligned(d, &touched),
-                Arg::F32(eps as f32),
-            ],
-        )?;
+impl Norm {
+    /// With a place, the norm is left there and something stands in for it.
+    fn forward(&self, x: &Tensor, delta: Option<&Tensor>, weight: &Tensor, place: Option<Fp8Place>) -> Result<Forward> {
+        let x_kind = kind_define(self.op, "x", x)?;
+        let (d, weight) = (weight.size()[0], as_f32(weight)?);
+        let rows = Rows::new(self.op, &[Some(x), delta].into_iter().flatten().collect::<Vec<_>>())?;
+        let sum = delta.map(|_| Tensor::f_empty(x.size(), (x.kind(), x.device()))).transpose()?;
+        let rstd = || Tensor::f_empty([i64::from(rows.n_rows())], (Kind::Float, x.device()));
+        let rstd = self.recorded.then(rstd).transpose()?;
+        let delta = delta.map(|_| rows.tensor(1));
+        let mut touched: Vec<&Tensor> = [Some(rows.tensor(0)), delta, Some(&weight)].into_iter().flatten().collect();
+        let out = RowsOut::new(x, d, place, &touched)?;
+        touched.push(&out.y);
+        let tiling = RowTiling::new(self.op, d, if out.blocks.is_some() { FP8_FORWARD } else { FORWARD })?;
+        let mut args = vec![Arg::Tensor(rows.tensor(0)), Arg::opt(delta), Arg::Tensor(&weight)];
+        args.extend([Arg::opt(sum.as_ref()), out.arg(), Arg::opt(rstd.as_ref())]);
+        args.extend(rows.strides(0).into_iter().chain(rows.strides(1)));
+        args.extend([Arg::I32(rows.n_rows()), rows.inner(), Arg::I32(d as i32), Arg::I32(tiling.team as i32)]);
+        args.extend([aligned(d, &touched), Arg::F32(self.eps as f32)]);
+        let y = out.launch(&RMS_NORM, "rms_norm_forward", &tiling, x_kind, [i64::from(rows.n_rows()), 1], args)?;
+        Ok(Forward { sum, y, rstd })
     }
-    Ok(Forward { sum, y, rstd })
+}
+
+/// Where a forward kernel leaves its rows.
+struct RowsOut {
+    /// The rows, or what stands in for them.
+    y: Tensor,
+    place: Option<Fp8Place>,
+    /// With a place: where the kernel itself rounds.
+    blocks: Option<Fp8Blocks>,
+}
+
+impl RowsOut {
+    /// For rows like those of `x`; `read` are the tensors that the kernel reads.
+    fn new(x: &Tensor, d: i64, place: Option<Fp8Place>, read: &[&Tensor]) -> Result<Self> {
+        let blocks = match &place {
+            Some(_) => Fp8Blocks::new(d, read)?,
+            None => None,
+        };
+        let y = match (&place, blocks) {
+            (Some(place), Some(_)) => place.stand_in(),
+            _ => Tensor::f_empty(x.size(), (x.kind(), x.device()))?,
+        };
+        Ok(Self { y, place, blocks })
+    }
+
+    /// The argument for rows that are stored as they are.
+    fn arg(&self) -> Arg<'_> {
+        Arg::opt(self.blocks.is_none().then_some(&self.y))
+    }
+
+    /// Launches a kernel with the arguments of the variant that stores rows; returns those, or what stands in for them.
+    fn launch<'a>(
+        &'a self,
+        source: &'static KernelSource,
+        entry: &'static str,
+        tiling: &RowTiling,
+        x_kind: i64,
+        [n_rows, n_groups]: [i64; 2],
+        mut args: Vec<Arg<'a>>,
+    ) -> Result<Tensor> {
+        if let (Some(place), Some(blocks)) = (&self.place, self.blocks) {
+            args.extend(place.args());
+            let defines = tiling.form.fp8_defines();
+            let grid = [blocks.n_blocks(place.n_padded()) as u32, n_groups as u32, 1];
+            kernel(source, entry, &defines).launch(grid, tiling.block(), blocks.shared_bytes, &args)?;
+            return Ok(self.y.shallow_clone());
+        }
+        if n_rows > 0 {
+            let grid = [tiling.n_blocks(n_rows, self.y.device())? as u32, n_groups as u32, 1];
+            kernel(source, entry, &tiling.defines(x_kind)).launch(grid, tiling.block(), 0, &args)?;
+        }
+        self.place.as_ref().map_or_else(|| Ok(self.y.shallow_clone()), |place| place.fill(&self.y))
+    }
 }
 
 /// The gradients of the sum (or of x) and, if wanted, of the weight; `ds` is what reaches the sum on other ways.
@@ -169,6 +213,8 @@ fn backward(
 pub(crate) struct GatedRmsNormCuda {
     pub(crate) eps: f64,
     pub(crate) n_groups: i64,
+    /// Where the norm goes, if its reader wants it in fp8.
+    pub(crate) place: Option<Fp8Place>,
 }
 
 impl Function for GatedRmsNormCuda {
@@ -178,37 +224,20 @@ impl Function for GatedRmsNormCuda {
         let (x, weight) = (inputs[0], as_f32(inputs[2])?);
         let x_kind = kind_define(Self::NAME, "x", x)?;
         let d = weight.size()[0] / self.n_groups;
-        let tiling = RowTiling::new(Self::NAME, d, GATED_FORWARD)?;
         let rows = Rows::new(Self::NAME, &inputs[..2])?;
-        let n_rows = i64::from(rows.n_rows());
-        let y = Tensor::f_empty(x.size(), (x.kind(), x.device()))?;
-        let rstd = Tensor::f_empty([n_rows, self.n_groups], (Kind::Float, x.device()))?;
-        let ([x_outer, x_inner], [z_outer, z_inner]) = (rows.strides(0), rows.strides(1));
-        if n_rows > 0 {
-            let n_blocks = tiling.n_blocks(n_rows, x.device())?;
-            kernel(&GATED_RMS_NORM, "gated_rms_norm_forward", &tiling.defines(x_kind)).launch(
-                [n_blocks as u32, self.n_groups as u32, 1],
-                tiling.block(),
-                0,
-                &[
-                    Arg::Tensor(rows.tensor(0)),
-                    Arg::Tensor(rows.tensor(1)),
-                    Arg::Tensor(&weight),
-                    Arg::Tensor(&y),
-                    Arg::Tensor(&rstd),
-                    x_outer,
-                    x_inner,
-                    z_outer,
-                    z_inner,
-                    Arg::I32(rows.n_rows()),
-                    rows.inner(),
-                    Arg::I32(d as i32),
-                    Arg::I32(tiling.team as i32),
-                    aligned(d, &[rows.tensor(0), rows.tensor(1), &weight, &y]),
-                    Arg::F32(self.eps as f32),
-                ],
-            )?;
-        }
+        let (n_rows, n_groups) = (i64::from(rows.n_rows()), self.n_groups);
+        let mut touched = vec![rows.tensor(0), rows.tensor(1), &weight];
+        let out = RowsOut::new(x, d, self.place.take(), &touched)?;
+        touched.push(&out.y);
+        let forms = if out.blocks.is_some() { GATED_FP8_FORWARD } else { GATED_FORWARD };
+        let tiling = RowTiling::new(Self::NAME, d, forms)?;
+        let rstd = Tensor::f_empty([n_rows, n_groups], (Kind::Float, x.device()))?;
+        let mut args = vec![Arg::Tensor(rows.tensor(0)), Arg::Tensor(rows.tensor(1)), Arg::Tensor(&weight)];
+        args.extend([out.arg(), Arg::Tensor(&rstd)]);
+        args.extend(rows.strides(0).into_iter().chain(rows.strides(1)));
+        args.extend([Arg::I32(rows.n_rows()), rows.inner(), Arg::I32(d as i32), Arg::I32(tiling.team as i32)]);
+        args.extend([aligned(d, &touched), Arg::F32(self.eps as f32)]);
+        let y = out.launch(&GATED_RMS_NORM, "gated_rms_norm_forward", &tiling, x_kind, [n_rows, n_groups], args)?;
         if ctx.is_recorded() {
             inputs.iter().for_each(|input| ctx.save(input));
             ctx.save(&rstd);

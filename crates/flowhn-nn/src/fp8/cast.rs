@@ -3,6 +3,7 @@
 use tch::{Device, Kind, Tensor};
 
 use flowhn_torch::Result;
+use flowhn_torch::kernel::rows::{Rows, is_aligned};
 use flowhn_torch::kernel::{Arg, Kernel};
 
 use super::format::Format;
@@ -54,7 +55,7 @@ pub(super) fn padded(n_rows: i64) -> i64 {
     (n_rows + MULTIPLE - 1) / MULTIPLE * MULTIPLE
 }
 
-/// Rounds `x`, bf16 `[n_rows, n_cols]`, into `out` with the scale of `slot`, which takes note of the largest value. Rows that were
+/// Rounds `x`, bf16 `[.., n_cols]`, into `out` with the scale of `slot`, which takes note of the largest value. Rows that were
 /// added become zeros.
 ///
 /// # Errors
@@ -62,29 +63,39 @@ pub(super) fn padded(n_rows: i64) -> i64 {
 /// [`flowhn_torch::Error::Torch`] if it fails.
 pub(crate) fn cast(x: &Tensor, slot: &Slot, out: &Rounded) -> Result<()> {
     match x.device() {
-        Device::Cuda(_) => on_cuda(&as_rows(x)?, slot, out),
+        Device::Cuda(_) => on_cuda(x, slot, out),
         Device::Cpu => on_cpu(x, slot, out),
         device => Err(no_kernel("fp8", "x", device)),
     }
 }
 
+/// Rows and columns of `[.., n_cols]`.
+pub(super) fn matrix_size(x: &Tensor) -> [i64; 2] {
+    let n_cols = x.size().last().copied().unwrap_or(1);
+    [x.numel() as i64 / n_cols.max(1), n_cols]
+}
+
 /// The same values in rows that begin at 16 bytes and have no gaps inside.
-fn as_rows(x: &Tensor) -> Result<Tensor> {
-    let fits = x.stride()[1] == 1 && x.stride()[0] % 8 == 0 && (x.data_ptr() as usize).is_multiple_of(16);
-    if fits {
-        return Ok(x.shallow_clone());
+fn as_rows(x: &Tensor) -> Result<Rows> {
+    const OP: &str = "fp8_cast";
+    let rows = Rows::new(OP, &[x])?;
+    if is_aligned(matrix_size(x)[1], &[rows.tensor(0)]) {
+        return Ok(rows);
     }
     let mut copy = Tensor::f_empty(x.size(), (x.kind(), x.device()))?;
     copy.f_copy_(x)?;
-    Ok(copy)
+    Rows::new(OP, &[&copy])
 }
 
 fn on_cuda(x: &Tensor, slot: &Slot, out: &Rounded) -> Result<()> {
-    let [n_rows, n_cols] = [x.size()[0], x.size()[1]];
-    let n_padded = padded(n_rows);
+    let [n_rows, n_cols] = matrix_size(x);
+    let (n_padded, rows) = (padded(n_rows), as_rows(x)?);
+    let [outer_stride, inner_stride] = rows.strides(0);
     let args = [
-        Arg::Tensor(x),
-        Arg::I64(x.stride()[0]),
+        Arg::Tensor(rows.tensor(0)),
+        outer_stride,
+        inner_stride,
+        rows.inner(),
         Arg::opt(out.plain.as_ref()),
         Arg::opt(out.transposed.as_ref()),
         Arg::Tensor(slot.numbers()),
@@ -102,8 +113,8 @@ fn on_cuda(x: &Tensor, slot: &Slot, out: &Rounded) -> Result<()> {
 }
 
 fn on_cpu(x: &Tensor, slot: &Slot, out: &Rounded) -> Result<()> {
-    let (n_rows, format) = (x.size()[0], slot.format());
-    let x = x.f_to_kind(Kind::Float)?;
+    let ([n_rows, n_cols], format) = (matrix_size(x), slot.format());
+    let x = x.f_reshape([n_rows, n_cols])?.f_to_kind(Kind::Float)?;
     slot.note(&x.f_abs()?.f_nan_to_num(0., f64::INFINITY, f64::NEG_INFINITY)?.f_max()?)?;
     let scaled = x.f_masked_fill(&x.f_isinf()?, f64::NAN)?.f_mul(&slot.scale()?)?;
     // libtorch's own cast does not saturate.

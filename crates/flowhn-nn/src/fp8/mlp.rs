@@ -7,23 +7,26 @@ use flowhn_torch::kernel::{Arg, Kernel};
 use flowhn_torch::{BackwardCtx, Error, ForwardCtx, Function, Result};
 
 use super::cast::{Rounded, THREADS, cast, padded, tiles};
-use super::linear::{FAST_BACKWARD, FAST_FORWARD, like, product, rounded, rows};
+use super::linear::{FAST_FORWARD, FAST_INPUT_GRAD, FAST_WEIGHT_GRAD, activations, like, product, rounded};
+use super::place::Fp8Place;
 use super::scales::Slot;
 use super::weight::Fp8Factors;
 use crate::kernels::SWIGLU_FP8;
 use crate::rows::no_kernel;
 use crate::swiglu::{swiglu, swiglu_grad};
 
-/// `y = (silu(gate) up) W_down^T` with `[gate, up] = x W_gate_up^T`. Its inputs are x, bf16, and the masters of both weights, which the
+/// `y = (silu(gate) up) W_down^T` with `[gate, up] = x W_gate_up^T`. Its inputs are x, bf16 or what stands in for it, and the masters of both weights, which the
 /// gradients go to. The bits are those of the three operations one after the other.
 pub(crate) struct MlpFp8 {
     gate_up: Fp8Factors,
     down: Fp8Factors,
+    /// x, where it has been rounded already.
+    place: Option<Fp8Place>,
 }
 
 impl MlpFp8 {
-    pub(crate) fn new(gate_up: Fp8Factors, down: Fp8Factors) -> Self {
-        Self { gate_up, down }
+    pub(crate) fn new(gate_up: Fp8Factors, down: Fp8Factors, place: Option<Fp8Place>) -> Self {
+        Self { gate_up, down, place }
     }
 }
 
@@ -33,8 +36,7 @@ impl Function for MlpFp8 {
     fn forward(&mut self, ctx: &mut ForwardCtx, inputs: &[&Tensor]) -> Result<Vec<Tensor>> {
         let (gate_up, down) = (&self.gate_up, &self.down);
         let ([x_slot, gate_up_slot, _], [h_slot, down_slot, _]) = (&gate_up.slots, &down.slots);
-        let x_ti = rows(inputs[0])?;
-        let x = rounded(&x_ti, x_slot, true, ctx.needs_grad(1))?;
+        let x = activations(inputs[0], self.place.take(), x_slot, ctx.needs_grad(1))?;
         // Rows that were added for the product go on being zeros.
         let gate_up_tg = product(&x.plain, x_slot, &gate_up.plain, gate_up_slot, Kind::BFloat16, FAST_FORWARD)?;
         let h = rounded_swiglu(&gate_up_tg, h_slot, ctx.needs_grad(2))?;
@@ -45,7 +47,7 @@ impl Function for MlpFp8 {
             }
             [x.transposed, h.transposed].iter().flatten().for_each(|tensor| ctx.save(tensor));
         }
-        Ok(vec![like(&y_ti, inputs[0], &x_ti)?])
+        Ok(vec![like(&y_ti, inputs[0])?])
     }
 
     fn backward(&self, ctx: &BackwardCtx, grads: &[Tensor]) -> Result<Vec<Option<Tensor>>> {
@@ -60,22 +62,22 @@ impl Function for MlpFp8 {
         let mut next = |wanted: bool| if wanted { transposed.next() } else { None };
         let (x_it, h_ft) = (next(wants_dgate_up), next(wants_ddown));
 
-        let dy_ti = rows(&grads[0])?;
-        let dy = rounded(&dy_ti, dy_slot, wants_dx || wants_dgate_up, wants_ddown)?;
-        let ddown =
-            h_ft.map(|h_ft| product(&dy.transposed, dy_slot, h_ft, h_slot, Kind::Float, FAST_BACKWARD)).transpose()?;
+        let dy = rounded(&grads[0], dy_slot, wants_dx || wants_dgate_up, wants_ddown)?;
+        let ddown = h_ft
+            .map(|h_ft| product(&dy.transposed, dy_slot, h_ft, h_slot, Kind::Float, FAST_WEIGHT_GRAD))
+            .transpose()?;
         if !(wants_dx || wants_dgate_up) {
             return Ok(vec![None, None, ddown]);
         }
-        let dh_tf = product(&dy.plain, dy_slot, weight_fi, down_slot, Kind::BFloat16, FAST_BACKWARD)?;
+        let dh_tf = product(&dy.plain, dy_slot, weight_fi, down_slot, Kind::BFloat16, FAST_INPUT_GRAD)?;
         drop(dy);
         let d = rounded_swiglu_grad(gate_up_tg, &dh_tf, slot, wants_dx, wants_dgate_up)?;
         let dx = || -> Result<Tensor> {
-            let dx_ti = product(&d.plain, slot, weight_ig, gate_up_slot, Kind::BFloat16, FAST_BACKWARD)?;
-            like(&dx_ti, &grads[0], &dy_ti)
+            let dx_ti = product(&d.plain, slot, weight_ig, gate_up_slot, Kind::BFloat16, FAST_INPUT_GRAD)?;
+            like(&dx_ti, &grads[0])
         };
         let dgate_up =
-            x_it.map(|x_it| product(&d.transposed, slot, x_it, x_slot, Kind::Float, FAST_BACKWARD)).transpose()?;
+            x_it.map(|x_it| product(&d.transposed, slot, x_it, x_slot, Kind::Float, FAST_WEIGHT_GRAD)).transpose()?;
         Ok(vec![wants_dx.then(dx).transpose()?, dgate_up, ddown])
     }
 }

@@ -64,6 +64,15 @@ impl Slot {
         &self.numbers
     }
 
+    /// Whether the scale follows from something.
+    pub(crate) fn is_seeded(&self) -> bool {
+        self.is_seeded.load(Ordering::Relaxed)
+    }
+
+    pub(crate) fn is_same(&self, other: &Self) -> bool {
+        self.numbers.data_ptr() == other.numbers.data_ptr()
+    }
+
     /// What a product of the rounded values has to be multiplied with: f32 `[1]`.
     pub(crate) fn inverse(&self) -> Result<Tensor> {
         Ok(self.numbers.f_narrow(0, INVERSE, 1)?)
@@ -79,7 +88,7 @@ impl Slot {
     /// # Errors
     /// [`Error::Invalid`] while a CUDA graph is captured, which would look again in each replay.
     pub(crate) fn seed_with(&self, values: impl FnOnce() -> Result<Tensor>) -> Result<()> {
-        if self.is_seeded.load(Ordering::Relaxed) {
+        if self.is_seeded() {
             return Ok(());
         }
         if Graph::is_capturing() {
@@ -111,6 +120,8 @@ pub(crate) struct Scales {
     /// f32 `[n_slots, 4]`.
     table: Tensor,
     is_seeded: Vec<Arc<AtomicBool>>,
+    /// One NaN, bf16: see [`Fp8Place`](super::Fp8Place).
+    nan: Tensor,
     /// How often scales changed.
     generation: Arc<AtomicU64>,
     n_paused: Cell<usize>,
@@ -124,6 +135,7 @@ impl Scales {
         Ok(Self {
             table,
             is_seeded: (0..n_slots).map(|_| Arc::default()).collect(),
+            nan: Tensor::f_full([1], f64::NAN, (Kind::BFloat16, device))?,
             generation: Arc::default(),
             n_paused: Cell::new(0),
         })
@@ -171,6 +183,10 @@ impl Scales {
         }
         self.generation.fetch_add(1, Ordering::Relaxed);
         Ok(())
+    }
+
+    pub(crate) fn nan(&self) -> &Tensor {
+        &self.nan
     }
 
     pub(crate) fn is_paused(&self) -> bool {

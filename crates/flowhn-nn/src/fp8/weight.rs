@@ -12,6 +12,7 @@ use flowhn_torch::op::{Arg, call};
 use flowhn_torch::{DeviceProperties, Error, Graph, Result};
 
 use super::cast::{MULTIPLE, Rounded, cast};
+use super::place::Fp8Place;
 use super::scales::{Scales, Slot};
 use crate::bf16_copy::no_elements;
 use crate::{Params, Weight};
@@ -117,6 +118,17 @@ impl Weight {
             slots: used.slots.clone(),
             generation: used.scales.generation(),
         }))
+    }
+
+    /// Where to leave activations of this shape and type that only products with this weight read; nowhere if those take them in bf16, or if their
+    /// scale has not been chosen yet, which asks for the values.
+    pub(crate) fn fp8_place(&self, shape: &[i64], kind: Kind) -> Result<Option<Fp8Place>> {
+        let used = self.fp8.used.borrow();
+        let Some(Used { scales, slots: [slot, ..], .. }) = used.as_ref().filter(|used| !used.scales.is_paused()) else {
+            return Ok(None);
+        };
+        let fits = kind == Kind::BFloat16 && shape.iter().all(|&n| n > 0) && shape.last() == self.size().last();
+        (fits && slot.is_seeded()).then(|| Fp8Place::new(shape, slot, scales.nan())).transpose()
     }
 
     fn round_to_fp8(&self, used: &mut Used) -> Result<()> {

@@ -48,7 +48,7 @@ pub(super) fn cases() -> Vec<Case> {
     cases
 }
 
-fn ensure(holds: bool, otherwise: impl FnOnce() -> String) -> Result<()> {
+pub(super) fn ensure(holds: bool, otherwise: impl FnOnce() -> String) -> Result<()> {
     if holds { Ok(()) } else { Err(Error::invalid("fp8", otherwise())) }
 }
 

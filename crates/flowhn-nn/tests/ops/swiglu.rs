@@ -74,5 +74,5 @@ fn the_mlp_is_its_formula() {
     let (gate, up) = (gate_up.narrow(-1, 0, 10), gate_up.narrow(-1, 10, 10));
     let want = (gate.silu() * up).matmul(&mlp.down_proj().weight().master().tr());
     assert_close("mlp", &mlp.forward(&x).unwrap(), &want, 1e-5);
-    assert_eq!(mlp.forward(&x.to_kind(Kind::BFloat16)).unwrap().kind(), Kind::BFloat16);
+    assert_eq!(mlp.forward(x.to_kind(Kind::BFloat16)).unwrap().kind(), Kind::BFloat16);
 }

@@ -1,6 +1,6 @@
 //! The mixer of Mamba-1, with the inner norms that Jamba adds.
 
-use flowhn_nn::{Bias, Decay, Init, Linear, Path, RmsNorm, Weight};
+use flowhn_nn::{Activations, Bias, Decay, Init, Linear, Path, RmsNorm, Weight};
 use flowhn_torch::{Result, check, split_features};
 use tch::Tensor;
 
@@ -129,20 +129,26 @@ impl Mamba1 {
         &self.config
     }
 
+    pub(super) fn in_proj(&self) -> &Linear {
+        &self.in_proj
+    }
+
     /// As [`SsmMixer::forward`](super::SsmMixer::forward).
     ///
     /// # Errors
     /// As there.
     pub fn forward(
         &self,
-        x_bld: &Tensor,
+        x_bld: impl Into<Activations>,
         reset_bl: Option<&Tensor>,
         mut state: Option<&mut SsmState>,
     ) -> Result<Tensor> {
         let Mamba1Config { d_model, d_inner, d_state, dt_rank, .. } = self.config;
-        let [batch, seq_len, _] = check::dims("Mamba1", "x_bld", x_bld, "[batch, seq_len, d_model]")?;
-        check::shape("Mamba1", "x_bld", x_bld, &[batch, seq_len, d_model])?;
-        let (kind, state_kind) = (x_bld.kind(), state_kind(x_bld.kind()));
+        let x_bld = x_bld.into();
+        let x = x_bld.tensor();
+        let [batch, seq_len, _] = check::dims("Mamba1", "x_bld", x, "[batch, seq_len, d_model]")?;
+        check::shape("Mamba1", "x_bld", x, &[batch, seq_len, d_model])?;
+        let (kind, state_kind) = (x.kind(), state_kind(x.kind()));
 
         let uz = self.in_proj.forward(x_bld)?;
         let pieces = split_features(&uz, &[&[d_inner], &[d_inner]])?;

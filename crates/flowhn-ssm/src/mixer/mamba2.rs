@@ -1,6 +1,6 @@
 //! The mixer of Mamba-2.
 
-use flowhn_nn::{Bias, Decay, Init, Linear, Path, RmsNorm, Weight};
+use flowhn_nn::{Activations, Bias, Decay, Init, Linear, Path, RmsNorm, Weight};
 use flowhn_torch::{Error, Result, check, split_features};
 use tch::Tensor;
 
@@ -159,21 +159,27 @@ impl Mamba2 {
         &self.config
     }
 
+    pub(super) fn in_proj(&self) -> &Linear {
+        &self.in_proj
+    }
+
     /// As [`SsmMixer::forward`](super::SsmMixer::forward).
     ///
     /// # Errors
     /// As there.
     pub fn forward(
         &self,
-        x_bld: &Tensor,
+        x_bld: impl Into<Activations>,
         reset_bl: Option<&Tensor>,
         mut state: Option<&mut SsmState>,
     ) -> Result<Tensor> {
         let Mamba2Config { d_model, n_heads, d_head, d_state, n_groups, .. } = self.config;
-        let [batch, seq_len, _] = check::dims("Mamba2", "x_bld", x_bld, "[batch, seq_len, d_model]")?;
-        check::shape("Mamba2", "x_bld", x_bld, &[batch, seq_len, d_model])?;
+        let x_bld = x_bld.into();
+        let x = x_bld.tensor();
+        let [batch, seq_len, _] = check::dims("Mamba2", "x_bld", x, "[batch, seq_len, d_model]")?;
+        check::shape("Mamba2", "x_bld", x, &[batch, seq_len, d_model])?;
         let (d_inner, conv_channels) = (self.config.d_inner(), self.config.conv_channels());
-        let state_kind = state_kind(x_bld.kind());
+        let state_kind = state_kind(x.kind());
 
         let projected = self.in_proj.forward(x_bld)?;
         let pieces = split_features(&projected, &[&[d_inner], &[conv_channels], &[n_heads]])?;
@@ -207,16 +213,18 @@ impl Mamba2 {
             state.conv_bje = conv.final_state_bje;
             state.scan = out.final_state_bhpn;
         }
-        self.out_proj.forward(&self.gated(&out.y_blhp.flatten(2, 3), z_ble)?)
+        self.out_proj.forward(self.gated(&out.y_blhp.flatten(2, 3), z_ble)?)
     }
 
-    /// `y` through gate and norm.
-    fn gated(&self, y_ble: &Tensor, z_ble: &Tensor) -> Result<Tensor> {
+    /// `y` through gate and norm, for the output projection.
+    fn gated(&self, y_ble: &Tensor, z_ble: &Tensor) -> Result<Activations> {
         let norm_groups = self.config.norm_groups;
         match &self.norm {
-            Some(norm) if self.config.gate_norm == GateNorm::AfterGate => norm.forward_gated(y_ble, z_ble, norm_groups),
-            Some(norm) => Ok(norm.forward_groups(y_ble, norm_groups)?.f_mul(&z_ble.f_silu()?)?),
-            None => Ok(y_ble.f_mul(&z_ble.f_silu()?)?),
+            Some(norm) if self.config.gate_norm == GateNorm::AfterGate => {
+                norm.forward_gated_for(&self.out_proj, y_ble, z_ble, norm_groups)
+            }
+            Some(norm) => Ok(norm.forward_groups(y_ble, norm_groups)?.f_mul(&z_ble.f_silu()?)?.into()),
+            None => Ok(y_ble.f_mul(&z_ble.f_silu()?)?.into()),
         }
     }
 }

@@ -6,7 +6,7 @@ mod mamba1;
 mod mamba2;
 mod state;
 
-use flowhn_nn::Path;
+use flowhn_nn::{Activations, Linear, Path};
 use flowhn_torch::Result;
 use tch::Tensor;
 
@@ -54,8 +54,8 @@ impl SsmConfig {
 /// let x_bld = Tensor::randn([2, 5, 8], (Kind::Float, Device::Cpu));
 /// let whole = mixer.forward(&x_bld, None, None)?;
 /// let mut state = SsmState::new(&config, 2, Device::Cpu);
-/// let prompt = mixer.forward(&x_bld.narrow(1, 0, 4), None, Some(&mut state))?;
-/// let last = mixer.forward(&x_bld.narrow(1, 4, 1), None, Some(&mut state))?;
+/// let prompt = mixer.forward(x_bld.narrow(1, 0, 4), None, Some(&mut state))?;
+/// let last = mixer.forward(x_bld.narrow(1, 4, 1), None, Some(&mut state))?;
 /// let decoded = Tensor::cat(&[prompt, last], 1);
 /// assert!((decoded - whole).abs().max().double_value(&[]) < 1e-5);
 /// # Ok::<(), flowhn_ssm::Error>(())
@@ -89,10 +89,23 @@ impl SsmMixer {
     /// # Errors
     /// [`Error::Shape`](crate::Error::Shape), [`Error::Dtype`](crate::Error::Dtype) or
     /// [`Error::Device`](crate::Error::Device), naming the argument at fault.
-    pub fn forward(&self, x_bld: &Tensor, reset_bl: Option<&Tensor>, state: Option<&mut SsmState>) -> Result<Tensor> {
+    pub fn forward(
+        &self,
+        x_bld: impl Into<Activations>,
+        reset_bl: Option<&Tensor>,
+        state: Option<&mut SsmState>,
+    ) -> Result<Tensor> {
         match self {
             Self::Mamba1(mixer) => mixer.forward(x_bld, reset_bl, state),
             Self::Mamba2(mixer) => mixer.forward(x_bld, reset_bl, state),
+        }
+    }
+
+    /// The projection that alone reads `x_bld`.
+    pub fn in_proj(&self) -> &Linear {
+        match self {
+            Self::Mamba1(mixer) => mixer.in_proj(),
+            Self::Mamba2(mixer) => mixer.in_proj(),
         }
     }
 }

@@ -42,6 +42,12 @@ impl RowForm {
         ]
     }
 
+    /// The macros for rows of bf16 that are rounded to fp8 where they are computed ([`Fp8Blocks`]).
+    pub const fn fp8_defines(self) -> [(&'static str, i64); 5] {
+        let [x_kind, vectors, threads, blocks] = self.defines(1);
+        [x_kind, vectors, threads, blocks, Fp8Blocks::DEFINE]
+    }
+
     /// Threads that a row of `d` elements takes.
     fn team(self, d: i64) -> u32 {
         (d.clamp(1, MAX_WIDTH) as u32).div_ceil(VEC as u32 * self.n_vectors).next_multiple_of(32)
@@ -117,6 +123,39 @@ impl RowTiling {
     /// Bytes of shared memory for adding up the columns of a block's teams; a team alone needs none.
     pub fn column_bytes(&self, d: i64) -> usize {
         if self.n_teams > 1 { 4 * d as usize } else { 0 }
+    }
+}
+
+/// What blocks need that round their rows to fp8 where they compute them (`fp8_rows.cuh`).
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Fp8Blocks {
+    /// Bytes of shared memory.
+    pub shared_bytes: usize,
+}
+
+impl Fp8Blocks {
+    /// Rows of a block.
+    const ROWS: i64 = 32;
+    /// The widest rows.
+    const MAX_WIDTH: i64 = 4096;
+    /// The macro beside those of [`RowForm::defines`].
+    pub const DEFINE: (&'static str, i64) = ("FP8_ROWS", Self::ROWS);
+
+    /// For rows of `d` elements of these tensors, on a CUDA device; none where rows are not aligned or too wide, and are rounded by a
+    /// kernel of its own.
+    ///
+    /// # Errors
+    /// [`Error::Torch`] where the device does not answer.
+    pub fn new(d: i64, tensors: &[&Tensor]) -> Result<Option<Self>> {
+        let Some(Device::Cuda(device_idx)) = tensors.first().map(|x| x.device()) else { return Ok(None) };
+        let shared_bytes = (Self::ROWS * d + 128) as usize;
+        let fits = shared_bytes as u64 <= DeviceProperties::of(device_idx)?.shared_bytes_per_block;
+        Ok((fits && d <= Self::MAX_WIDTH && is_aligned(d, tensors)).then_some(Self { shared_bytes }))
+    }
+
+    /// Blocks for so many rows, with those that are added.
+    pub fn n_blocks(&self, n_padded: i64) -> i64 {
+        (n_padded + Self::ROWS - 1) / Self::ROWS
     }
 }
 
@@ -207,14 +246,19 @@ pub fn with_dense_rows(tensor: &Tensor) -> Result<Tensor> {
     })
 }
 
-/// The argument `aligned`: whether rows of `d` elements of each of these tensors may be read 16 bytes at a time.
+/// The argument `aligned`: [`is_aligned`].
 pub fn aligned(d: i64, tensors: &[&Tensor]) -> Arg<'static> {
+    Arg::I32(i32::from(is_aligned(d, tensors)))
+}
+
+/// Whether rows of `d` elements of each of these tensors may be read 16 bytes at a time.
+pub fn is_aligned(d: i64, tensors: &[&Tensor]) -> bool {
     let fits = |x: &&Tensor| {
         let (size, stride) = (x.size(), x.stride());
         let mut leading = size.iter().zip(&stride).rev().skip(1).filter(|&(&size, _)| size > 1);
         (x.data_ptr() as usize).is_multiple_of(16) && leading.all(|(_, stride)| stride % VEC == 0)
     };
-    Arg::I32(i32::from(d % VEC == 0 && tensors.iter().all(fits)))
+    d % VEC == 0 && tensors.iter().all(fits)
 }
 
 #[cfg(test)]

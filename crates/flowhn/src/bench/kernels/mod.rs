@@ -1,5 +1,6 @@
 //! `flowhn bench kernels`.
 
+mod fp8;
 mod operation;
 mod peers;
 mod routed;

@@ -88,9 +88,10 @@ fn split_norms(t: &[Tensor], half: &Halves) -> Result<Vec<Tensor>> {
 }
 
 fn split_norms_and_tokens(t: &[Tensor], half: &Halves) -> Result<Vec<Tensor>> {
-    let split = split_norm_tokens(&t[0], Some(&t[1]), &half.attn, &half.ssm, &half.norm, &half.norm)?;
-    let normed = split.normed;
-    Ok(vec![normed.sum_bld, normed.attn_bnd, normed.ssm_bmd, split.attn_bnd, split.ssm_bmd])
+    let norms = [&half.norm; 2];
+    let split = split_norm_tokens(&t[0], Some(&t[1]), &half.attn, &half.ssm, norms, [None, None])?;
+    let [attn_normed, ssm_normed] = [&split.attn_normed, &split.ssm_normed].map(|x| x.tensor().shallow_clone());
+    Ok(vec![split.sum_bld, attn_normed, ssm_normed, split.attn_bnd, split.ssm_bmd])
 }
 
 fn merged_sums(t: &[Tensor], half: &Halves) -> Result<Vec<Tensor>> {
