@@ -207,14 +207,19 @@ pub fn with_dense_rows(tensor: &Tensor) -> Result<Tensor> {
     })
 }
 
-/// The argument `aligned`: whether rows of `d` elements of each of these tensors may be read 16 bytes at a time.
+/// The argument `aligned`: [`rows_are_aligned`].
 pub fn aligned(d: i64, tensors: &[&Tensor]) -> Arg<'static> {
+    Arg::I32(i32::from(rows_are_aligned(d, tensors)))
+}
+
+/// Whether rows of `d` elements of each of these tensors may be read 16 bytes at a time.
+pub fn rows_are_aligned(d: i64, tensors: &[&Tensor]) -> bool {
     let fits = |x: &&Tensor| {
         let (size, stride) = (x.size(), x.stride());
         let mut leading = size.iter().zip(&stride).rev().skip(1).filter(|&(&size, _)| size > 1);
         (x.data_ptr() as usize).is_multiple_of(16) && leading.all(|(_, stride)| stride % VEC == 0)
     };
-    Arg::I32(i32::from(d % VEC == 0 && tensors.iter().all(fits)))
+    d % VEC == 0 && tensors.iter().all(fits)
 }
 
 #[cfg(test)]
@@ -272,7 +277,7 @@ mod tests {
     #[test]
     fn alignment_asks_for_widths_strides_and_addresses() {
         let x = Tensor::zeros([3, 4, 24], (Kind::BFloat16, Device::Cpu));
-        let is = |d, x: &Tensor| matches!(aligned(d, &[x]), Arg::I32(1));
+        let is = |d, x: &Tensor| rows_are_aligned(d, &[x]);
         assert!(is(24, &x) && is(16, &x.narrow(2, 8, 16)));
         assert!(!is(20, &x.narrow(2, 0, 20)) && !is(16, &x.narrow(2, 1, 16)));
         assert!(!is(8, &Tensor::zeros([3, 12], (Kind::BFloat16, Device::Cpu)).narrow(1, 0, 8)));
