@@ -182,6 +182,15 @@ impl KvCache {
         Ok(())
     }
 
+    /// Writes NaN where no token is.
+    #[cfg(feature = "selftest")]
+    pub(crate) fn poison(&self) -> Result<()> {
+        for buffer in self.filled.iter().flat_map(|filled| [&filled.keys, &filled.values]) {
+            let _ = buffer.storage.f_narrow(1, buffer.len, buffer.capacity() - buffer.len)?.f_fill_(f64::NAN)?;
+        }
+        Ok(())
+    }
+
     /// How often the cache has been given other memory.
     pub fn n_moves(&self) -> usize {
         self.n_moves
@@ -339,5 +348,57 @@ impl Buffer {
         tch::no_grad(|| -> Result<()> { Ok(self.storage.f_narrow(1, self.len, n_new)?.f_copy_(tokens)?) })?;
         self.len += n_new;
         Ok(())
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_device_counts_what_the_host_counts() {
+        let (size, options) = ([2, 1, 4], (Kind::Float, Device::Cpu));
+        let mut cache = KvCache::new();
+        assert!(cache.step_room().is_err() && cache.count_step(0).is_err(), "there is no room yet");
+        let mut moves = Vec::new();
+        for position in (0..130).map(|i| 2 * i) {
+            cache.make_room(size, options.0, options.1).unwrap();
+            assert_eq!(cache.step_room().unwrap().counted.positions.size()[0], cache.capacity() as i64);
+            moves.push(cache.n_moves());
+            cache.count_step(position).unwrap();
+        }
+        assert!(cache.count_step(258).is_err(), "positions increase");
+        assert_eq!((cache.len(), cache.last_position(), cache.capacity()), (130, Some(258), 256));
+        moves.dedup();
+        assert_eq!(moves.len(), 3, "memory moves at 64 and 128 tokens: {moves:?}");
+
+        // Tokens that did not come by steps are told to the device, in place.
+        let tokens = Tensor::zeros([2, 3, 1, 4], options);
+        cache.append(&tokens, &tokens, &[300, 301, 305], None).unwrap();
+        assert!(cache.step_room().is_err(), "the device does not know of them yet");
+        let (n_moves, place) = (cache.n_moves(), cache.keys().unwrap().unwrap().data_ptr());
+        cache.make_room(size, options.0, options.1).unwrap();
+        let counted = cache.step_room().unwrap().counted;
+        assert_eq!(Vec::<i32>::try_from(&counted.count).unwrap(), [133, 0]);
+        assert_eq!(Vec::<i64>::try_from(counted.positions.narrow(0, 128, 5)).unwrap(), [256, 258, 300, 301, 305]);
+        assert_eq!((cache.n_moves(), cache.keys().unwrap().unwrap().data_ptr()), (n_moves, place));
+        assert_eq!(cache.n_bytes(), 2 * 256 * 2 * 4 * 4 + 8 + 8 * 256);
+    }
+
+    #[test]
+    fn steps_that_do_not_fit_the_cache_are_refused() {
+        let mut cache = KvCache::new();
+        cache.make_room([2, 1, 4], Kind::Float, Device::Cpu).unwrap();
+        assert!(cache.is_empty());
+        for (size, kind) in [([1, 1, 4], Kind::Float), ([2, 1, 8], Kind::Float), ([2, 1, 4], Kind::BFloat16)] {
+            assert!(cache.make_room(size, kind, Device::Cpu).unwrap_err().to_string().contains("does not fit"));
+        }
+        let (token, segment) = (
+            Tensor::zeros([2, 1, 1, 4], (Kind::Float, Device::Cpu)),
+            Tensor::zeros([2, 1], (Kind::Int64, Device::Cpu)),
+        );
+        let mut cache = KvCache::new();
+        cache.append(&token, &token, &[0], Some(&segment)).unwrap();
+        assert!(cache.make_room([2, 1, 4], Kind::Float, Device::Cpu).is_err(), "documents");
     }
 }

@@ -183,7 +183,7 @@ mod tests {
                 }
             }
         }
-        let parts = |batch, ratio| Form::new(batch, 3 * ratio, 3, 64, Kind::BFloat16).unwrap().n_parts;
+        let parts = |batch: i64, ratio: i64| Form::new(batch, 3 * ratio, 3, 64, Kind::BFloat16).unwrap().n_parts;
         assert_eq!([parts(1, 4), parts(8, 4), parts(64, 4), parts(1000, 1)], [64, 22, 3, 1]);
         let message = Form::new(1, 1, 1, MAX_HEAD + 1, Kind::Float).unwrap_err().to_string();
         assert!(message.contains("at most 1024"), "{message}");

@@ -78,7 +78,7 @@ pub fn generate(
         !piece.is_empty() && on_text(&piece).is_break()
     };
     while out.n_tokens < options.max_tokens {
-        let ids_bm = Tensor::from_slice(&ids).view([1, -1]).to_device(device);
+        let ids_bm = on_device(&ids, device)?;
         let logits = host_row(&tch::no_grad(|| reader.feed(&ids_bm))?)?;
         // Rows of a head that is wider than the tokenizer stand for no token.
         let id = sampler.draw(&logits[..tokenizer.vocab_size()])?;
@@ -127,6 +127,15 @@ impl<'a> Reader<'a> {
             }
         }
     }
+}
+
+/// Ids `[1, m]` on the device. A single one is written there by the device itself, so that the host need not wait for a copy.
+fn on_device(ids: &[i64], device: Device) -> Result<Tensor> {
+    let ids_bm = match *ids {
+        [id] => Tensor::f_full([1, 1], id, (Kind::Int64, device)).map_err(TensorError::from)?,
+        _ => cpu::from_slice(&[1, ids.len() as i64], ids)?.f_to_device(device).map_err(TensorError::from)?,
+    };
+    Ok(ids_bm)
 }
 
 fn host_row(logits_bv: &Tensor) -> Result<Vec<f32>> {
