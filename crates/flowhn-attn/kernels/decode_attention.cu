@@ -8,16 +8,18 @@
 //
 // The keys that are seen are cut into n_parts equal parts: a block takes one part for GROUP query heads that share a key head, so
 // that keys and values are read once. A key lies on LANES lanes, 8 features each, VECTORS times; a warp thus reads 32 / LANES keys at
-// a time, AHEAD of these before the first is used. Each such row of lanes keeps a softmax of its own; those of a block are joined in a
-// fixed order at the end, those of the parts by `decode_attention_join`. Parts depend on the number of keys alone, so equal
-// inputs give equal bits.
+// a time. Keys and values are copied STAGES - 1 turns of TURN keys a lane ahead into a ring in shared memory, where each thread reads
+// only what it copied itself: enough bytes are under way without a barrier. Each row of lanes keeps a softmax of its own; those of a
+// block are joined in a fixed order at the end, those of the parts by `decode_attention_join`. Parts depend on the number of keys
+// alone, so equal inputs give equal bits.
 //
-// X_KIND: dtype. LANES, VECTORS: LANES * VECTORS * 8 >= d_head. GROUP: query heads of a block. AHEAD. ROWS_ALIGNED: 1 if rows are
-// whole vectors of 16 bytes.
+// X_KIND: dtype. LANES, VECTORS: LANES * VECTORS * 8 >= d_head. GROUP: query heads of a block. TURN, STAGES. ROWS_ALIGNED: 1 if rows
+// are whole vectors of 16 bytes; if not, they are read when they are needed.
 #include "rows.cuh"
+#include "smem.cuh"
 
 typedef DtypeOf<X_KIND>::type X;
-constexpr int WARPS = 8, KEYS = 32 / LANES, PASS = WARPS * KEYS, WIDTH = LANES * VECTORS * VEC;
+constexpr int WARPS = 8, THREADS = WARPS * 32, KEYS = 32 / LANES, PASS = WARPS * KEYS, WIDTH = LANES * VECTORS * VEC;
 // Parts of a sequence, at most.
 constexpr int MAX_PARTS = 64;
 // Below every score: a maximum of no scores whose differences are numbers.
@@ -67,6 +69,7 @@ struct Softmax {
     }
 };
 
+// Reads a row, this lane's features of it.
 __device__ __forceinline__ void load_key(Pack<X> (&row)[VECTORS], const X* from, int lane, int d_head) {
     #pragma unroll
     for (int v = 0; v < VECTORS; v++) {
@@ -77,28 +80,64 @@ __device__ __forceinline__ void load_key(Pack<X> (&row)[VECTORS], const X* from,
     }
 }
 
-extern "C" __global__ void __launch_bounds__(WARPS * 32)
+// Rows on their way to this thread, the key (0) and the value (1) of TURN keys a stage.
+struct Ring {
+    static constexpr int WORDS = sizeof(Pack<X>) / 16;
+    uint4* mine;
+
+    __device__ __forceinline__ Ring() : mine(reinterpret_cast<uint4*>(shared_memory()) + threadIdx.x) {}
+
+    __device__ __forceinline__ uint4* at(int stage, int u, int which, int v) const {
+        return mine + ((((stage * TURN + u) * 2 + which) * VECTORS + v) * WORDS) * THREADS;
+    }
+
+    __device__ __forceinline__ void copy(int stage, int u, int which, const X* from, int lane, int d_head) {
+        if constexpr (ROWS_ALIGNED) {
+            #pragma unroll
+            for (int v = 0; v < VECTORS; v++) {
+                int column = (v * LANES + lane) * VEC;
+                #pragma unroll
+                for (int w = 0; w < WORDS; w++)
+                    cp_async16(smem_address(at(stage, u, which, v) + w * THREADS),
+                               reinterpret_cast<const uint4*>(from + (column < d_head ? column : 0)) + w, column < d_head);
+            }
+        }
+    }
+
+    __device__ __forceinline__ void read(float (&x)[VEC], int stage, int u, int which, int v, const X* from, int lane, int d_head) const {
+        Pack<X> pack;
+        if constexpr (ROWS_ALIGNED) {
+            uint4* words = reinterpret_cast<uint4*>(&pack);
+            #pragma unroll
+            for (int w = 0; w < WORDS; w++) words[w] = at(stage, u, which, v)[w * THREADS];
+        } else {
+            int column = (v * LANES + lane) * VEC;
+            load_some(pack, from + column, d_head - column);
+        }
+        pack.get(x);
+    }
+};
+
+// Dynamic shared memory: the ring, and after it, in the same place, what the block's warps join.
+struct Joined {
+    float sums[GROUP][WARPS][WIDTH];
+    Softmax softmax[GROUP][WARPS];
+};
+
+extern "C" __global__ void __launch_bounds__(THREADS)
 decode_attention(const X* q, i64 q_batch, i64 q_head, const X* keys, const X* values, const i64* positions, const int* count, X* o,
                  float* part_sums, float* part_softmax, int capacity, int heads, int kv_heads, int d_head, int n_parts, i64 window,
                  i64 n_sinks, float scale) {
-    __shared__ float sums[WARPS][WIDTH];
-    __shared__ Softmax joined[WARPS];
     int warp = threadIdx.x / 32, lane = threadIdx.x % LANES, row = threadIdx.x / LANES;
     int ratio = heads / kv_heads, n_tiles = (ratio + GROUP - 1) / GROUP;
     int kv_head = blockIdx.y / n_tiles, first = blockIdx.y % n_tiles * GROUP, n_own = min(GROUP, ratio - first), b = blockIdx.z;
-    Shown shown(positions, count, window, n_sinks, n_parts);
-    i64 begin = (i64)blockIdx.x * shown.chunk;
-    if (begin >= shown.n) return;
-    int end = min((i64)shown.n, begin + shown.chunk);
-
     float query[GROUP][VECTORS][VEC], mean[GROUP][VECTORS][VEC];
     Softmax softmax[GROUP];
     #pragma unroll
     for (int g = 0; g < GROUP; g++) {
         softmax[g] = {LOWEST, 0.f};
-        int own = min(g, n_own - 1);
         Pack<X> packed[VECTORS];
-        load_key(packed, q + b * q_batch + (kv_head * ratio + first + own) * q_head, lane, d_head);
+        load_key(packed, q + b * q_batch + (kv_head * ratio + first + min(g, n_own - 1)) * q_head, lane, d_head);
         #pragma unroll
         for (int v = 0; v < VECTORS; v++) {
             packed[v].get(query[g][v]);
@@ -106,31 +145,44 @@ decode_attention(const X* q, i64 q_batch, i64 q_head, const X* keys, const X* va
             for (int i = 0; i < VEC; i++) query[g][v][i] *= scale * LOG2_E, mean[g][v][i] = 0.f;
         }
     }
+    Shown shown(positions, count, window, n_sinks, n_parts);
+    i64 begin = (i64)blockIdx.x * shown.chunk;
+    if (begin >= shown.n) return;
+    int end = min((i64)shown.n, begin + shown.chunk), n_turns = (end - (int)begin + TURN * PASS - 1) / (TURN * PASS);
 
     i64 token = (i64)kv_heads * d_head, base = (i64)b * capacity * token + kv_head * d_head;
-    for (int from = begin; from < end; from += AHEAD * PASS) {
-        Pack<X> k[AHEAD][VECTORS], val[AHEAD][VECTORS];
-        bool there[AHEAD];
-        i64 place[AHEAD];
-        #pragma unroll
-        for (int u = 0; u < AHEAD; u++) {
-            int i = from + u * PASS + row;
-            there[u] = i < end;
-            place[u] = base + shown.key(there[u] ? i : end - 1) * token;
-            load_key(k[u], keys + place[u], lane, d_head);
+    // Past the end the last key stands in, with no weight.
+    auto index = [&](int turn, int u) { return (int)begin + (turn * TURN + u) * PASS + row; };
+    auto place = [&](int turn, int u) { return base + shown.key(min(index(turn, u), end - 1)) * token; };
+    Ring ring;
+    auto copy = [&](int turn) {
+        if (turn < n_turns) {
+            #pragma unroll
+            for (int u = 0; u < TURN; u++) {
+                ring.copy(turn % STAGES, u, 0, keys + place(turn, u), lane, d_head);
+                ring.copy(turn % STAGES, u, 1, values + place(turn, u), lane, d_head);
+            }
         }
+        // Also where there is nothing more: turns are counted.
+        cp_async_commit();
+    };
+    #pragma unroll
+    for (int turn = 0; turn < STAGES - 1; turn++) copy(turn);
+    for (int turn = 0; turn < n_turns; turn++) {
+        cp_async_wait<STAGES - 2>();
+        copy(turn + STAGES - 1);
+        int stage = turn % STAGES;
+        float score[TURN][GROUP];
+        bool there[TURN];
         #pragma unroll
-        for (int u = 0; u < AHEAD; u++) load_key(val[u], values + place[u], lane, d_head);
-
-        float score[AHEAD][GROUP];
-        #pragma unroll
-        for (int u = 0; u < AHEAD; u++) {
+        for (int u = 0; u < TURN; u++) {
+            there[u] = index(turn, u) < end;
             #pragma unroll
             for (int g = 0; g < GROUP; g++) score[u][g] = 0.f;
             #pragma unroll
             for (int v = 0; v < VECTORS; v++) {
                 float x[VEC];
-                k[u][v].get(x);
+                ring.read(x, stage, u, 0, v, keys + place(turn, u), lane, d_head);
                 #pragma unroll
                 for (int g = 0; g < GROUP; g++) {
                     #pragma unroll
@@ -148,7 +200,7 @@ decode_attention(const X* q, i64 q_batch, i64 q_head, const X* keys, const X* va
         for (int g = 0; g < GROUP; g++) {
             float most = LOWEST;
             #pragma unroll
-            for (int u = 0; u < AHEAD; u++) most = there[u] ? fmaxf(most, score[u][g]) : most;
+            for (int u = 0; u < TURN; u++) most = there[u] ? fmaxf(most, score[u][g]) : most;
             float factor = softmax[g].raise(most);
             #pragma unroll
             for (int v = 0; v < VECTORS; v++) {
@@ -156,17 +208,17 @@ decode_attention(const X* q, i64 q_batch, i64 q_head, const X* keys, const X* va
                 for (int i = 0; i < VEC; i++) mean[g][v][i] *= factor;
             }
             #pragma unroll
-            for (int u = 0; u < AHEAD; u++) {
+            for (int u = 0; u < TURN; u++) {
                 score[u][g] = there[u] ? exp2f(score[u][g] - softmax[g].most) : 0.f;
                 softmax[g].sum += score[u][g];
             }
         }
         #pragma unroll
-        for (int u = 0; u < AHEAD; u++) {
+        for (int u = 0; u < TURN; u++) {
             #pragma unroll
             for (int v = 0; v < VECTORS; v++) {
                 float x[VEC];
-                val[u][v].get(x);
+                ring.read(x, stage, u, 1, v, values + place(turn, u), lane, d_head);
                 #pragma unroll
                 for (int g = 0; g < GROUP; g++) {
                     #pragma unroll
@@ -176,6 +228,8 @@ decode_attention(const X* q, i64 q_batch, i64 q_head, const X* keys, const X* va
         }
     }
 
+    Joined& joined = *reinterpret_cast<Joined*>(shared_memory());
+    __syncthreads();
     #pragma unroll
     for (int g = 0; g < GROUP; g++) {
         // The rows of lanes of a warp ...
@@ -193,27 +247,28 @@ decode_attention(const X* q, i64 q_batch, i64 q_head, const X* keys, const X* va
         }
         if (threadIdx.x % 32 < LANES) {
             #pragma unroll
-            for (int v = 0; v < VECTORS; v++) store_vec(&sums[warp][(v * LANES + lane) * VEC], mean[g][v]);
-            joined[warp] = softmax[g];
+            for (int v = 0; v < VECTORS; v++) store_vec(&joined.sums[g][warp][(v * LANES + lane) * VEC], mean[g][v]);
+            if (lane == 0) joined.softmax[g][warp] = softmax[g];
         }
-        __syncthreads();
-        // ... and its warps.
-        if (g < n_own) {
-            Softmax all = joined[0];
-            for (int w = 1; w < WARPS; w++) {
-                all.raise(joined[w].most);
-                all.sum += joined[w].sum * exp2f(joined[w].most - all.most);
-            }
-            i64 head = (i64)b * heads + kv_head * ratio + first + g, part = head * n_parts + blockIdx.x;
-            for (int column = threadIdx.x; column < d_head; column += blockDim.x) {
-                float sum = 0.f;
-                for (int w = 0; w < WARPS; w++) sum += sums[w][column] * exp2f(joined[w].most - all.most);
-                if (n_parts == 1) o[head * d_head + column] = from_f32<X>(sum / all.sum);
-                else part_sums[part * d_head + column] = sum;
-            }
-            if (n_parts > 1 && threadIdx.x == 0) part_softmax[2 * part] = all.most, part_softmax[2 * part + 1] = all.sum;
+    }
+    __syncthreads();
+    // ... and its warps.
+    for (int item = threadIdx.x; item < n_own * d_head; item += THREADS) {
+        int g = item / d_head, column = item - g * d_head;
+        Softmax all = joined.softmax[g][0];
+        for (int w = 1; w < WARPS; w++) all.most = fmaxf(all.most, joined.softmax[g][w].most);
+        float sum = 0.f;
+        all.sum = 0.f;
+        #pragma unroll
+        for (int w = 0; w < WARPS; w++) {
+            float weight = exp2f(joined.softmax[g][w].most - all.most);
+            all.sum += joined.softmax[g][w].sum * weight;
+            sum += joined.sums[g][w][column] * weight;
         }
-        __syncthreads();
+        i64 head = (i64)b * heads + kv_head * ratio + first + g, part = head * n_parts + blockIdx.x;
+        if (n_parts == 1) o[head * d_head + column] = from_f32<X>(sum / all.sum);
+        else part_sums[part * d_head + column] = sum;
+        if (n_parts > 1 && column == 0) part_softmax[2 * part] = all.most, part_softmax[2 * part + 1] = all.sum;
     }
 }
 

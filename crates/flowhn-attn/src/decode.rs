@@ -20,8 +20,12 @@ const VEC: i64 = 8;
 const MAX_HEAD: i64 = 1024;
 /// Vectors of queries that a thread holds.
 const MAX_VECTORS: i64 = 8;
-/// Blocks that fill a device; more parts than it takes for so many only cost.
-const N_BLOCKS: i64 = 512;
+/// Warps of a block.
+const WARPS: i64 = 8;
+/// Keys that a lane has on their way, where each is one word of 16 bytes.
+const AHEAD: i64 = 8;
+/// Blocks to cut a batch into: two on each multiprocessor of an H100.
+const N_BLOCKS: i64 = 264;
 /// Most parts of a sequence; the kernel has room for so many.
 const MAX_PARTS: i64 = 64;
 
@@ -91,7 +95,8 @@ pub(crate) fn attend(q_b1hp: &Tensor, cache: &KvCache, window: Option<usize>, n_
     // A window past any position is no window.
     let window = window.and_then(|window| i64::try_from(window).ok()).filter(|&window| window < i64::MAX / 2);
     let seen = [Arg::I32(form.n_parts as i32), Arg::I64(window.unwrap_or(0)), Arg::I64(n_sinks as i64)];
-    let defines = form.defines(kind_define(OP, "q_b1hp", q_b1hp)?, rows_are_aligned(d_head, &[q_b1hp, keys, values]));
+    let is_aligned = rows_are_aligned(d_head, &[q_b1hp, keys, values]);
+    let defines = form.defines(kind_define(OP, "q_b1hp", q_b1hp)?, is_aligned);
     let args = [
         &strided(q_b1hp)[..],
         &[Arg::Tensor(keys), Arg::Tensor(values), Arg::Tensor(&counted.positions), Arg::Tensor(&counted.count)],
@@ -102,7 +107,8 @@ pub(crate) fn attend(q_b1hp: &Tensor, cache: &KvCache, window: Option<usize>, n_
     ];
     let grid = [form.n_parts, n_kv_heads * form.n_tiles, batch].map(|n| n as u32);
     let kernel = |entry| Kernel { source: &DECODE_ATTENTION, entry, defines: &defines };
-    kernel("decode_attention").launch(grid, 256, 0, &args.concat())?;
+    let block = (32 * WARPS) as u32;
+    kernel("decode_attention").launch(grid, block, form.shared_bytes(is_aligned), &args.concat())?;
     if form.n_parts > 1 {
         let args = [
             &[sums_arg, softmax_arg, Arg::Tensor(&counted.positions), Arg::Tensor(&counted.count), Arg::Tensor(&o)][..],
@@ -129,7 +135,12 @@ struct Form {
     group: i64,
     /// Blocks that share a key head.
     n_tiles: i64,
-    ahead: i64,
+    /// Keys that a lane takes at once.
+    turn: i64,
+    /// Turns on their way, that at hand included.
+    stages: i64,
+    /// Words of 16 bytes that eight features take.
+    words: i64,
     n_parts: i64,
 }
 
@@ -140,7 +151,7 @@ impl Form {
             return Err(Error::invalid(OP, message));
         }
         let n_vectors = (d_head + VEC - 1) / VEC;
-        let lanes = n_vectors.min(32).max(1) as u64;
+        let lanes = n_vectors.clamp(1, 32) as u64;
         let lanes = lanes.next_power_of_two() as i64;
         let vectors = ((n_vectors + lanes - 1) / lanes) as u64;
         let vectors = vectors.next_power_of_two() as i64;
@@ -148,19 +159,28 @@ impl Form {
         let group = ratio.min(MAX_VECTORS / vectors);
         let n_tiles = (ratio + group - 1) / group;
         let n_rows = batch * n_kv_heads * n_tiles;
-        // Registers hold fewer keys where they are wide or there are many queries.
-        let ahead = if kind == Kind::BFloat16 && group * vectors <= 4 { 4 } else { 2 };
+        let words = if kind == Kind::BFloat16 { 1 } else { 2 };
+        let keys = (AHEAD / (vectors * words)).max(2);
+        let turn = if keys >= 4 { 2 } else { 1 };
         let n_parts = ((N_BLOCKS + n_rows - 1) / n_rows).min(MAX_PARTS);
-        Ok(Self { lanes, vectors, group, n_tiles, ahead, n_parts })
+        Ok(Self { lanes, vectors, group, n_tiles, turn, stages: keys / turn, words, n_parts })
     }
 
-    fn defines(&self, kind: i64, aligned: bool) -> [(&'static str, i64); 6] {
+    /// The larger of `Ring` and `Joined` in the kernel.
+    fn shared_bytes(&self, is_aligned: bool) -> usize {
+        let ring = 2 * 16 * 32 * WARPS * self.stages * self.turn * self.vectors * self.words;
+        let joined = 4 * WARPS * self.group * (self.lanes * self.vectors * VEC + 2);
+        (if is_aligned { ring.max(joined) } else { joined }) as usize
+    }
+
+    fn defines(&self, kind: i64, aligned: bool) -> [(&'static str, i64); 7] {
         [
             ("X_KIND", kind),
             ("LANES", self.lanes),
             ("VECTORS", self.vectors),
             ("GROUP", self.group),
-            ("AHEAD", self.ahead),
+            ("TURN", self.turn),
+            ("STAGES", self.stages),
             ("ROWS_ALIGNED", i64::from(aligned)),
         ]
     }
@@ -180,11 +200,13 @@ mod tests {
                     assert!(lanes * vectors * VEC >= d_head && 32 % lanes == 0, "{d_head}: {form:?}");
                     assert!(group * vectors <= MAX_VECTORS && group * n_tiles >= ratio, "{ratio}: {form:?}");
                     assert!((1..=MAX_PARTS).contains(&n_parts), "{batch}: {form:?}");
+                    assert!(form.shared_bytes(true) <= 96 << 10, "{d_head}: {form:?}");
+                    assert!(form.stages >= 2, "{form:?}");
                 }
             }
         }
         let parts = |batch: i64, ratio: i64| Form::new(batch, 3 * ratio, 3, 64, Kind::BFloat16).unwrap().n_parts;
-        assert_eq!([parts(1, 4), parts(8, 4), parts(64, 4), parts(1000, 1)], [64, 22, 3, 1]);
+        assert_eq!([parts(1, 4), parts(8, 4), parts(64, 4), parts(1000, 1)], [64, 11, 2, 1]);
         let message = Form::new(1, 1, 1, MAX_HEAD + 1, Kind::Float).unwrap_err().to_string();
         assert!(message.contains("at most 1024"), "{message}");
     }

@@ -18,15 +18,16 @@ pub(crate) static DECODE_APPEND: KernelSource =
 pub(crate) static DECODE_ATTENTION: KernelSource =
     KernelSource { name: "decode_attention.cu", text: include_str!("../kernels/decode_attention.cu"), headers: &[] };
 
-/// Variants of [`DECODE_ATTENTION`]: dtype, lanes, vectors, heads of a block, keys ahead, alignment.
+/// Variants of [`DECODE_ATTENTION`]: dtype, lanes, vectors, heads of a block, keys of a turn, stages, alignment.
 macro_rules! decode_attention {
-    ($([$kind:literal, $lanes:literal, $vectors:literal, $group:literal, $ahead:literal, $aligned:literal]),* $(,)?) => {
+    ($([$kind:literal, $lanes:literal, $vectors:literal, $group:literal, $turn:literal, $stages:literal, $aligned:literal]),* $(,)?) => {
         &[$(&[
             ("X_KIND", $kind),
             ("LANES", $lanes),
             ("VECTORS", $vectors),
             ("GROUP", $group),
-            ("AHEAD", $ahead),
+            ("TURN", $turn),
+            ("STAGES", $stages),
             ("ROWS_ALIGNED", $aligned),
         ]),*]
     };
@@ -34,20 +35,20 @@ macro_rules! decode_attention {
 
 /// Heads of 64 and 128 with one to eight queries a key head, the widest, and rows that are not aligned.
 const DECODE_ATTENTION_VARIANTS: &[Defines<'static>] = decode_attention![
-    [0, 8, 1, 4, 2, 1],
-    [0, 8, 1, 1, 2, 1],
-    [0, 8, 1, 8, 2, 1],
-    [0, 16, 1, 4, 2, 1],
-    [0, 1, 1, 2, 2, 0],
-    [0, 32, 4, 2, 2, 1],
-    [1, 8, 1, 1, 4, 1],
-    [1, 8, 1, 3, 4, 1],
-    [1, 8, 1, 8, 2, 1],
-    [1, 16, 1, 1, 4, 1],
-    [1, 16, 1, 4, 4, 1],
-    [1, 16, 1, 8, 2, 1],
-    [1, 32, 4, 2, 2, 0],
-    [1, 8, 1, 4, 4, 1],
+    [0, 8, 1, 4, 2, 2, 1],
+    [0, 8, 1, 1, 2, 2, 1],
+    [0, 8, 1, 8, 2, 2, 1],
+    [0, 16, 1, 4, 2, 2, 1],
+    [0, 1, 1, 2, 2, 2, 0],
+    [0, 32, 4, 2, 1, 2, 1],
+    [1, 8, 1, 1, 2, 4, 1],
+    [1, 8, 1, 3, 2, 4, 1],
+    [1, 8, 1, 8, 2, 4, 1],
+    [1, 16, 1, 1, 2, 4, 1],
+    [1, 16, 1, 4, 2, 4, 1],
+    [1, 16, 1, 8, 2, 4, 1],
+    [1, 32, 4, 2, 1, 2, 0],
+    [1, 8, 1, 4, 2, 4, 1],
 ];
 
 /// Every kernel of this crate with the variants in use; a test compiles them all.
