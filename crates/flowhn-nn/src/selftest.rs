@@ -1,8 +1,9 @@
-//! Checks of normalisation, SwiGLU, the embedding and the loss that run on any device.
+//! Checks of normalisation, SwiGLU, the product of one token, the embedding and the loss that run on any device.
 
 mod embedding;
 mod fp8;
 mod head;
+mod linear;
 mod norm;
 mod swiglu;
 
@@ -13,6 +14,7 @@ pub fn cases() -> Vec<Case> {
     let mut cases = embedding::cases();
     cases.extend(fp8::cases());
     cases.extend(head::cases());
+    cases.extend(linear::cases());
     cases.extend(norm::cases());
     cases.extend(swiglu::cases());
     cases
