@@ -100,7 +100,7 @@ pub fn generate(
 /// What gives the logits of the next token.
 enum Reader<'a> {
     /// Through the caches.
-    Cached(Decoder<'a>),
+    Cached(Box<Decoder<'a>>),
     /// Over the whole text again: a model planned by the released script's own form routes by the length at hand.
     Whole { model: &'a Model, ids_bl: Option<Tensor> },
 }
@@ -109,7 +109,7 @@ impl<'a> Reader<'a> {
     fn new(model: &'a Model) -> Result<Self> {
         match model.config().split.released {
             true => Ok(Self::Whole { model, ids_bl: None }),
-            false => Ok(Self::Cached(model.decoder(1)?)),
+            false => Ok(Self::Cached(Box::new(model.decoder(1)?))),
         }
     }
 

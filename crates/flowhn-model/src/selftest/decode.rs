@@ -4,7 +4,7 @@ use flowhn_torch::testing::{Case, same_bits};
 use tch::{Device, Kind, Tensor, no_grad};
 
 use super::small::{POLICIES, SEQ_LEN, VARIANTS, Variant, ids};
-use super::{case, ensure, max_abs, max_rel};
+use super::{case, case_on_cuda, ensure, max_abs, max_rel};
 use crate::{Error, Model, Result, StepLaunch};
 
 /// Most that a logit may differ in f32, relative to the largest.
@@ -76,9 +76,11 @@ fn graphs_change_no_bit(variant: &Variant, device: Device) -> Result<String> {
 
 /// Single tokens past the first room of the caches, with two pieces between them: states and keys then change outside of graphs.
 pub(super) fn launches_agree(model: &Model) -> Result<()> {
-    let ids = ids(2, 90, 4, model.device());
+    // The products of one sequence and of more go different ways.
+    let batch = if model.compute_kind() == Kind::BFloat16 { 1 } else { 2 };
+    let ids = ids(batch, 90, 4, model.device());
     let logits = |launch| -> Result<Tensor> {
-        let mut decoder = model.decoder(2)?;
+        let mut decoder = model.decoder(batch as usize)?;
         decoder.set_step_launch(launch);
         let pieces = [vec![9], vec![1; 21], vec![3], vec![1; 36], vec![2], vec![1; 19]].concat();
         let mut start = 0;

@@ -55,7 +55,11 @@ pub(super) fn cases() -> Vec<Case> {
         add("decode", decode_equals_the_full_forward);
         add("packing", documents_stay_apart_or_are_refused);
         cases.push(case_on_cuda(format!("decode as CUDA graphs: {name}"), move |device| {
-            decode::launches_agree(&model(section, device)?)?;
+            let mut model = model(section, device)?;
+            for kind in [Kind::Float, Kind::BFloat16] {
+                model.set_compute_kind(kind);
+                decode::launches_agree(&model)?;
+            }
             Ok(String::new())
         }));
     }
