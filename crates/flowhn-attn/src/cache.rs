@@ -2,9 +2,9 @@
 
 // b batch, m cached tokens, k key heads, p d_head
 
-use tch::Tensor;
+use tch::{Device, Kind, Tensor};
 
-use flowhn_torch::{Error, Result, check};
+use flowhn_torch::{Error, Result, check, cpu};
 
 use crate::Positions;
 
@@ -28,6 +28,7 @@ const MIN_CAPACITY: i64 = 64;
 #[derive(Debug, Default)]
 pub struct KvCache {
     filled: Option<Filled>,
+    n_moves: usize,
 }
 
 /// What a cache knows from its first tokens on.
@@ -37,6 +38,27 @@ struct Filled {
     values: Buffer,
     segments: Option<Buffer>,
     positions: Positions,
+    counted: Option<Counted>,
+}
+
+/// What kernels that take a step read and advance: the device's own knowledge of the cache.
+#[derive(Debug)]
+pub(crate) struct Counted {
+    /// The number of cached tokens, and 0: `[2]`, i32.
+    pub count: Tensor,
+    /// Their positions: `[capacity]`, i64.
+    pub positions: Tensor,
+    /// How many tokens the device knows of.
+    len: usize,
+}
+
+/// A cache with room for the token of a step.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct StepRoom<'a> {
+    /// `[batch, capacity, n_kv_heads, d_head]`.
+    pub keys: &'a Tensor,
+    pub values: &'a Tensor,
+    pub counted: &'a Counted,
 }
 
 impl KvCache {
@@ -72,7 +94,7 @@ impl KvCache {
         check::device(OP, "v_bmkp", v_bmkp, k_bmkp.device())?;
         if let Some(segments_bm) = segments_bm {
             check::shape(OP, "segments_bm", segments_bm, &[batch, m])?;
-            check::kind(OP, "segments_bm", segments_bm, &[tch::Kind::Int64])?;
+            check::kind(OP, "segments_bm", segments_bm, &[Kind::Int64])?;
             check::device(OP, "segments_bm", segments_bm, k_bmkp.device())?;
         }
         if m == 0 {
@@ -84,7 +106,9 @@ impl KvCache {
                 keys: Buffer::new(k_bmkp)?,
                 values: Buffer::new(v_bmkp)?,
                 segments: segments_bm.map(Buffer::new).transpose()?,
+                counted: None,
             });
+            self.n_moves += 1;
             return Ok(());
         };
 
@@ -95,7 +119,7 @@ impl KvCache {
         if filled.segments.is_some() != segments_bm.is_some() {
             return Err(Error::invalid(OP, "segments must come with all tokens of a cache or with none"));
         }
-        filled.keys.reserve(m)?;
+        self.n_moves += usize::from(filled.keys.reserve(m)?);
         filled.values.reserve(m)?;
         if let Some(segments) = &mut filled.segments {
             segments.reserve(m)?;
@@ -108,6 +132,68 @@ impl KvCache {
             segments.push(segments_bm)?;
         }
         Ok(())
+    }
+
+    /// Makes room for one more token and lets the device know what is cached. A step that a CUDA graph holds has to find the cache
+    /// where it was when it was captured: [`KvCache::n_moves`].
+    pub(crate) fn make_room(&mut self, size_bkp: [i64; 3], kind: Kind, device: Device) -> Result<()> {
+        let [batch, n_kv_heads, d_head] = size_bkp;
+        if self.filled.is_none() {
+            let buffer = || Buffer::empty(&[batch, MIN_CAPACITY, n_kv_heads, d_head], kind, device);
+            let (keys, values, positions) = (buffer()?, buffer()?, Positions::new(&[], device)?);
+            self.filled = Some(Filled { keys, values, segments: None, positions, counted: None });
+            self.n_moves += 1;
+        }
+        let Some(filled) = &mut self.filled else { return Ok(()) };
+        let have = filled.keys.storage.size();
+        if filled.segments.is_some() || [have[0], have[2], have[3]] != size_bkp || filled.keys.storage.kind() != kind {
+            let message =
+                format!("a step of {size_bkp:?} in {kind:?} does not fit a cache of {have:?}, or that has documents");
+            return Err(Error::invalid("kv_cache", message));
+        }
+        self.n_moves += usize::from(filled.keys.reserve(1)?);
+        filled.values.reserve(1)?;
+        self.n_moves += usize::from(filled.count_on_device(device)?);
+        Ok(())
+    }
+
+    /// The cache as a step on the device finds it.
+    pub(crate) fn step_room(&self) -> Result<StepRoom<'_>> {
+        let room = self.filled.as_ref().and_then(|filled| {
+            let counted = filled.counted.as_ref().filter(|counted| counted.len == filled.positions.len())?;
+            Some(StepRoom { keys: &filled.keys.storage, values: &filled.values.storage, counted })
+        });
+        room.ok_or_else(|| Error::invalid("kv_cache", "a step finds no room: it has to be made before"))
+    }
+
+    /// Tells the host that a kernel puts the token at `position` into the room that was made.
+    ///
+    /// # Errors
+    /// [`Error::Invalid`] if there is no such room or the position is not later than all before.
+    pub fn count_step(&mut self, position: i64) -> Result<()> {
+        let _ = self.step_room()?;
+        let Some(filled) = &mut self.filled else { return Ok(()) };
+        filled.positions.extend(&[position])?;
+        filled.keys.len += 1;
+        filled.values.len += 1;
+        if let Some(counted) = &mut filled.counted {
+            counted.len += 1;
+        }
+        Ok(())
+    }
+
+    /// Writes NaN where no token is.
+    #[cfg(feature = "selftest")]
+    pub(crate) fn poison(&self) -> Result<()> {
+        for buffer in self.filled.iter().flat_map(|filled| [&filled.keys, &filled.values]) {
+            let _ = buffer.storage.f_narrow(1, buffer.len, buffer.capacity() - buffer.len)?.f_fill_(f64::NAN)?;
+        }
+        Ok(())
+    }
+
+    /// How often the cache has been given other memory.
+    pub fn n_moves(&self) -> usize {
+        self.n_moves
     }
 
     /// The cached keys, `[batch, len, n_kv_heads, d_head]`, a view; `None` while the cache is empty.
@@ -151,7 +237,7 @@ impl KvCache {
 
     /// Whether nothing is cached.
     pub fn is_empty(&self) -> bool {
-        self.filled.is_none()
+        self.len() == 0
     }
 
     /// Tokens that fit before the next growth.
@@ -163,13 +249,50 @@ impl KvCache {
     pub fn n_bytes(&self) -> u64 {
         let Some(filled) = &self.filled else { return 0 };
         let segments = filled.segments.as_ref().map_or(0, Buffer::n_bytes);
-        filled.keys.n_bytes() + filled.values.n_bytes() + segments
+        let counted =
+            filled.counted.as_ref().map_or(0, |counted| n_bytes(&counted.count) + n_bytes(&counted.positions));
+        filled.keys.n_bytes() + filled.values.n_bytes() + segments + counted
     }
 
     /// Forgets all tokens and frees their memory.
     pub fn clear(&mut self) {
         self.filled = None;
+        self.n_moves += 1;
     }
+}
+
+impl Filled {
+    /// Brings the device's knowledge up to date; whether it lies elsewhere now. Steps keep it so by themselves.
+    fn count_on_device(&mut self, device: Device) -> Result<bool> {
+        let (len, capacity) = (self.positions.len(), self.keys.capacity());
+        let had_room = self.counted.as_ref().is_some_and(|counted| counted.positions.size()[0] == capacity);
+        if had_room && self.counted.as_ref().is_some_and(|counted| counted.len == len) {
+            return Ok(false);
+        }
+        if i32::try_from(capacity).is_err() {
+            let message = format!("room for {capacity} tokens is more than a step counts; split the sequence");
+            return Err(Error::invalid("kv_cache", message));
+        }
+        if !had_room {
+            self.counted = Some(Counted {
+                count: Tensor::f_zeros([2], (Kind::Int, device))?,
+                positions: Tensor::f_zeros([capacity], (Kind::Int64, device))?,
+                len: 0,
+            });
+        }
+        if let Some(counted) = &mut self.counted {
+            let positions = cpu::from_slice(&[len as i64], self.positions.host())?;
+            counted.positions.f_narrow(0, 0, len as i64)?.f_copy_(&positions)?;
+            counted.count.f_copy_(&cpu::from_slice(&[2], &[len as i32, 0])?)?;
+            counted.len = len;
+        }
+        Ok(!had_room)
+    }
+}
+
+/// Bytes of a tensor's elements.
+fn n_bytes(tensor: &Tensor) -> u64 {
+    tensor.numel() as u64 * tensor.kind().elt_size_in_bytes() as u64
 }
 
 /// A tensor that grows along axis 1, in amortised constant time a token.
@@ -181,9 +304,16 @@ struct Buffer {
 
 impl Buffer {
     fn new(tokens: &Tensor) -> Result<Self> {
-        let mut buffer = Self { storage: room(tokens, MIN_CAPACITY.max(tokens.size()[1]))?, len: 0 };
+        let mut size = tokens.size();
+        size[1] = size[1].max(MIN_CAPACITY);
+        let mut buffer = Self::empty(&size, tokens.kind(), tokens.device())?;
         buffer.push(tokens)?;
         Ok(buffer)
+    }
+
+    /// A buffer of unwritten tokens, of this size with room on axis 1.
+    fn empty(size: &[i64], kind: Kind, device: Device) -> Result<Self> {
+        Ok(Self { storage: Tensor::f_empty(size, (kind, device))?, len: 0 })
     }
 
     fn view(&self) -> Result<Tensor> {
@@ -195,19 +325,21 @@ impl Buffer {
     }
 
     fn n_bytes(&self) -> u64 {
-        self.storage.numel() as u64 * self.storage.kind().elt_size_in_bytes() as u64
+        n_bytes(&self.storage)
     }
 
-    /// Makes room for `extra` more tokens.
-    fn reserve(&mut self, extra: i64) -> Result<()> {
+    /// Makes room for `extra` more tokens; whether the buffer lies elsewhere now.
+    fn reserve(&mut self, extra: i64) -> Result<bool> {
         let wanted = self.len + extra;
         if wanted <= self.capacity() {
-            return Ok(());
+            return Ok(false);
         }
-        let grown = room(&self.storage, wanted.max(2 * self.capacity()))?;
-        tch::no_grad(|| -> Result<()> { Ok(grown.f_narrow(1, 0, self.len)?.f_copy_(&self.view()?)?) })?;
-        self.storage = grown;
-        Ok(())
+        let mut size = self.storage.size();
+        size[1] = wanted.max(2 * self.capacity());
+        let grown = Self::empty(&size, self.storage.kind(), self.storage.device())?;
+        tch::no_grad(|| -> Result<()> { Ok(grown.storage.f_narrow(1, 0, self.len)?.f_copy_(&self.view()?)?) })?;
+        self.storage = grown.storage;
+        Ok(true)
     }
 
     /// Copies tokens into room that is there.
@@ -219,9 +351,54 @@ impl Buffer {
     }
 }
 
-/// An unwritten tensor like `tokens`, with `capacity` tokens.
-fn room(tokens: &Tensor, capacity: i64) -> Result<Tensor> {
-    let mut size = tokens.size();
-    size[1] = capacity;
-    Ok(Tensor::f_empty(size, (tokens.kind(), tokens.device()))?)
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_device_counts_what_the_host_counts() {
+        let (size, options) = ([2, 1, 4], (Kind::Float, Device::Cpu));
+        let mut cache = KvCache::new();
+        assert!(cache.step_room().is_err() && cache.count_step(0).is_err(), "there is no room yet");
+        let mut moves = Vec::new();
+        for position in (0..130).map(|i| 2 * i) {
+            cache.make_room(size, options.0, options.1).unwrap();
+            assert_eq!(cache.step_room().unwrap().counted.positions.size()[0], cache.capacity() as i64);
+            moves.push(cache.n_moves());
+            cache.count_step(position).unwrap();
+        }
+        assert!(cache.count_step(258).is_err(), "positions increase");
+        assert_eq!((cache.len(), cache.last_position(), cache.capacity()), (130, Some(258), 256));
+        moves.dedup();
+        assert_eq!(moves.len(), 3, "memory moves at 64 and 128 tokens: {moves:?}");
+
+        // Tokens that did not come by steps are told to the device, in place.
+        let tokens = Tensor::zeros([2, 3, 1, 4], options);
+        cache.append(&tokens, &tokens, &[300, 301, 305], None).unwrap();
+        assert!(cache.step_room().is_err(), "the device does not know of them yet");
+        let (n_moves, place) = (cache.n_moves(), cache.keys().unwrap().unwrap().data_ptr());
+        cache.make_room(size, options.0, options.1).unwrap();
+        let counted = cache.step_room().unwrap().counted;
+        assert_eq!(Vec::<i32>::try_from(&counted.count).unwrap(), [133, 0]);
+        assert_eq!(Vec::<i64>::try_from(counted.positions.narrow(0, 128, 5)).unwrap(), [256, 258, 300, 301, 305]);
+        assert_eq!((cache.n_moves(), cache.keys().unwrap().unwrap().data_ptr()), (n_moves, place));
+        assert_eq!(cache.n_bytes(), 2 * 256 * 2 * 4 * 4 + 8 + 8 * 256);
+    }
+
+    #[test]
+    fn steps_that_do_not_fit_the_cache_are_refused() {
+        let mut cache = KvCache::new();
+        cache.make_room([2, 1, 4], Kind::Float, Device::Cpu).unwrap();
+        assert!(cache.is_empty());
+        for (size, kind) in [([1, 1, 4], Kind::Float), ([2, 1, 8], Kind::Float), ([2, 1, 4], Kind::BFloat16)] {
+            assert!(cache.make_room(size, kind, Device::Cpu).unwrap_err().to_string().contains("does not fit"));
+        }
+        let (token, segment) = (
+            Tensor::zeros([2, 1, 1, 4], (Kind::Float, Device::Cpu)),
+            Tensor::zeros([2, 1], (Kind::Int64, Device::Cpu)),
+        );
+        let mut cache = KvCache::new();
+        cache.append(&token, &token, &[0], Some(&segment)).unwrap();
+        assert!(cache.make_room([2, 1, 4], Kind::Float, Device::Cpu).is_err(), "documents");
+    }
 }

@@ -4,7 +4,8 @@
 //! and its memory, without a word. What was chosen, and why, by measurement on an H100 (`docs/kernels/attention.md`):
 //!
 //! - bf16, whole sequences: cuDNN, or FlashAttention where equal runs must give equal bits (cuDNN's backward adds in any order);
-//! - bf16, a few queries against a cache, and sliding windows: FlashAttention (cuDNN would plan anew for every length of the cache);
+//! - bf16, a few queries against a cache, and sliding windows: FlashAttention (cuDNN would plan anew for every length of the cache; one
+//!   query has a kernel of our own, `decode.rs`);
 //! - bf16, masks that are spelled out (documents, routed positions): cuDNN with a bias, or where equal bits are wanted, or a query may
 //!   see no key at all, the memory-efficient operator, whose result is then 0;
 //! - f32: the plain formula, because the fused operators would round to fewer bits.

@@ -2,12 +2,14 @@
 //! documents, sliding windows, a key-value cache, and the mixer that puts them together.
 //!
 //! [`attention`] is the operation, [`Mask`] says who may see whom, [`rotary`] turns queries and keys, [`KvCache`] remembers
-//! keys and values, and [`AttnMixer`] is the branch's layer with its parameters.
+//! keys and values, [`Clock`] says where a sequence stands that grows by single tokens, and [`AttnMixer`] is the branch's layer with its parameters.
 #![forbid(unsafe_code)]
 #![deny(missing_docs)]
 
 mod attention;
 mod cache;
+mod clock;
+mod decode;
 mod fused;
 mod kernels;
 mod mask;
@@ -19,6 +21,7 @@ pub mod selftest;
 
 pub use attention::attention;
 pub use cache::KvCache;
+pub use clock::Clock;
 pub use flowhn_torch::{Error, Result};
 pub use kernels::KERNELS;
 pub use mask::{Mask, Order};

@@ -3,12 +3,12 @@
 // b batch, n tokens of the window (those that attention reads), m tokens of the source, d d_model, h n_heads, k n_kv_heads,
 // p d_head
 
-use tch::Tensor;
+use tch::{Device, Kind, Tensor};
 
 use flowhn_nn::{Activations, Bias, Init, Linear, Path, RmsNorm};
 use flowhn_torch::{Error, Result, check, split_features};
 
-use crate::{KvCache, Mask, Positions, attention, rotary};
+use crate::{Clock, KvCache, Mask, Positions, attention, decode, rotary};
 
 /// Rotary position embedding of an attention layer.
 #[derive(Clone, Copy, Debug, PartialEq)]
@@ -250,11 +250,86 @@ impl AttnMixer {
                 }
             }
         };
-        let o_bne = o_bnhp.f_reshape([batch, n, self.config.n_heads * self.config.d_head])?;
+        self.project(&o_bnhp)
+    }
+
+    /// The output projection of what the heads found.
+    fn project(&self, o_bnhp: &Tensor) -> Result<Tensor> {
+        let size = o_bnhp.size();
+        let o_bne = o_bnhp.f_reshape([size[0], size[1], self.config.n_heads * self.config.d_head])?;
         match &self.out_norm {
             Some(norm) => self.o_proj.forward(&norm.forward(&o_bne)?),
             None => self.o_proj.forward(&o_bne),
         }
+    }
+
+    /// Prepares the cache for [`AttnMixer::step`]: room for one more token, and on CUDA the device's knowledge of what is there. It
+    /// belongs before each step, outside of its capture; [`KvCache::n_moves`] tells whether the memory is another one now.
+    ///
+    /// # Errors
+    /// [`Error::Invalid`] for a cache of other sizes or with documents; [`Error::Torch`] if the device has no memory.
+    pub fn make_room(&self, cache: &mut KvCache, batch: i64, kind: Kind, device: Device) -> Result<()> {
+        cache.make_room([batch, self.config.n_kv_heads, self.config.d_head], kind, device)
+    }
+
+    /// As [`AttnMixer::forward`] with a cache, for one token a sequence, at the position of `clock`, after [`AttnMixer::make_room`].
+    /// On CUDA its kernels read the position and the length of the cache from the device, so that a CUDA graph may hold the step; a
+    /// replay has to be counted by [`KvCache::count_step`].
+    ///
+    /// # Shapes
+    /// - `x_b1d`: `[batch, 1, d_model]`, the token, normed
+    /// - `source_b1d`: the same for a bridge
+    /// - returns `[batch, 1, d_model]`
+    ///
+    /// # Errors
+    /// As [`AttnMixer::forward`]; [`Error::Invalid`] where there is no room and, on CUDA, for a `d_head` above 1024.
+    pub fn step(
+        &self,
+        x_b1d: impl Into<Activations>,
+        source_b1d: Option<&Tensor>,
+        clock: &Clock,
+        cache: &mut KvCache,
+    ) -> Result<Tensor> {
+        if clock.on_device().is_none() {
+            let ctx = AttnContext {
+                source_positions: source_b1d.map(|_| clock.positions()),
+                ..AttnContext::new(clock.positions())
+            };
+            return self.forward(x_b1d, source_b1d, &ctx, Some(cache));
+        }
+        let x_b1d = x_b1d.into();
+        let batch = check::dims::<3>(OP, "x_b1d", x_b1d.tensor(), "[batch, 1, d_model]")?[0];
+        check::shape(OP, "x_b1d", x_b1d.tensor(), &[batch, 1, self.config.d_model])?;
+        let (h, k, p) = (self.config.n_heads, self.config.n_kv_heads, self.config.d_head);
+        let q_b1hp = match (&self.input, source_b1d) {
+            (Input::Window { qkv_proj }, None) => {
+                let [q, k, v] = pieces(&qkv_proj.forward(x_b1d)?, [[h, p], [k, p], [k, p]])?;
+                decode::append(Some(&q), &k, &v, clock, cache)?
+            }
+            (Input::Bridge { q_proj, kv_proj }, Some(source)) => {
+                check::shape(OP, "source_b1d", source, &[batch, 1, self.config.d_model])?;
+                let q = self.heads(&q_proj.forward(x_b1d)?)?;
+                let [k, v] = pieces(&kv_proj.forward(source)?, [[k, p], [k, p]])?;
+                decode::append(Some(&q), &k, &v, clock, cache)?
+            }
+            _ => return Err(Error::invalid(OP, "a source goes with a kv bridge, and with nothing else")),
+        };
+        let q_b1hp = q_b1hp.ok_or_else(|| Error::invalid(OP, "the queries were lost"))?;
+        self.project(&decode::attend(&q_b1hp, cache, self.config.window, self.config.n_sinks)?)
+    }
+
+    /// As [`AttnMixer::append_source`], for the token of a step.
+    ///
+    /// # Errors
+    /// As [`AttnMixer::step`].
+    pub fn step_source(&self, source_b1d: &Tensor, clock: &Clock, cache: &mut KvCache) -> Result<()> {
+        let Input::Bridge { kv_proj, .. } = &self.input else { return Ok(()) };
+        if clock.on_device().is_none() {
+            return self.append_source(source_b1d, clock.positions(), None, cache);
+        }
+        let (k, p) = (self.config.n_kv_heads, self.config.d_head);
+        let [k, v] = pieces(&kv_proj.forward(source_b1d)?, [[k, p], [k, p]])?;
+        decode::append(None, &k, &v, clock, cache).map(drop)
     }
 
     /// Caches keys and values of tokens when none of them is routed to attention, as decoding through a bridge must.

@@ -47,7 +47,7 @@ impl RotaryTable {
                 format!("theta is {theta}, expected a positive number such as 10000"),
             ));
         }
-        let rates: Vec<f64> = (0..d_head / 2).map(|i| theta.powf(-2. * i as f64 / d_head as f64)).collect();
+        let rates = rates(d_head, theta);
         let angles = positions.iter().flat_map(|&position| rates.iter().map(move |rate| position as f64 * rate));
         let (sin, cos): (Vec<f32>, Vec<f32>) =
             angles.map(f64::sin_cos).map(|(sin, cos)| (sin as f32, cos as f32)).unzip();
@@ -58,8 +58,7 @@ impl RotaryTable {
     }
 
     /// The cosines and the sines.
-    #[cfg(feature = "selftest")]
-    pub(crate) fn angles(&self) -> (&Tensor, &Tensor) {
+    pub(crate) fn parts(&self) -> (&Tensor, &Tensor) {
         (&self.cos, &self.sin)
     }
 
@@ -82,6 +81,11 @@ impl RotaryTable {
     pub fn is_empty(&self) -> bool {
         self.len() == 0
     }
+}
+
+/// Radians that each pair of features turns by from one position to the next.
+pub(crate) fn rates(d_head: i64, theta: f64) -> Vec<f64> {
+    (0..d_head / 2).map(|i| theta.powf(-2. * i as f64 / d_head as f64)).collect()
 }
 
 impl Clone for RotaryTable {

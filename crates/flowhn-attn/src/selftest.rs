@@ -1,6 +1,7 @@
-//! Checks of rotary embedding and attention that run on any device.
+//! Checks of rotary embedding, attention and steps of decoding that run on any device.
 
 mod attention;
+mod decode;
 mod rotary;
 
 use flowhn_torch::testing::Case;
@@ -9,5 +10,6 @@ use flowhn_torch::testing::Case;
 pub fn cases() -> Vec<Case> {
     let mut cases = attention::cases();
     cases.extend(rotary::cases());
+    cases.extend(decode::cases());
     cases
 }

@@ -2,8 +2,8 @@
 
 use flowhn_torch::testing::check_kernels;
 
-/// The variants of the shapes that `flowhn bench kernels` times.
-const TUNED: &[&str] = &["rotary X_KIND=1"];
+/// The variants of the shapes that `flowhn bench kernels` and `flowhn bench decode` time.
+const TUNED: &[&str] = &["rotary X_KIND=1", "decode_append X_KIND=1", "decode_attention X_KIND=1 LANES=8 GROUP=4"];
 
 #[test]
 fn kernels_compile_everywhere_and_tuned_ones_do_not_spill() {

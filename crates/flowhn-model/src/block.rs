@@ -4,14 +4,15 @@
 use flowhn_attn::{AttnContext, KvCache};
 use flowhn_fuse::{FuseShape, Fusion, FusionKind, Topology, gather, split_norm, split_norm_tokens, split_residual};
 use flowhn_nn::{Bias, Linear, Path, Residual, RmsNorm};
-use flowhn_split::{Branch, Bridge, Sharing};
+use flowhn_split::{Branch, Bridge, Owner, Sharing};
 use flowhn_ssm::SsmState;
 use flowhn_torch::{Stream, fork_join, record_stream, timeline};
 use tch::{Device, Kind, Tensor};
 
-use crate::branch::{AttnBranch, BranchInput, MlpSublayer, SsmBranch, opening};
+use crate::branch::{AttnBranch, BranchInput, MlpSublayer, SsmBranch, Standing, opening};
 use crate::config::BlockKind;
-use crate::layout::{BlockLayout, Layout};
+use crate::layout::BlockLayout;
+use crate::model::Pass;
 use crate::parts;
 use crate::{ModelConfig, Result, init, mixer};
 
@@ -47,6 +48,29 @@ impl BlockCache {
     /// Bytes that the cache holds.
     pub fn n_bytes(&self) -> u64 {
         self.kv.as_ref().map_or(0, KvCache::n_bytes) + self.ssm.as_ref().map_or(0, SsmState::n_bytes)
+    }
+
+    /// How often the keys and values have been given other memory.
+    pub fn n_moves(&self) -> usize {
+        self.kv.as_ref().map_or(0, KvCache::n_moves)
+    }
+
+    /// The tensors of the state-space branch's state.
+    pub fn state(&self) -> Option<[Tensor; 2]> {
+        self.ssm.as_ref().map(|state| [state.conv_bje.shallow_clone(), state.scan.shallow_clone()])
+    }
+
+    /// Copies the state into the tensors that it had before, if it has others now.
+    pub fn put_state(&mut self, before: Option<[Tensor; 2]>) -> Result<()> {
+        if let (Some(state), Some([conv_bje, scan])) = (&mut self.ssm, before) {
+            for (now, mut before) in [(&mut state.conv_bje, conv_bje), (&mut state.scan, scan)] {
+                if now.data_ptr() != before.data_ptr() {
+                    before.f_copy_(now)?;
+                    *now = before;
+                }
+            }
+        }
+        Ok(())
     }
 }
 
@@ -89,18 +113,30 @@ impl Block {
         }
     }
 
-    /// Runs block `block_idx` of the layout on the sum of `stream`; with a cache, goes on from the tokens it remembers; with a stream on
+    /// Whether a token that goes to `owner` leaves a key and a value in the block's cache.
+    pub fn caches_keys_of(&self, owner: Owner) -> bool {
+        self.attn.is_some() && (self.bridge == Bridge::Kv || owner.includes(Branch::Attn))
+    }
+
+    /// Prepares the cache for a step whose token leaves a key and a value there.
+    pub fn make_room(&self, cache: &mut BlockCache, batch: usize, kind: Kind, device: Device) -> Result<()> {
+        if let (Some(branch), Some(kv)) = (&self.attn, &mut cache.kv) {
+            branch.mixer().make_room(kv, batch as i64, kind, device)?;
+        }
+        Ok(())
+    }
+
+    /// Runs block `block_idx` of the pass on the sum of `stream`; with a cache, goes on from the tokens it remembers; with a stream on
     /// the `side`, attention runs there, beside the state-space branch.
     pub fn forward(
         &self,
         stream: &Residual,
         block_idx: usize,
-        layout: &Layout,
-        segments_bl: Option<&Tensor>,
+        pass: &Pass,
         cache: Option<&mut BlockCache>,
         side: Option<Stream>,
     ) -> Result<Residual> {
-        let routes = &layout.blocks[block_idx];
+        let routes = &pass.layout.blocks[block_idx];
         let (kv, state) = match cache {
             Some(cache) => (cache.kv.as_mut(), cache.ssm.as_mut()),
             None => (None, None),
@@ -109,12 +145,12 @@ impl Block {
         let leave = |part: &'static str| move |x: Residual| x.map_last(|x| timeline::pass(x, parts::FUSION, part));
         let attend = || -> Result<Option<Residual>> {
             let attn_input = attn_input.timed(parts::ATTENTION, parts::FUSION)?;
-            let a_bnd = self.attend(&x_bld, &attn_input, layout, routes, segments_bl, kv)?;
+            let a_bnd = self.attend(&x_bld, &attn_input, pass, routes, kv)?;
             Ok(a_bnd.map(leave(parts::ATTENTION)).transpose()?)
         };
         let scan = || -> Result<Option<Residual>> {
             let ssm_input = ssm_input.timed(parts::SSM, parts::FUSION)?;
-            let s_bmd = self.scan(&ssm_input, routes, segments_bl, state)?;
+            let s_bmd = self.scan(&ssm_input, routes, pass.segments_bl.as_ref(), state)?;
             Ok(s_bmd.map(leave(parts::SSM)).transpose()?)
         };
         let (a_bnd, s_bmd) = match (side, x_bld.device()) {
@@ -187,12 +223,13 @@ impl Block {
         &self,
         x_bld: &Tensor,
         input: &BranchInput,
-        layout: &Layout,
+        pass: &Pass,
         routes: &BlockLayout,
-        segments_bl: Option<&Tensor>,
         cache: Option<&mut KvCache>,
     ) -> Result<Option<Residual>> {
         let Some(branch) = &self.attn else { return Ok(None) };
+        let segments_bl = pass.segments_bl.as_ref();
+        let positions = &pass.layout.positions;
         let window_segments = gathered(segments_bl, &routes.attn)?;
         let mut ctx = AttnContext::new(&routes.attn_positions);
         if let Some(segments_bn) = &window_segments {
@@ -202,20 +239,24 @@ impl Block {
             let source_bld = branch.norm().forward(x_bld)?;
             if routes.attn.is_empty() {
                 // Tokens that attention does not read still serve it as keys and values later.
-                if let Some(cache) = cache {
-                    branch.mixer().append_source(&source_bld, &layout.positions, segments_bl, cache)?;
+                match (pass.clock, cache) {
+                    (Some(clock), Some(cache)) => branch.mixer().step_source(&source_bld, clock, cache)?,
+                    (None, Some(cache)) => {
+                        branch.mixer().append_source(&source_bld, positions, segments_bl, cache)?;
+                    }
+                    (_, None) => {}
                 }
                 return Ok(None);
             }
             let normed_bnd = gather(&source_bld, &routes.attn)?;
-            let ctx = ctx.with_source(&layout.positions);
-            return branch.forward(input.tokens(), &normed_bnd, Some(&source_bld), &ctx, cache).map(Some);
+            let standing = standing(pass, ctx.with_source(positions), cache);
+            return branch.forward(input.tokens(), &normed_bnd, Some(&source_bld), standing).map(Some);
         }
         if routes.attn.is_empty() {
             return Ok(None);
         }
         let (x_bnd, normed_bnd) = input.normed_by(branch.norm())?;
-        branch.forward(x_bnd.as_ref(), normed_bnd, None, &ctx, cache).map(Some)
+        branch.forward(x_bnd.as_ref(), normed_bnd, None, standing(pass, ctx, cache)).map(Some)
     }
 
     /// The state-space branch on its tokens.
@@ -229,6 +270,14 @@ impl Block {
         let Some(branch) = self.ssm.as_ref().filter(|_| !routes.ssm.is_empty()) else { return Ok(None) };
         let reset_bn = gathered(segments_bl, &routes.ssm)?.map(|segments| document_starts(&segments)).transpose()?;
         branch.forward(input, reset_bn.as_ref(), state).map(Some)
+    }
+}
+
+/// Where attention's tokens stand in this pass.
+fn standing<'a>(pass: &Pass<'a>, ctx: AttnContext<'a>, cache: Option<&'a mut KvCache>) -> Standing<'a> {
+    match (pass.clock, cache) {
+        (Some(clock), Some(cache)) => Standing::Step { clock, cache },
+        (_, cache) => Standing::Tokens { ctx, cache },
     }
 }
 

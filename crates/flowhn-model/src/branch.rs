@@ -1,6 +1,6 @@
 //! One branch of a block: norm, mixer and, in the released block, a residual and an MLP of its own.
 
-use flowhn_attn::{AttnContext, AttnInit, AttnMixer, KvCache};
+use flowhn_attn::{AttnContext, AttnInit, AttnMixer, Clock, KvCache};
 use flowhn_nn::{Activations, Bias, Linear, Path, Residual, RmsNorm, SwiGluMlp};
 use flowhn_ssm::{SsmMixer, SsmState};
 use flowhn_torch::{Stream, record_stream, timeline};
@@ -120,6 +120,15 @@ impl BranchTail {
     }
 }
 
+/// Where attention's tokens stand, and what it remembers.
+#[derive(Debug)]
+pub(crate) enum Standing<'a> {
+    /// Any tokens, at positions that the host knows.
+    Tokens { ctx: AttnContext<'a>, cache: Option<&'a mut KvCache> },
+    /// One token, at the clock's position, after those of the cache.
+    Step { clock: &'a Clock, cache: &'a mut KvCache },
+}
+
 /// The attention branch.
 #[derive(Debug)]
 pub(crate) struct AttnBranch {
@@ -164,10 +173,12 @@ impl AttnBranch {
         x_bnd: Option<&Tensor>,
         normed_bnd: impl Into<Activations>,
         source_bld: Option<&Tensor>,
-        ctx: &AttnContext,
-        cache: Option<&mut KvCache>,
+        standing: Standing,
     ) -> Result<Residual> {
-        let mixed_bnd = self.mixer.forward(normed_bnd, source_bld, ctx, cache)?;
+        let mixed_bnd = match standing {
+            Standing::Tokens { ctx, cache } => self.mixer.forward(normed_bnd, source_bld, &ctx, cache)?,
+            Standing::Step { clock, cache } => self.mixer.step(normed_bnd, source_bld, clock, cache)?,
+        };
         match (&self.tail, x_bnd) {
             (Some(tail), Some(x_bnd)) => tail.forward(x_bnd, mixed_bnd),
             _ => Ok(Residual::of(mixed_bnd)),

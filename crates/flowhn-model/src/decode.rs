@@ -4,18 +4,22 @@ use tch::Tensor;
 
 use crate::block::BlockCache;
 use crate::model::Input;
+use crate::steps::{StepLaunch, Steps, keep_states};
 use crate::{Error, Model, Result};
 
 /// A batch of sequences that grow together, with what each block remembers of them.
 ///
 /// Each block keeps keys and values of the positions attention read, and the convolution window and state of those the SSM
-/// read. Tokens are routed by absolute position, as in training.
+/// read. Tokens are routed by absolute position, as in training. On a CUDA device single tokens are replayed from CUDA graphs
+/// ([`StepLaunch`]).
 #[derive(Debug)]
 pub struct Decoder<'a> {
     model: &'a Model,
     batch: usize,
     position: usize,
     caches: Vec<BlockCache>,
+    launch: StepLaunch,
+    steps: Steps,
     /// Set while blocks are being fed; a failure in between leaves caches of different lengths.
     broken: bool,
 }
@@ -34,11 +38,17 @@ impl Model {
         if batch == 0 {
             return Err(Error::Input("a decoder needs at least one sequence".to_owned()));
         }
-        Ok(Decoder { model: self, batch, position: 0, caches: self.caches(batch), broken: false })
+        let (caches, steps) = (self.caches(batch), Steps::new(self, batch)?);
+        Ok(Decoder { model: self, batch, position: 0, caches, launch: StepLaunch::default(), steps, broken: false })
     }
 }
 
 impl Decoder<'_> {
+    /// Chooses how single tokens run on a CUDA device; both give the same bits. On the CPU there is no choice.
+    pub fn set_step_launch(&mut self, launch: StepLaunch) {
+        self.launch = launch;
+    }
+
     /// Feeds the next tokens, `[batch, m]` with any `m >= 1`, and returns the logits after the last, `[batch, vocab_size]`.
     ///
     /// # Errors
@@ -69,13 +79,24 @@ impl Decoder<'_> {
         self.model.check_input(&input)?;
         self.broken = true;
         let _paused = self.model.params().pause_fp8();
-        let logits = tch::no_grad(|| {
-            let x_bmd = self.model.run(&input, Some(&mut self.caches), |_| Ok(()))?;
-            self.model.logits_of(&choose(&x_bmd)?)
-        })?;
+        let logits = tch::no_grad(|| self.run(&input, choose))?;
         self.broken = false;
         self.position += ids_bm.size()[1] as usize;
         Ok(logits)
+    }
+
+    fn run(&mut self, input: &Input, choose: impl Fn(&Tensor) -> Result<Tensor>) -> Result<Tensor> {
+        let (model, n_meta) = (self.model, self.model.config().options.n_meta);
+        // The first token brings the learned ones along.
+        if input.ids_bl.size()[1] == 1 && (n_meta == 0 || input.offset > 0) {
+            let position = n_meta + input.offset;
+            let logits_bv = self.steps.run(model, &mut self.caches, self.launch, input.ids_bl, position)?;
+            return Ok(logits_bv.f_unsqueeze(1)?);
+        }
+        let before = self.caches.iter().map(BlockCache::state).collect();
+        let x_bmd = model.run(input, Some(&mut self.caches), |_| Ok(()))?;
+        keep_states(model.device(), &mut self.caches, before)?;
+        model.logits_of(&choose(&x_bmd)?)
     }
 
     /// Number of tokens fed so far.

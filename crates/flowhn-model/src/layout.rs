@@ -4,7 +4,7 @@ use std::ops::Range;
 
 use flowhn_attn::Positions;
 use flowhn_fuse::Route;
-use flowhn_split::{BlockPlan, Branch, SplitPlan};
+use flowhn_split::{BlockPlan, Branch, Owner, SplitPlan};
 use tch::Device;
 
 use crate::Result;
@@ -16,7 +16,7 @@ pub(crate) struct BlockLayout {
     pub attn: Route,
     /// The SSM's tokens, relative to the range.
     pub ssm: Route,
-    /// Absolute positions of attention's tokens.
+    /// Absolute positions of attention's tokens; none in the layout of a step.
     pub attn_positions: Positions,
 }
 
@@ -24,7 +24,7 @@ pub(crate) struct BlockLayout {
 #[derive(Debug)]
 pub(crate) struct Layout {
     pub blocks: Vec<BlockLayout>,
-    /// Absolute positions of all tokens of the range.
+    /// Absolute positions of all tokens of the range; none in the layout of a step.
     pub positions: Positions,
 }
 
@@ -37,6 +37,13 @@ impl Layout {
             plan.blocks().iter().map(|block| BlockLayout::new(block, offset, device)).collect::<Result<_>>()?;
         Ok(Self { blocks, positions })
     }
+
+    /// Lays out one token that these branches read, block by block. A clock tells its position.
+    pub fn step(owners: &[Owner], device: Device) -> Result<Self> {
+        let block = |owner: &Owner| BlockLayout::step(*owner, device);
+        let positions = Positions::new(&[], device)?;
+        Ok(Self { blocks: owners.iter().map(block).collect::<Result<_>>()?, positions })
+    }
 }
 
 impl BlockLayout {
@@ -46,5 +53,13 @@ impl BlockLayout {
         let absolute: Vec<i64> = attn.positions().iter().map(|pos| pos + offset).collect();
         let attn_positions = Positions::new(&absolute, device)?;
         Ok(Self { ssm: route(Branch::Ssm)?, attn, attn_positions })
+    }
+    fn step(owner: Owner, device: Device) -> Result<Self> {
+        let route = |branch| match owner.includes(branch) {
+            true => Route::all(1, device),
+            false => Route::none(1, device),
+        };
+        let (attn, ssm) = (route(Branch::Attn)?, route(Branch::Ssm)?);
+        Ok(Self { attn, ssm, attn_positions: Positions::new(&[], device)? })
     }
 }

@@ -18,6 +18,7 @@ mod recompute;
 mod score;
 #[cfg(feature = "selftest")]
 pub mod selftest;
+mod steps;
 mod weights;
 
 pub use config::ModelConfig;
@@ -29,4 +30,5 @@ pub use model::{Branches, IGNORE_INDEX, Input, Linears, Model, Output, parts};
 pub use names::{Family, Fold, ForeignName};
 pub use recompute::RecomputeEvery;
 pub use score::{Target, TargetScores};
+pub use steps::StepLaunch;
 pub use weights::WeightFile;

@@ -1,16 +1,17 @@
 //! The language model: embedding, blocks, final norm, head.
 // b batch, l seq_len, d d_model, t tokens of the batch, v vocab_size
 
-use std::cell::RefCell;
+use std::cell::{Cell, RefCell};
 use std::collections::HashMap;
 use std::ops::Range;
 use std::rc::Rc;
 
+use flowhn_attn::Clock;
 use flowhn_nn::{
     Bias, Decay, Embedding, Fp8Projections, HeadMatrix, Init, Linear, Params, Residual, RmsNorm, Weight, check_ids,
     linear, linear_cross_entropy, token_losses,
 };
-use flowhn_split::{ModelShape, Routing, SplitPlan};
+use flowhn_split::{ModelShape, Owner, Routing, SplitPlan};
 use flowhn_torch::{Priority, Stream, catch, timeline};
 use tch::{Device, Kind, Tensor};
 
@@ -72,6 +73,7 @@ pub struct Model {
     compute_kind: Kind,
     /// Where attention branches run, beside the others.
     side: Option<Stream>,
+    capture_stream: Cell<Option<Stream>>,
     recompute_every: RecomputeEvery,
     fp8: Fp8Projections,
     embed: Embedding,
@@ -114,16 +116,18 @@ pub struct Input<'a> {
 }
 
 /// A forward pass that has been checked and laid out.
-pub(crate) struct Pass {
+pub(crate) struct Pass<'a> {
     ids_bl: Tensor,
-    segments_bl: Option<Tensor>,
-    layout: Rc<Layout>,
+    pub segments_bl: Option<Tensor>,
+    pub layout: Rc<Layout>,
+    /// In a step of decoding, where its token stands.
+    pub clock: Option<&'a Clock>,
     /// Learned tokens that stand in front.
     n_front: i64,
     seq_len: i64,
 }
 
-impl Pass {
+impl Pass<'_> {
     /// The stream without the learned tokens.
     pub fn of_tokens(&self, x_bld: &Tensor) -> Result<Tensor> {
         if self.n_front == 0 { Ok(x_bld.shallow_clone()) } else { Ok(x_bld.f_narrow(1, self.n_front, self.seq_len)?) }
@@ -197,6 +201,7 @@ impl Model {
             params,
             compute_kind: Kind::Float,
             side: None,
+            capture_stream: Cell::new(None),
             recompute_every: RecomputeEvery::default(),
             fp8: Fp8Projections::default(),
             embed,
@@ -415,8 +420,7 @@ impl Model {
         pass: &Pass,
         cache: Option<&mut BlockCache>,
     ) -> Result<Residual> {
-        let block = &self.blocks[block_idx];
-        block.forward(stream, block_idx, &pass.layout, pass.segments_bl.as_ref(), cache, self.side)
+        self.blocks[block_idx].forward(stream, block_idx, pass, cache, self.side)
     }
 
     pub(crate) fn n_blocks(&self) -> usize {
@@ -435,17 +439,27 @@ impl Model {
     pub(crate) fn run(
         &self,
         input: &Input,
+        caches: Option<&mut [BlockCache]>,
+        visit: impl FnMut(&Residual) -> Result<()>,
+    ) -> Result<Tensor> {
+        let pass = self.begin(input, caches.is_some())?;
+        self.run_pass(&pass, caches, visit)
+    }
+
+    /// As [`Model::run`], for an input that has been laid out.
+    pub(crate) fn run_pass(
+        &self,
+        pass: &Pass,
         mut caches: Option<&mut [BlockCache]>,
         mut visit: impl FnMut(&Residual) -> Result<()>,
     ) -> Result<Tensor> {
-        let pass = self.begin(input, caches.is_some())?;
         let outcome = catch(|| {
             let mut inner = || -> Result<Tensor> {
-                let mut stream = Residual::of(self.entry(&pass)?);
+                let mut stream = Residual::of(self.entry(pass)?);
                 visit(&pass.part(&stream)?)?;
                 for block_idx in 0..self.n_blocks() {
                     let cache = caches.as_deref_mut().map(|caches| &mut caches[block_idx]);
-                    stream = self.run_block(block_idx, &stream, &pass, cache)?;
+                    stream = self.run_block(block_idx, &stream, pass, cache)?;
                     visit(&pass.part(&stream)?)?;
                 }
                 Ok(pass.part(&stream)?.sum()?)
@@ -456,7 +470,7 @@ impl Model {
     }
 
     /// Checks an input, brings it to the device and lays out who reads which token of it.
-    pub(crate) fn begin(&self, input: &Input, has_caches: bool) -> Result<Pass> {
+    pub(crate) fn begin(&self, input: &Input, has_caches: bool) -> Result<Pass<'static>> {
         let seq_len = self.check_input(input)?;
         // Before anything else, so that no part of the pass waits for another part's stream.
         self.refresh_bf16_copies()?;
@@ -472,7 +486,40 @@ impl Model {
         let n_front = if input.offset == 0 { n_meta as i64 } else { 0 };
         let end = n_meta + input.offset + seq_len;
         let layout = self.layout(end - seq_len - n_front as usize..end)?;
-        Ok(Pass { ids_bl, segments_bl, layout, n_front, seq_len: seq_len as i64 })
+        Ok(Pass { ids_bl, segments_bl, layout, clock: None, n_front, seq_len: seq_len as i64 })
+    }
+
+    /// A pass over one token a sequence behind the first, for which the clock and the layout of a step stand.
+    pub(crate) fn begin_token<'a>(&self, ids_b1: &Tensor, layout: &Rc<Layout>, clock: &'a Clock) -> Pass<'a> {
+        let layout = Rc::clone(layout);
+        Pass { ids_bl: ids_b1.shallow_clone(), segments_bl: None, layout, clock: Some(clock), n_front: 0, seq_len: 1 }
+    }
+
+    /// Who reads the token at an absolute position, block by block.
+    pub(crate) fn owners(&self, position: usize) -> Result<Vec<Owner>> {
+        let owner = |block_idx| {
+            let message = || Error::Input(format!("block {block_idx} has no plan for position {position}"));
+            self.routing.owner(block_idx, position).ok_or_else(message)
+        };
+        (0..self.blocks.len()).map(owner).collect()
+    }
+
+    pub(crate) fn blocks(&self) -> &[Block] {
+        &self.blocks
+    }
+
+    pub(crate) fn compute_kind(&self) -> Kind {
+        self.compute_kind
+    }
+
+    /// The stream that steps of decoding are captured on; one, so that libraries keep one workspace for it.
+    pub(crate) fn capture_stream(&self, device_idx: usize) -> Result<Stream> {
+        let stream = match self.capture_stream.get() {
+            Some(stream) => stream,
+            None => Stream::from_pool(device_idx, Priority::Normal)?,
+        };
+        self.capture_stream.set(Some(stream));
+        Ok(stream)
     }
 
     /// Final norm and cross-entropy in f32 of some rows of the stream, `[rows, d_model]`; no gradient.

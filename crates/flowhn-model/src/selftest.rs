@@ -22,12 +22,19 @@ pub fn cases() -> Vec<Case> {
 
 /// A check in the words of this crate's error.
 fn case(name: String, check: impl Fn(Device) -> Result<String> + Send + Sync + 'static) -> Case {
-    Case::new(name, move |device| {
-        check(device).map_err(|error| match error {
-            Error::Tensor(error) => error,
-            other => flowhn_torch::Error::invalid("model", other.to_string()),
-        })
-    })
+    Case::new(name, move |device| check(device).map_err(in_words_of_tensors))
+}
+
+/// A check of something that only a CUDA device has.
+fn case_on_cuda(name: String, check: impl Fn(Device) -> Result<String> + Send + Sync + 'static) -> Case {
+    Case::on_cuda(name, move |device| check(device).map_err(in_words_of_tensors))
+}
+
+fn in_words_of_tensors(error: Error) -> flowhn_torch::Error {
+    match error {
+        Error::Tensor(error) => error,
+        other => flowhn_torch::Error::invalid("model", other.to_string()),
+    }
 }
 
 /// An error with this message unless `holds`.

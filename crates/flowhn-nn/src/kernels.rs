@@ -62,6 +62,10 @@ pub(crate) static FP8_SCALES: KernelSource =
 pub(crate) static EMBEDDING: KernelSource =
     KernelSource { name: "embedding.cu", text: include_str!("../kernels/embedding.cu"), headers: &[] };
 
+/// A [`Linear`](crate::Linear) of one token.
+pub(crate) static LINEAR_ROW: KernelSource =
+    KernelSource { name: "linear_row.cu", text: include_str!("../kernels/linear_row.cu"), headers: &[] };
+
 /// Every kernel of this crate with the variants in use; a test compiles them all.
 pub const KERNELS: &[KernelSpec] = &[
     KernelSpec {
@@ -81,6 +85,7 @@ pub const KERNELS: &[KernelSpec] = &[
         source: &LM_HEAD_PRODUCT,
         variants: &[&ProductVariant { stores: true }.defines(), &ProductVariant { stores: false }.defines()],
     },
+    KernelSpec { source: &LINEAR_ROW, variants: &[&[]] },
     KernelSpec { source: &LM_HEAD_ROWS, variants: &[&[("GRAD", 1)], &[("GRAD", 0)]] },
     KernelSpec {
         source: &SCALED_CAST,

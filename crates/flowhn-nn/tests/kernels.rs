@@ -11,6 +11,7 @@ const TUNED: &[&str] = &[
     "swiglu_forward X_KIND=1",
     "swiglu_backward X_KIND=1",
     "cross_entropy_rows X_KIND=1",
+    "linear_row",
     "lm_head_product STORE=1",
     "lm_head_product STORE=0",
     "lm_head_origins GRAD=1",

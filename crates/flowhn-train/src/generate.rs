@@ -78,7 +78,7 @@ pub fn generate(
         !piece.is_empty() && on_text(&piece).is_break()
     };
     while out.n_tokens < options.max_tokens {
-        let ids_bm = Tensor::from_slice(&ids).view([1, -1]).to_device(device);
+        let ids_bm = on_device(&ids, device)?;
         let logits = host_row(&tch::no_grad(|| reader.feed(&ids_bm))?)?;
         // Rows of a head that is wider than the tokenizer stand for no token.
         let id = sampler.draw(&logits[..tokenizer.vocab_size()])?;
@@ -100,7 +100,7 @@ pub fn generate(
 /// What gives the logits of the next token.
 enum Reader<'a> {
     /// Through the caches.
-    Cached(Decoder<'a>),
+    Cached(Box<Decoder<'a>>),
     /// Over the whole text again: a model planned by the released script's own form routes by the length at hand.
     Whole { model: &'a Model, ids_bl: Option<Tensor> },
 }
@@ -109,7 +109,7 @@ impl<'a> Reader<'a> {
     fn new(model: &'a Model) -> Result<Self> {
         match model.config().split.released {
             true => Ok(Self::Whole { model, ids_bl: None }),
-            false => Ok(Self::Cached(model.decoder(1)?)),
+            false => Ok(Self::Cached(Box::new(model.decoder(1)?))),
         }
     }
 
@@ -127,6 +127,15 @@ impl<'a> Reader<'a> {
             }
         }
     }
+}
+
+/// Ids `[1, m]` on the device. A single one is written there by the device itself, so that the host need not wait for a copy.
+fn on_device(ids: &[i64], device: Device) -> Result<Tensor> {
+    let ids_bm = match *ids {
+        [id] => Tensor::f_full([1, 1], id, (Kind::Int64, device)).map_err(TensorError::from)?,
+        _ => cpu::from_slice(&[1, ids.len() as i64], ids)?.f_to_device(device).map_err(TensorError::from)?,
+    };
+    Ok(ids_bm)
 }
 
 fn host_row(logits_bv: &Tensor) -> Result<Vec<f32>> {

@@ -114,7 +114,7 @@ fn check(pattern: &Pattern, shape: (i64, i64, i64), kind: Kind, device: Device) 
 }
 
 /// `softmax(q k^T / sqrt(d_head)) v` over the visible keys; zeros where there is none.
-fn formula(q_bnhp: &Tensor, k_bmkp: &Tensor, v_bmkp: &Tensor, visible: &Tensor) -> Tensor {
+pub(super) fn formula(q_bnhp: &Tensor, k_bmkp: &Tensor, v_bmkp: &Tensor, visible: &Tensor) -> Tensor {
     let repeats = q_bnhp.size()[2] / k_bmkp.size()[2];
     let for_heads = |x: &Tensor| x.repeat_interleave_self_int(repeats, 2, None).transpose(1, 2);
     let scale = (q_bnhp.size()[3] as f64).sqrt().recip();

@@ -31,7 +31,7 @@ fn check(shape: [i64; 4], kind: Kind, device: Device) -> Result<String> {
     let plain = |x: &[Tensor]| {
         let wide = if x[0].kind() == Kind::Double { Kind::Double } else { Kind::Float };
         let halves = part(&x[0]).to_kind(wide).chunk(2, -1);
-        let (cos, sin) = table.angles();
+        let (cos, sin) = table.parts();
         let (cos, sin) = (cos.unsqueeze(1).to_kind(wide), sin.unsqueeze(1).to_kind(wide));
         let first = &halves[0] * &cos - &halves[1] * &sin;
         let second = &halves[1] * &cos + &halves[0] * &sin;

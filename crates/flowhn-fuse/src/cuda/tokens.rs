@@ -5,7 +5,7 @@
 use tch::{Kind, Tensor};
 
 use flowhn_nn::{Fp8Place, Residual};
-use flowhn_torch::kernel::rows::{aligned, is_aligned, with_dense_rows};
+use flowhn_torch::kernel::rows::{aligned, rows_are_aligned, with_dense_rows};
 use flowhn_torch::kernel::{Arg, Kernel, kind_define};
 use flowhn_torch::{Error, Result};
 
@@ -72,7 +72,7 @@ pub(crate) fn rounds_merge(a: &Residual, s: &Residual, attn: &Route, ssm: &Route
             .all(|(x, shape)| x.as_ref().is_some_and(|x| x.size() == *shape))
         && attn.partitions_with(ssm)
         && (attn.is_single_span() || ssm.is_single_span())
-        && is_aligned(shapes[0][2], &terms)
+        && rows_are_aligned(shapes[0][2], &terms)
 }
 
 /// [`merge_sums`] rounded to `place`; returns what stands in for it. One of the routes is a single span.

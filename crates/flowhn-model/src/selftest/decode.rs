@@ -1,11 +1,11 @@
 //! Prefill and token-by-token decoding give the logits of the whole sequence.
 
-use flowhn_torch::testing::Case;
+use flowhn_torch::testing::{Case, same_bits};
 use tch::{Device, Kind, Tensor, no_grad};
 
 use super::small::{POLICIES, SEQ_LEN, VARIANTS, Variant, ids};
-use super::{case, ensure, max_abs, max_rel};
-use crate::{Error, Model, Result};
+use super::{case, case_on_cuda, ensure, max_abs, max_rel};
+use crate::{Error, Model, Result, StepLaunch};
 
 /// Most that a logit may differ in f32, relative to the largest.
 const MAX_REL: f64 = 1e-4;
@@ -16,6 +16,8 @@ pub(super) fn cases() -> Vec<Case> {
         let name = |kind: &str| format!("decode: {} {kind}", variant.name());
         cases.push(case(name("Float"), move |device| policies_equal_the_full_forward(&variant, device)));
         cases.push(case(name("BFloat16"), move |device| is_as_exact_as_the_full_forward(&variant, device)));
+        let name = format!("decode: {} gives equal bits as CUDA graphs and operator by operator", variant.name());
+        cases.push(case_on_cuda(name, move |device| graphs_change_no_bit(&variant, device)));
     }
     cases.push(case("decode: a prompt in pieces equals the prompt at once".to_owned(), pieces));
     cases
@@ -58,6 +60,43 @@ pub(super) fn equals_the_full_forward(model: &Model, ids: &Tensor) -> Result<f64
         worst = worst.max(error);
     }
     Ok(worst)
+}
+
+fn graphs_change_no_bit(variant: &Variant, device: Device) -> Result<String> {
+    for split in POLICIES {
+        let mut model = variant.model(split, device)?;
+        for kind in [Kind::Float, Kind::BFloat16] {
+            model.set_compute_kind(kind);
+            let named = |error| Error::Input(format!("{split}, {kind:?}: {error}"));
+            launches_agree(&model).map_err(named)?;
+        }
+    }
+    Ok(format!("{} policies", POLICIES.len()))
+}
+
+/// Single tokens past the first room of the caches, with two pieces between them: states and keys then change outside of graphs.
+pub(super) fn launches_agree(model: &Model) -> Result<()> {
+    // The products of one sequence and of more go different ways.
+    let batch = if model.compute_kind() == Kind::BFloat16 { 1 } else { 2 };
+    let ids = ids(batch, 90, 4, model.device());
+    let logits = |launch| -> Result<Tensor> {
+        let mut decoder = model.decoder(batch as usize)?;
+        decoder.set_step_launch(launch);
+        let pieces = [vec![9], vec![1; 21], vec![3], vec![1; 36], vec![2], vec![1; 19]].concat();
+        let mut start = 0;
+        let mut logits = Vec::new();
+        for len in pieces {
+            logits.push(decoder.feed_all(&ids.narrow(1, start, len))?);
+            start += len;
+        }
+        ensure(start == 90, || format!("{start} tokens were fed"))?;
+        Ok(Tensor::cat(&logits, 1))
+    };
+    let (graphs, operators) = (logits(StepLaunch::Graph)?, logits(StepLaunch::Operators)?);
+    ensure(same_bits(&graphs, &operators), || {
+        let off = max_abs(&(graphs.to_kind(Kind::Double) - operators.to_kind(Kind::Double)));
+        format!("graphs are off from operators by {off:.2e}")
+    })
 }
 
 /// In bf16 the two round differently; decoding may lose at most twice what the whole sequence loses against f32.

@@ -4,7 +4,7 @@ use flowhn_torch::testing::Case;
 use tch::{Device, Kind, Tensor, no_grad};
 
 use super::small::{SEQ_LEN, VOCAB, enlarge_weights, ids};
-use super::{case, causality, decode, ensure};
+use super::{case, case_on_cuda, causality, decode, ensure};
 use crate::config::{ModelConfig, RawModel, from_table};
 use crate::{Error, Input, Model, Result};
 
@@ -73,6 +73,14 @@ pub(super) fn cases() -> Vec<Case> {
         add("causality", causality::later_tokens_do_not_matter);
         add("decode", decode_equals_the_full_forward);
         add("packing", documents_stay_apart_or_are_refused);
+        cases.push(case_on_cuda(format!("decode as CUDA graphs: {name}"), move |device| {
+            let mut model = model(section, device)?;
+            for kind in [Kind::Float, Kind::BFloat16] {
+                model.set_compute_kind(kind);
+                decode::launches_agree(&model)?;
+            }
+            Ok(String::new())
+        }));
     }
     cases.push(case("learned tokens reach every token through any window".to_owned(), learned_tokens_are_seen));
     cases

@@ -3,7 +3,7 @@
 use tch::{Device, Kind, Tensor};
 
 use flowhn_torch::Result;
-use flowhn_torch::kernel::rows::{Rows, is_aligned};
+use flowhn_torch::kernel::rows::{Rows, rows_are_aligned};
 use flowhn_torch::kernel::{Arg, Kernel};
 
 use super::format::Format;
@@ -79,7 +79,7 @@ pub(super) fn matrix_size(x: &Tensor) -> [i64; 2] {
 fn as_rows(x: &Tensor) -> Result<Rows> {
     const OP: &str = "fp8_cast";
     let rows = Rows::new(OP, &[x])?;
-    if is_aligned(matrix_size(x)[1], &[rows.tensor(0)]) {
+    if rows_are_aligned(matrix_size(x)[1], &[rows.tensor(0)]) {
         return Ok(rows);
     }
     let mut copy = Tensor::f_empty(x.size(), (x.kind(), x.device()))?;

@@ -150,7 +150,7 @@ impl Fp8Blocks {
         let Some(Device::Cuda(device_idx)) = tensors.first().map(|x| x.device()) else { return Ok(None) };
         let shared_bytes = (Self::ROWS * d + 128) as usize;
         let fits = shared_bytes as u64 <= DeviceProperties::of(device_idx)?.shared_bytes_per_block;
-        Ok((fits && d <= Self::MAX_WIDTH && is_aligned(d, tensors)).then_some(Self { shared_bytes }))
+        Ok((fits && d <= Self::MAX_WIDTH && rows_are_aligned(d, tensors)).then_some(Self { shared_bytes }))
     }
 
     /// Blocks for so many rows, with those that are added.
@@ -246,13 +246,13 @@ pub fn with_dense_rows(tensor: &Tensor) -> Result<Tensor> {
     })
 }
 
-/// The argument `aligned`: [`is_aligned`].
+/// The argument `aligned`: [`rows_are_aligned`].
 pub fn aligned(d: i64, tensors: &[&Tensor]) -> Arg<'static> {
-    Arg::I32(i32::from(is_aligned(d, tensors)))
+    Arg::I32(i32::from(rows_are_aligned(d, tensors)))
 }
 
 /// Whether rows of `d` elements of each of these tensors may be read 16 bytes at a time.
-pub fn is_aligned(d: i64, tensors: &[&Tensor]) -> bool {
+pub fn rows_are_aligned(d: i64, tensors: &[&Tensor]) -> bool {
     let fits = |x: &&Tensor| {
         let (size, stride) = (x.size(), x.stride());
         let mut leading = size.iter().zip(&stride).rev().skip(1).filter(|&(&size, _)| size > 1);
@@ -316,7 +316,7 @@ mod tests {
     #[test]
     fn alignment_asks_for_widths_strides_and_addresses() {
         let x = Tensor::zeros([3, 4, 24], (Kind::BFloat16, Device::Cpu));
-        let is = |d, x: &Tensor| matches!(aligned(d, &[x]), Arg::I32(1));
+        let is = |d, x: &Tensor| rows_are_aligned(d, &[x]);
         assert!(is(24, &x) && is(16, &x.narrow(2, 8, 16)));
         assert!(!is(20, &x.narrow(2, 0, 20)) && !is(16, &x.narrow(2, 1, 16)));
         assert!(!is(8, &Tensor::zeros([3, 12], (Kind::BFloat16, Device::Cpu)).narrow(1, 0, 8)));

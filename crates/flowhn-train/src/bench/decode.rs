@@ -2,7 +2,7 @@
 
 use std::time::Instant;
 
-use flowhn_model::{Decoder, Model, ModelConfig};
+use flowhn_model::{Decoder, Model, ModelConfig, StepLaunch};
 use flowhn_torch::Stream;
 use serde::Serialize;
 use tch::{Device, Kind, Tensor};
@@ -15,7 +15,7 @@ use crate::{Error, Result};
 
 /// Runs of a prompt, after one that warms up.
 const PROMPTS: usize = 5;
-/// Decoded tokens before the first that counts.
+/// Decoded tokens before the first that counts; the second is captured where steps are.
 const WARM_UP: usize = 8;
 
 /// How fast a model reads and writes.
@@ -29,9 +29,9 @@ pub struct DecodeSpeed {
     pub prompt_len: usize,
     /// Tokens of a prompt a second, one sequence; the median of some runs.
     pub prefill_tokens_per_s: f64,
-    /// Token by token after such a prompt.
+    /// Token by token after such a prompt: on a GPU for each batch size from CUDA graphs and operator by operator.
     pub decode: Vec<DecodeRow>,
-    /// Bytes that decoding keeps, divided by the tokens of prompt and text.
+    /// Bytes that decoding keeps after such a prompt, divided by its tokens.
     pub cache_bytes_per_token: f64,
     /// The same for a model whose every token goes to attention.
     pub cache_bytes_per_token_attention: f64,
@@ -42,10 +42,14 @@ pub struct DecodeSpeed {
 pub struct DecodeRow {
     /// Sequences side by side.
     pub batch: usize,
+    /// How steps run.
+    pub launch: StepLaunch,
     /// Tokens of all of them a second, by the median time of a step.
     pub tokens_per_s: f64,
     /// Milliseconds of a step: the median.
     pub step_ms: f64,
+    /// Bytes that decoding holds after the steps, room for later tokens included.
+    pub cache_bytes: u64,
 }
 
 /// Measures a configuration with random weights: a prompt of `prompt_len` random tokens, then `steps` tokens at each batch size.
@@ -80,11 +84,15 @@ pub fn time_decoding(
     }
 
     let mut decode = Vec::with_capacity(batches.len());
-    for &batch in batches {
+    let launches: &[StepLaunch] =
+        if device.is_cuda() { &[StepLaunch::Graph, StepLaunch::Operators] } else { &[StepLaunch::Operators] };
+    for (&batch, &launch) in batches.iter().flat_map(|batch| launches.iter().map(move |launch| (batch, launch))) {
         let mut decoder = model.decoder(batch)?;
+        decoder.set_step_launch(launch);
         let _ = decoder.feed(&prompt(batch)?)?;
         let step_ms = median(&step_times(&mut decoder, &model, batch, steps)?);
-        decode.push(DecodeRow { batch, step_ms, tokens_per_s: batch as f64 / step_ms * 1e3 });
+        let (tokens_per_s, cache_bytes) = (batch as f64 / step_ms * 1e3, decoder.cache_bytes());
+        decode.push(DecodeRow { batch, launch, tokens_per_s, step_ms, cache_bytes });
     }
 
     Ok(DecodeSpeed {

@@ -4,6 +4,7 @@ use std::path::PathBuf;
 use std::process::ExitCode;
 
 use anyhow::Result;
+use flowhn_model::StepLaunch;
 use flowhn_train::bench::{DecodeSpeed, time_decoding};
 use serde::Serialize;
 
@@ -13,11 +14,13 @@ use crate::device::DeviceArgs;
 use crate::units;
 
 const AFTER_HELP: &str = "\
-A model from configs/bench with random weights reads a prompt of random tokens at once, then writes token by token, greedily.
+A model from configs/bench with random weights reads a prompt of random tokens at once, then writes token by token, greedily: on a GPU
+once from CUDA graphs and once operator by operator.
 
 --json prints one object: `device`, `rows`: a list of {model, policy, parameters, prompt_len, prefill_tokens_per_s, decode: a list of
-{batch, tokens_per_s, step_ms}, cache_bytes_per_token, cache_bytes_per_token_attention}; the last is what a model of the same shape keeps
-whose every token goes to attention.";
+{batch, launch, tokens_per_s, step_ms, cache_bytes}, cache_bytes_per_token, cache_bytes_per_token_attention}. `launch` is `graph` or
+`operators`; `cache_bytes` is what decoding holds after the steps, room for later tokens included, the next what it holds a token after the
+prompt, and the last what a model of the same shape keeps whose every token goes to attention.";
 
 /// Arguments of `flowhn bench decode`.
 #[derive(Debug, clap::Args)]
@@ -88,10 +91,14 @@ pub fn run(args: &Args) -> Result<ExitCode> {
 
 fn line(size: &str, policy: &str, speed: &DecodeSpeed) -> String {
     let per_s = |value: f64| units::grouped(value as u64);
-    let rows = speed
-        .decode
-        .iter()
-        .map(|row| format!("batch {}: {} tokens/s, {:.2} ms a step", row.batch, per_s(row.tokens_per_s), row.step_ms));
+    let rows = speed.decode.iter().map(|row| {
+        let launch = match row.launch {
+            StepLaunch::Graph => " as CUDA graphs",
+            StepLaunch::Operators => "",
+        };
+        let (tokens, step_ms, held) = (per_s(row.tokens_per_s), row.step_ms, row.cache_bytes as f64 / 1e6);
+        format!("batch {}{launch}: {tokens} tokens/s, {step_ms:.3} ms a step, {held:.1} MB of caches", row.batch)
+    });
     format!(
         "{size} {policy}: prompt of {}: {} tokens/s; {}; cache {:.0} bytes a token, {:.0} with attention alone\n",
         speed.prompt_len,
