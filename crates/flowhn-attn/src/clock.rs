@@ -3,7 +3,7 @@
 use tch::{Device, Kind, Tensor};
 
 use flowhn_torch::kernel::{Arg, Kernel};
-use flowhn_torch::{Result, cpu};
+use flowhn_torch::{Error, Result, cpu};
 
 use crate::kernels::DECODE_CLOCK;
 use crate::rotary::rates;
@@ -24,6 +24,8 @@ use crate::{Positions, RotaryTable};
 #[derive(Debug)]
 pub struct Clock {
     positions: Positions,
+    /// Features of a head and base of the rotary embedding.
+    rope: Option<(i64, f64)>,
     counter: Option<Counter>,
 }
 
@@ -55,7 +57,7 @@ impl Clock {
             Device::Cuda(_) => Some(Counter::new(rope, device)?),
             _ => None,
         };
-        Ok(Self { positions: Positions::new(&[0], device)?, counter })
+        Ok(Self { positions: Positions::new(&[0], device)?, rope, counter })
     }
 
     /// Sets the position that the next tick arrives at. On CUDA it writes to the device unless the ticks so far lead there; it
@@ -98,6 +100,18 @@ impl Clock {
     /// The position as the host knows it: one.
     pub fn positions(&self) -> &Positions {
         &self.positions
+    }
+
+    /// Refuses a clock whose angles are not those of a mixer's heads.
+    pub(crate) fn check(&self, op: &'static str, rope: Option<(i64, f64)>) -> Result<()> {
+        if self.rope == rope {
+            return Ok(());
+        }
+        let told = |rope: Option<(i64, f64)>| match rope {
+            Some((d_head, theta)) => format!("heads of {d_head} that turn with base {theta}"),
+            None => "heads that do not turn".to_owned(),
+        };
+        Err(Error::invalid(op, format!("the clock is for {}, the mixer has {}", told(self.rope), told(rope))))
     }
 
     /// The position on the device, `[1]`, i64; `None` where only the host counts.

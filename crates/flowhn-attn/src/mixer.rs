@@ -282,7 +282,8 @@ impl AttnMixer {
     /// - returns `[batch, 1, d_model]`
     ///
     /// # Errors
-    /// As [`AttnMixer::forward`]; [`Error::Invalid`] where there is no room and, on CUDA, for a `d_head` above 1024.
+    /// As [`AttnMixer::forward`]; [`Error::Invalid`] for a clock of other angles than the mixer's, where there is no room and, on CUDA, for a
+    /// `d_head` above 1024.
     pub fn step(
         &self,
         x_b1d: impl Into<Activations>,
@@ -290,6 +291,7 @@ impl AttnMixer {
         clock: &Clock,
         cache: &mut KvCache,
     ) -> Result<Tensor> {
+        self.check_clock(clock)?;
         if clock.on_device().is_none() {
             let ctx = AttnContext {
                 source_positions: source_b1d.map(|_| clock.positions()),
@@ -324,6 +326,7 @@ impl AttnMixer {
     /// As [`AttnMixer::step`].
     pub fn step_source(&self, source_b1d: &Tensor, clock: &Clock, cache: &mut KvCache) -> Result<()> {
         let Input::Bridge { kv_proj, .. } = &self.input else { return Ok(()) };
+        self.check_clock(clock)?;
         if clock.on_device().is_none() {
             return self.append_source(source_b1d, clock.positions(), None, cache);
         }
@@ -397,6 +400,10 @@ impl AttnMixer {
     fn heads(&self, x: &Tensor) -> Result<Tensor> {
         let size = x.size();
         Ok(x.f_reshape([size[0], size[1], size[2] / self.config.d_head, self.config.d_head])?)
+    }
+
+    fn check_clock(&self, clock: &Clock) -> Result<()> {
+        clock.check(OP, self.config.rope.map(|rope| (self.config.d_head, rope.theta)))
     }
 
     fn turned(&self, x_bnhp: Tensor, positions: &Positions) -> Result<Tensor> {

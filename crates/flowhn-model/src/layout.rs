@@ -54,6 +54,7 @@ impl BlockLayout {
         let attn_positions = Positions::new(&absolute, device)?;
         Ok(Self { ssm: route(Branch::Ssm)?, attn, attn_positions })
     }
+
     fn step(owner: Owner, device: Device) -> Result<Self> {
         let route = |branch| match owner.includes(branch) {
             true => Route::all(1, device),

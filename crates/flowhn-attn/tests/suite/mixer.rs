@@ -4,7 +4,7 @@ use tch::{Device, Kind, Tensor};
 
 use crate::common::{leaf, noise, pick};
 use flowhn_attn::{
-    AttnConfig, AttnContext, AttnInit, AttnMixer, Bridge, KvCache, Mask, Positions, Rope, attention, rotary,
+    AttnConfig, AttnContext, AttnInit, AttnMixer, Bridge, Clock, KvCache, Mask, Positions, Rope, attention, rotary,
 };
 use flowhn_nn::Params;
 use flowhn_torch::testing::{assert_close, gradcheck};
@@ -262,4 +262,21 @@ fn mistakes_are_named() {
     let mut cache = KvCache::new();
     assert!(plain.forward(&x, None, &ctx, Some(&mut cache)).is_ok());
     assert!(message(plain.forward(&x, None, &ctx, Some(&mut cache))).contains("0 comes after 2"));
+}
+
+#[test]
+fn a_clock_of_other_angles_is_refused() {
+    let sizes = AttnConfig::new(D, 4, 2, 8);
+    let turning = AttnConfig { rope: Some(Rope { theta: 10000. }), ..sizes };
+    let x = noise(&[2, 1, D], 3, Kind::Float);
+    for (config, fitting) in [(sizes, None), (turning, Some((8, 10000.)))] {
+        let (_params, mixer) = new(config);
+        for rope in [None, Some((8, 10000.)), Some((6, 10000.)), Some((8, 500.))] {
+            let outcome = mixer.step(&x, None, &Clock::new(rope, Device::Cpu).unwrap(), &mut KvCache::new());
+            match rope == fitting {
+                true => assert_eq!(outcome.unwrap().size(), [2, 1, D]),
+                false => assert!(outcome.unwrap_err().to_string().contains("the clock is for"), "{rope:?}"),
+            }
+        }
+    }
 }

@@ -26,15 +26,29 @@ const MAX_SCRATCH_BYTES: u64 = 256 << 20;
 /// The number by which the dispatcher knows `Kind::Float`.
 const FLOAT: op::Arg<'static> = op::Arg::Int(6);
 
-/// What was found for the products of some sizes; nothing where libtorch's own way is the fastest.
-type Plans = HashMap<Sizes, Option<Arc<Plan>>>;
+/// Products of some sizes whose results tell nothing, as zeros do, before libtorch's way is taken for good.
+const MAX_POSTPONED: usize = 8;
+
+/// What is known of the products of some sizes.
+#[derive(Clone)]
+enum Known {
+    /// The fastest way.
+    Plan(Arc<Plan>),
+    /// libtorch's own is the fastest.
+    Libtorch,
+    /// So many results told nothing.
+    Postponed(usize),
+}
+
+type Plans = HashMap<Sizes, Known>;
 
 /// `a b` of `a: [m, k]` and `b: [k, n]` in `kind`: that of the factors or, for bf16 factors on CUDA, f32, which is what the products are added
 /// up in.
 ///
 /// The first product of its sizes that is enqueued outside of a captured graph waits for the device while ways to do it are timed, about a
 /// hundred times what the product takes, with as much memory as its result besides. So this is for sizes that come again and again, as those of
-/// training do. `FLOWHN_TUNE_PRODUCTS=0` in the environment leaves all products to libtorch. The bits are libtorch's either way.
+/// training do. `FLOWHN_TUNE_PRODUCTS=0` in the environment leaves all products to libtorch. The bits are libtorch's either way, as compared on
+/// that first product. Nothing is recorded for autograd: this belongs inside of a [`Function`](crate::Function), or under `no_grad`.
 ///
 /// # Errors
 /// [`Error::Torch`] if the factors do not fit each other or libtorch has no such product;
@@ -61,18 +75,24 @@ pub enum Sum {
 /// As [`product`].
 pub fn product_into(a: &Tensor, b: &Tensor, out: &Tensor, sum: Sum) -> Result<()> {
     let Some((device_idx, sizes)) = tunable(a, b, out) else { return by_libtorch(a, b, out, sum) };
-    match plans(|plans| plans.get(&sizes).cloned()) {
-        Some(Some(plan)) => return plan.run(device_idx, a, b, out, sum),
-        Some(None) => return by_libtorch(a, b, out, sum),
-        None => by_libtorch(a, b, out, sum)?,
-    }
+    let n_postponed = match plans(|plans| plans.get(&sizes).cloned()) {
+        Some(Known::Plan(plan)) => return plan.run(device_idx, a, b, out, sum),
+        Some(Known::Libtorch) => return by_libtorch(a, b, out, sum),
+        Some(Known::Postponed(n)) => n,
+        None => 0,
+    };
+    by_libtorch(a, b, out, sum)?;
     let room = plans(|plans| plans.len()) < MAX_CHOICES && sizes.out_bytes() <= MAX_SCRATCH_BYTES;
-    if room
-        && sum == Sum::New
-        && let Choice::Made(plan) = choose::choose(device_idx, &sizes, a, b, out)?
-    {
-        plans(|plans| plans.insert(sizes, plan.map(Arc::new)));
+    if !room || sum == Sum::Old || plan::is_capturing(device_idx)? {
+        return Ok(());
     }
+    let known = match choose::choose(device_idx, &sizes, a, b, out)? {
+        Choice::Made(Some(plan)) => Known::Plan(Arc::new(plan)),
+        Choice::Made(None) => Known::Libtorch,
+        Choice::Postponed if n_postponed + 1 < MAX_POSTPONED => Known::Postponed(n_postponed + 1),
+        Choice::Postponed => Known::Libtorch,
+    };
+    plans(|plans| plans.insert(sizes, known));
     Ok(())
 }
 
@@ -112,7 +132,8 @@ fn tunable(a: &Tensor, b: &Tensor, out: &Tensor) -> Option<(usize, Sizes)> {
         && matches!(out.kind(), Kind::BFloat16 | Kind::Float)
         && [b, out].iter().all(|tensor| tensor.device() == a.device())
         && is_wanted();
-    let sizes = if fits { Sizes::of(device_idx, a, b, out) } else { None };
+    let is_aligned = [a, b, out].into_iter().all(plan::is_aligned);
+    let sizes = if fits && is_aligned { Sizes::of(device_idx, a, b, out) } else { None };
     sizes.filter(|sizes| sizes.flops() >= MIN_FLOPS && plan::is_there()).map(|sizes| (device_idx, sizes))
 }
 

@@ -1,7 +1,8 @@
 //! One way of cuBLASLt to do the products of some sizes.
 
+use std::collections::BTreeMap;
 use std::ffi::c_void;
-use std::sync::{Arc, OnceLock};
+use std::sync::{Arc, Mutex, OnceLock};
 
 use cudarc::cublaslt::{result, sys};
 use tch::{Device, Kind, Tensor};
@@ -37,7 +38,7 @@ struct Factor {
 }
 
 impl Factor {
-    /// `None` where neither rows nor columns are dense, or where they do not begin at 16 bytes.
+    /// `None` where neither rows nor columns are dense, or where they are no multiples of 16 bytes apart.
     fn of(tensor: &Tensor) -> Option<Self> {
         let (size, stride) = (tensor.size(), tensor.stride());
         let factor = match (stride[0], stride[1]) {
@@ -45,17 +46,15 @@ impl Factor {
             (1, column) if column >= size[0] => Self { transposed: true, stride: column },
             _ => return None,
         };
-        let is_aligned = factor.stride % 8 == 0 && (tensor.data_ptr() as usize).is_multiple_of(ALIGNMENT);
-        is_aligned.then_some(factor)
+        (factor.stride % 8 == 0).then_some(factor)
     }
 }
 
 impl Sizes {
-    /// `None` for operands that are no matrices, do not fit each other or do not lie as cuBLASLt takes them.
+    /// `None` for operands that are no matrices, do not fit each other or have gaps that cuBLASLt does not take.
     pub(super) fn of(device_idx: usize, a: &Tensor, b: &Tensor, out: &Tensor) -> Option<Self> {
         let ([m, k], [inner, n]) = (matrix(a)?, matrix(b)?);
-        let is_dense = out.is_contiguous() && (out.data_ptr() as usize).is_multiple_of(ALIGNMENT);
-        if k != inner || [m, n, k].contains(&0) || matrix(out)? != [m, n] || n % 8 != 0 || !is_dense {
+        if k != inner || [m, n, k].contains(&0) || matrix(out)? != [m, n] || n % 8 != 0 || !out.is_contiguous() {
             return None;
         }
         let is_f32 = out.kind() == Kind::Float;
@@ -71,15 +70,21 @@ impl Sizes {
     }
 }
 
+/// Whether a tensor begins where cuBLASLt supposes.
+pub(super) fn is_aligned(tensor: &Tensor) -> bool {
+    (tensor.data_ptr() as usize).is_multiple_of(ALIGNMENT)
+}
+
 fn matrix(tensor: &Tensor) -> Option<[u64; 2]> {
     let size = tensor.size();
     <[i64; 2]>::try_from(size).ok().map(|size| size.map(|n| n as u64))
 }
 
-/// Whether libtorch's cuBLASLt is there to be asked.
+/// Whether there is a cuBLASLt to be asked.
 pub(super) fn is_there() -> bool {
     static THERE: OnceLock<bool> = OnceLock::new();
-    // SAFETY: only looks whether the dynamic linker finds the library, which libtorch has loaded.
+    // SAFETY: only looks whether the dynamic linker finds the library. libtorch has loaded one; should the linker find another, its
+    // algorithms are held to the bits of libtorch's all the same.
     *THERE.get_or_init(|| unsafe { sys::is_culib_present() })
 }
 
@@ -145,7 +150,8 @@ pub(super) struct Plan {
 
 impl Plan {
     /// What cuBLASLt proposes, the best by its own estimate first.
-    pub(super) fn proposals(sizes: &Sizes) -> Result<Vec<Self>> {
+    pub(super) fn proposals(device_idx: usize, sizes: &Sizes) -> Result<Vec<Self>> {
+        let _context = Context::of_device(device_idx).map_err(unanswered)?;
         let operands = Arc::new(Operands::new(sizes).map_err(refused)?);
         let [b, a, out] = operands.layouts;
         let preference = Preference::new().map_err(refused)?;
@@ -155,7 +161,7 @@ impl Plan {
         // SAFETY: all descriptions are alive, and there is room for as many results as are asked for.
         unsafe {
             sys::cublasLtMatmulAlgoGetHeuristic(
-                handle()?,
+                handle(device_idx)?,
                 operands.product,
                 b,
                 a,
@@ -196,7 +202,7 @@ impl Plan {
         // stream. The two numbers are read before the call returns.
         let outcome = unsafe {
             result::matmul(
-                handle()?,
+                handle(device_idx)?,
                 self.operands.product,
                 (&raw const one).cast(),
                 (&raw const old).cast(),
@@ -244,16 +250,19 @@ impl Drop for Preference {
     }
 }
 
-/// cuBLASLt's own state, for the life of the process.
-fn handle() -> Result<sys::cublasLtHandle_t> {
-    #[derive(Clone, Copy)]
+/// cuBLASLt's own state for a device, whose context is current; for the life of the process.
+fn handle(device_idx: usize) -> Result<sys::cublasLtHandle_t> {
     struct Handle(sys::cublasLtHandle_t);
     // SAFETY: cuBLASLt's functions may be called with one handle from any thread.
     unsafe impl Send for Handle {}
-    // SAFETY: as above.
-    unsafe impl Sync for Handle {}
-    static HANDLE: OnceLock<std::result::Result<Handle, result::CublasError>> = OnceLock::new();
-    HANDLE.get_or_init(|| result::create_handle().map(Handle)).map(|handle| handle.0).map_err(refused)
+    static HANDLES: Mutex<BTreeMap<usize, Handle>> = Mutex::new(BTreeMap::new());
+    let mut handles = HANDLES.lock().unwrap_or_else(|poisoned| poisoned.into_inner());
+    if let Some(handle) = handles.get(&device_idx) {
+        return Ok(handle.0);
+    }
+    let handle = result::create_handle().map_err(refused)?;
+    handles.insert(device_idx, Handle(handle));
+    Ok(handle)
 }
 
 fn refused(error: result::CublasError) -> Error {
@@ -273,12 +282,18 @@ mod tests {
         let kind = (Kind::BFloat16, Device::Cpu);
         let zeros = |rows: i64, columns: i64| Tensor::zeros([rows, columns], kind);
         let (x, w, out) = (zeros(40, 24), zeros(24, 16), zeros(40, 16));
-        // The allocator of the CPU aligns to 64 bytes: what it gives may or may not do.
-        if let Some(sizes) = Sizes::of(0, &x, &w, &out) {
-            assert_eq!((sizes.m, sizes.n, sizes.k, sizes.out_bytes()), (40, 16, 24, 40 * 16 * 2));
-            assert_eq!(sizes.a, Factor { transposed: false, stride: 24 });
-            assert_eq!(sizes.flops(), 2. * 40. * 16. * 24.);
-        }
+        let sizes = Sizes::of(0, &x, &w, &out).unwrap();
+        assert_eq!((sizes.m, sizes.n, sizes.k, sizes.out_bytes()), (40, 16, 24, 40 * 16 * 2));
+        assert_eq!(
+            (sizes.a, sizes.b),
+            (Factor { transposed: false, stride: 24 }, Factor { transposed: false, stride: 16 })
+        );
+        assert_eq!(sizes.flops(), 2. * 40. * 16. * 24.);
+        let part = Sizes::of(0, &zeros(40, 32).narrow(1, 8, 24), &zeros(16, 24).tr(), &out).unwrap();
+        assert_eq!(
+            (part.a, part.b),
+            (Factor { transposed: false, stride: 32 }, Factor { transposed: true, stride: 24 })
+        );
         let none = |a: &Tensor, b: &Tensor, out: &Tensor| Sizes::of(0, a, b, out).is_none();
         assert!(none(&x, &zeros(16, 24), &out), "sizes that do not fit");
         assert!(none(&x, &w, &zeros(16, 40)), "a result that does not fit");
