@@ -136,5 +136,17 @@ fn the_papers_table_is_filled_row_by_row_and_kept() {
     assert_eq!(again.json()["rows"][0]["accuracy"], report["rows"][0]["accuracy"]);
     assert_eq!(again.json()["rows"][1], report["rows"][1]);
     again.done();
+
+    // What a row was found on is kept with it, and is not what this command runs on.
+    let path = dir().join("table/fac_split/speed.json");
+    let mut kept: Value = serde_json::from_str(&fs::read_to_string(&path).unwrap()).unwrap();
+    assert!(kept["result"]["device"].as_str().unwrap().contains("CPU"), "{kept}");
+    kept["result"]["device"] = "another device".into();
+    fs::write(&path, kept.to_string()).unwrap();
+    let told = table(&["--train-tokens", "2048", "--skip", "speed,train,eval"]).json();
+    let device = told["device"].as_str().unwrap();
+    assert!(device.starts_with("CPU") && device.ends_with(" and another device"), "{device}");
+    assert_eq!(told["rows"][1]["device"], "another device");
+
     table(&["--train-tokens", "4096"]).refused(&["llama/run", "--out"]);
 }

@@ -35,7 +35,7 @@ and MFU, which stands in the results. What is done is kept under --out and used 
 Under --out: table.md, table.csv, table.json, figure.svg, and a folder for each row with speed.json, train.json, eval.json and its run.
 
 --json prints the contents of table.json: `definition`, `device`, `peak` {name, flops_per_s}, `size`, `train_tokens`, `eval` {tasks, limit},
-`rows`: a list of {model, title, tokens_per_s, mfu, accuracy {task: fraction}, stderr {task}, average, acc {task}, acc_norm {task}, parameters,
+`rows`: a list of {model, title, device, tokens_per_s, mfu, accuracy {task: fraction}, stderr {task}, average, acc {task}, acc_norm {task}, parameters,
 tokens_per_step, step_ms, mfu_full_scores, max_memory_bytes, trained_tokens, epochs, val_bits_per_byte, train_tokens_per_s, tasks, published}.";
 
 /// The rows in the paper's order: file, name.

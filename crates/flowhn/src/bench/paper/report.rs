@@ -38,6 +38,7 @@ const COLUMNS: [(&str, &str); 6] = [
 #[derive(Debug)]
 pub struct Report {
     size: String,
+    /// What this command runs on.
     device: String,
     train_tokens: u64,
     tasks: Vec<String>,
@@ -82,7 +83,7 @@ impl Report {
             text,
             "Here: {}; MFU of {}. Published: arXiv 2505.19472, a GPU that is not named, MFU of 45.158 TFLOP/s;\n\
              accuracy after 1 billion tokens of SlimPajama (2 billion at 1B).\n",
-            self.device,
+            self.devices(),
             self.peak_name()
         );
         if evaluated {
@@ -183,8 +184,23 @@ impl Report {
             },
             BarPanel { title: "MFU in percent of the peak", decimals: 1, series: mfu },
         ];
-        let title = format!("{} on {}; peak: {}", self.size, self.device, self.peak_name());
+        let title = format!("{} on {}; peak: {}", self.size, self.devices(), self.peak_name());
         Ok(bars_svg(path, &title, &names, &panels)?)
+    }
+
+    /// What the rows were found on, which for those that were kept may be another device than this command's.
+    fn devices(&self) -> String {
+        let of_row = |row: &Row| {
+            let (speed, trained) = (row.speed.as_ref(), row.trained.as_ref());
+            [speed.map(|speed| speed.device.clone()), trained.map(|trained| trained.device.clone())]
+        };
+        let mut names: Vec<String> = Vec::new();
+        for name in self.rows.iter().flat_map(of_row).flatten().filter(|name| !name.is_empty()) {
+            if !names.contains(&name) {
+                names.push(name);
+            }
+        }
+        if names.is_empty() { self.device.clone() } else { names.join(" and ") }
     }
 
     /// One peak for all rows: what was measured varies from row to row, and its largest value is nearest to what the device can do.
@@ -242,7 +258,7 @@ impl Serialize for Report {
         let rows: Vec<Value> = self.rows.iter().map(|row| self.row_json(row)).collect();
         let report = json!({
             "definition": DEFINITION,
-            "device": self.device,
+            "device": self.devices(),
             "peak": self.peak(),
             "size": self.size,
             "train_tokens": self.train_tokens,

@@ -44,6 +44,9 @@ pub struct Row {
 /// How fast a row trains.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 pub struct Speed {
+    /// What it was timed on; empty where an earlier version kept it.
+    #[serde(default)]
+    pub device: String,
     pub parameters: u64,
     pub tokens_per_step: u64,
     pub tokens_per_s: f64,
@@ -60,6 +63,9 @@ pub struct Speed {
 /// How a row was trained.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 pub struct Trained {
+    /// What it was trained on; empty where an earlier version kept it.
+    #[serde(default)]
+    pub device: String,
     pub parameters: u64,
     pub trained_tokens: u64,
     /// Times the training text was read.
@@ -119,6 +125,7 @@ impl RowContext<'_> {
             let peak = peak(&found, config.train.dtype, self.device);
             let full = found.flops_per_step_full_scores as f64 / found.flops_per_step as f64;
             let speed = Speed {
+                device: device_name(self.device),
                 parameters: found.parameters,
                 tokens_per_step: found.tokens_per_step,
                 tokens_per_s: found.tokens_per_s,
@@ -165,6 +172,7 @@ impl RowContext<'_> {
         watch.finish();
         let Outcome::Done(summary) = outcome? else { return Ok(false) };
         let trained = Trained {
+            device: device_name(self.device),
             parameters: summary.parameters,
             trained_tokens: summary.tokens,
             epochs: summary.tokens as f64 / trainer.train_data().n_tokens().max(1) as f64,
