@@ -172,21 +172,11 @@ pub(crate) fn keep_states(device: Device, caches: &mut [BlockCache], before: Vec
 impl Captured {
     fn new(place: &Place, caches: &mut [BlockCache], pool: Option<GraphPool>, device_idx: usize) -> Result<Self> {
         let mut graph = Graph::new()?;
-        let mut failure = None;
         // The default stream cannot be captured. Nothing runs here: the replay does, in the stream that is current then.
         let _guard = place.model.capture_stream(device_idx)?.enter()?;
-        let logits = graph.capture(pool, CaptureMode::ThreadLocal, || match place.compute(caches) {
-            Ok(logits_bv) => Ok(Some(logits_bv)),
-            Err(error) => {
-                failure = Some(error);
-                Ok(None)
-            }
-        });
-        match (failure, logits) {
-            (Some(error), _) => Err(error),
-            (None, Ok(Some(logits_bv))) => Ok(Self { graph, logits_bv }),
-            (None, Ok(None)) => Err(flowhn_torch::Error::invalid("capture", "the step was lost").into()),
-            (None, Err(error)) => Err(Error::Input(format!(
+        match graph.try_capture(pool, CaptureMode::ThreadLocal, || place.compute(caches)) {
+            Ok(logits_bv) => Ok(Self { logits_bv: logits_bv?, graph }),
+            Err(error) => Err(Error::Input(format!(
                 "{error}: the step cannot be captured on this device; StepLaunch::Operators runs it operator by operator"
             ))),
         }

@@ -136,7 +136,7 @@ impl Function for Scan {
 
         let [n_blocks, n_tokens, width] = shape.state_parts();
         kernel(&SELECTIVE_SCAN_BACKWARD, "selective_scan_sum_states", &defines).launch(
-            blocks_of(256, n_tokens * width / 4),
+            blocks_of(256, n_tokens * width),
             256,
             0,
             &[

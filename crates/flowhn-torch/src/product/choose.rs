@@ -1,9 +1,11 @@
 //! Which of several ways to do a product is taken.
 
+use std::sync::Arc;
+
 use tch::Tensor;
 
 use super::plan::{Plan, Sizes};
-use super::{Sum, by_libtorch};
+use super::{Known, Sum, by_libtorch};
 use crate::{Event, Result, Stream};
 
 /// Times that every way is taken while they are compared, in turns, after once to warm up.
@@ -13,19 +15,11 @@ const REPEATS: usize = 2;
 /// Less than this part of libtorch's time is worth another way.
 const GAIN: f64 = 0.99;
 
-/// What came of a comparison.
-pub(super) enum Choice {
-    /// The way to take, or none but libtorch's.
-    Made(Option<Plan>),
-    /// Nothing can be said now.
-    Postponed,
-}
-
-/// Compares what cuBLASLt proposes for `a b` with libtorch's product, whose result is `out`.
-pub(super) fn choose(device_idx: usize, sizes: &Sizes, a: &Tensor, b: &Tensor, out: &Tensor) -> Result<Choice> {
+/// Compares what cuBLASLt proposes for `a b` with libtorch's product, whose result is `out`; `None` where that tells nothing.
+pub(super) fn choose(device_idx: usize, sizes: &Sizes, a: &Tensor, b: &Tensor, out: &Tensor) -> Result<Option<Known>> {
     // A result that is zero for the most part has the same bits in any order of additions.
     if 2 * out.f_count_nonzero(None)?.int64_value(&[]) < out.numel() as i64 {
-        return Ok(Choice::Postponed);
+        return Ok(None);
     }
     let scratch = out.f_empty_like()?;
     let mut equal = Vec::new();
@@ -48,7 +42,7 @@ pub(super) fn choose(device_idx: usize, sizes: &Sizes, a: &Tensor, b: &Tensor, o
     let limit = GAIN * libtorch_ms.median()?;
     let medians = times.iter().map(Times::median).collect::<Result<Vec<_>>>()?;
     let best = medians.into_iter().enumerate().min_by(|(_, a), (_, b)| a.total_cmp(b)).filter(|(_, ms)| *ms < limit);
-    Ok(Choice::Made(best.map(|(idx, _)| equal.swap_remove(idx))))
+    Ok(Some(best.map_or(Known::Libtorch, |(idx, _)| Known::Plan(Arc::new(equal.swap_remove(idx))))))
 }
 
 /// Stretches of the device's time, asked for at the end so that the device never waits.

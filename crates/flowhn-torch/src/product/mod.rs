@@ -14,7 +14,6 @@ use std::sync::{Arc, Mutex, OnceLock};
 use tch::{Device, Kind, Tensor};
 
 use crate::{Error, Result, op};
-use choose::Choice;
 use plan::{Plan, Sizes};
 
 /// Products of fewer FLOPs are left to libtorch: what could be gained is less than what launches differ by.
@@ -23,11 +22,10 @@ const MIN_FLOPS: f64 = 1e9;
 const MAX_CHOICES: usize = 256;
 /// The largest result that a choice may take a second place for.
 const MAX_SCRATCH_BYTES: u64 = 256 << 20;
-/// The number by which the dispatcher knows `Kind::Float`.
-const FLOAT: op::Arg<'static> = op::Arg::Int(6);
-
 /// Products of some sizes whose results tell nothing, as zeros do, before libtorch's way is taken for good.
 const MAX_POSTPONED: usize = 8;
+/// The number by which the dispatcher knows `Kind::Float`.
+const FLOAT: op::Arg<'static> = op::Arg::Int(6);
 
 /// What is known of the products of some sizes.
 #[derive(Clone)]
@@ -86,32 +84,26 @@ pub fn product_into(a: &Tensor, b: &Tensor, out: &Tensor, sum: Sum) -> Result<()
     if !room || sum == Sum::Old || plan::is_capturing(device_idx)? {
         return Ok(());
     }
-    let known = match choose::choose(device_idx, &sizes, a, b, out)? {
-        Choice::Made(Some(plan)) => Known::Plan(Arc::new(plan)),
-        Choice::Made(None) => Known::Libtorch,
-        Choice::Postponed if n_postponed + 1 < MAX_POSTPONED => Known::Postponed(n_postponed + 1),
-        Choice::Postponed => Known::Libtorch,
-    };
+    let known = choose::choose(device_idx, &sizes, a, b, out)?.unwrap_or(match n_postponed + 1 {
+        MAX_POSTPONED => Known::Libtorch,
+        n => Known::Postponed(n),
+    });
     plans(|plans| plans.insert(sizes, known));
     Ok(())
 }
 
 fn by_libtorch(a: &Tensor, b: &Tensor, out: &Tensor, sum: Sum) -> Result<()> {
-    let mut target = out.shallow_clone();
+    let [factor_a, factor_b, result] = [a, b, out].map(op::Arg::Tensor);
     match (a.kind() == out.kind(), sum) {
         (true, Sum::New) => drop(a.f_mm_out(out, b)?),
-        (true, Sum::Old) => drop(target.f_addmm_(a, b)?),
-        (false, _) => {
-            let [factor_a, factor_b, result] = [a, b, out].map(op::Arg::Tensor);
-            let kind = dtype(out.kind())?;
-            match sum {
-                Sum::New => drop(op::call("aten::mm", "dtype_out", &[factor_a, factor_b, kind, result])?),
-                Sum::Old => {
-                    let one = || op::Arg::Int(1);
-                    let args = [op::Arg::Tensor(out), factor_a, factor_b, kind, one(), one(), result];
-                    drop(op::call("aten::addmm", "dtype_out", &args)?);
-                }
-            }
+        (true, Sum::Old) => drop(out.shallow_clone().f_addmm_(a, b)?),
+        (false, Sum::New) => {
+            drop(op::call("aten::mm", "dtype_out", &[factor_a, factor_b, dtype(out.kind())?, result])?);
+        }
+        (false, Sum::Old) => {
+            let one = || op::Arg::Int(1);
+            let args = [op::Arg::Tensor(out), factor_a, factor_b, dtype(out.kind())?, one(), one(), result];
+            drop(op::call("aten::addmm", "dtype_out", &args)?);
         }
     }
     Ok(())

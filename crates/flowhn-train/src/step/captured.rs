@@ -69,19 +69,9 @@ impl Captured {
             MemoryStats::empty_cache()?;
         }
         let mut graph = Graph::new()?;
-        let mut failure = None;
-        let outcome = graph.capture(None, CaptureMode::ThreadLocal, || match compute(model, optimizer, &inputs) {
-            Ok(outcome) => Ok(Some(outcome)),
+        match graph.try_capture(None, CaptureMode::ThreadLocal, || compute(model, optimizer, &inputs)) {
+            Ok(outcome) => Ok(Self { outcome: outcome?, graph, inputs }),
             Err(error) => {
-                failure = Some(error);
-                Ok(None)
-            }
-        });
-        match (failure, outcome) {
-            (Some(error), _) => Err(error),
-            (None, Ok(Some(outcome))) => Ok(Self { graph, inputs, outcome }),
-            (None, Ok(None)) => Err(flowhn_torch::Error::invalid("capture", "the step was lost").into()),
-            (None, Err(error)) => {
                 let want = "the step cannot be captured on this device; false runs it operator by operator";
                 Err(Error::setting("train.cuda_graph", true, format!("{error}: {want}")))
             }
