@@ -4,13 +4,13 @@
 //   dl_rv = f_r E_rv with f_r = scale / (1 + S_r) for all but the target, for which it is - f_r S_r
 //   so with E_r,target = - S_r,   dx_r = f_r (E W)_r,   dW = E^T (f x)
 //
-//   x        [n_rows, d], bf16, d a multiple of 8            product  E W, [n_rows, d], f32
+//   x        [n_rows, d], bf16, d a multiple of 8            E W, f x [n_rows, d], bf16
 //   W        [vocab_size, d], bf16                           c        [n_rows], f32, in units of ln 2
 //   targets  [n_rows], i64; `ignored` counts nothing: loss 0, gradient 0; others outside the vocabulary give NaN
 //   E, sums: as in lm_head_sm90.cu
-//   losses, factors  [n_rows], f32                           scaled  f x, [n_rows, d], bf16, or null
+//   losses, factors  [n_rows], f32
 //
-// So a pass over E is never needed: its rows' factors go to x and to the small product with W, and one element of a row changes.
+// So a pass over E is never needed: its rows' factors go to x and to the product with W, which is small, and one element of a row changes.
 // Measured from the target's logit, no exponential can overflow unless a word's logit is far above the target's. Rows that have such
 // a word are found by their sum, and their block does them again from the largest logit, with products of its own: slow, rare, right.
 //
@@ -124,7 +124,7 @@ extern "C" __global__ void __launch_bounds__(THREADS) lm_head_origins(
 extern "C" __global__ void __launch_bounds__(THREADS) lm_head_finish(
     const float* __restrict__ sums, const bf16* __restrict__ x, const bf16* __restrict__ w, const i64* __restrict__ targets,
     i64 ignored, const float* __restrict__ scale, bf16* e, i64 row_stride, float* __restrict__ losses, float* __restrict__ factors,
-    bf16* __restrict__ scaled, int n_rows, int vocab_size, int d) {
+    int n_rows, int vocab_size, int d) {
     __shared__ float parts[WARPS][32 / WARPS][WARPS];
     __shared__ Total totals[WARPS];
     float* row_of_x = reinterpret_cast<float*>(shared_memory());
@@ -153,41 +153,27 @@ extern "C" __global__ void __launch_bounds__(THREADS) lm_head_finish(
         if (lane % WARPS == i) sum = redone.x, own = redone.y;
     }
 
-    float factor = 0.f;
-    if constexpr (GRAD == 1) factor = is_counted ? (is_token ? *scale / (sum + expf(own)) : not_a_number()) : 0.f;
     if (warp == 0 && lane < WARPS && row < n_rows) {
         float loss = own == 0.f ? log1pf(sum) : logf(sum + expf(own)) - own;
         losses[row] = is_counted ? (is_token ? loss : not_a_number()) : 0.f;
         if constexpr (GRAD == 1) {
-            factors[row] = factor;
+            factors[row] = is_counted ? (is_token ? *scale / (sum + expf(own)) : not_a_number()) : 0.f;
             if (is_counted && is_token) e[row * row_stride + target] = from_f32<bf16>(-sum);
-        }
-    }
-    if constexpr (GRAD == 1) {
-        factor = __shfl_sync(FULL_WARP, factor, warp);
-        row = first + warp;
-        if (!scaled || row >= n_rows) return;
-        for (int column = lane * 8; column < d; column += 256) {
-            float values[8];
-            load_vec<8>(values, x + (i64)row * d + column);
-            #pragma unroll
-            for (int i = 0; i < 8; i++) values[i] *= factor;
-            store_vec<8>(scaled + (i64)row * d + column, values);
         }
     }
 }
 
-// dx = f_r product_r, rounded.
+// out_r = f_r rows_r, rounded; `out` may be `rows`, for whoever writes an element has read it.
 extern "C" __global__ void __launch_bounds__(THREADS) lm_head_scale(
-    const float* __restrict__ product, const float* __restrict__ factors, bf16* __restrict__ dx, int n_rows, int d) {
+    const bf16* rows, const float* __restrict__ factors, bf16* out, int n_rows, int d) {
     int row = blockIdx.x * WARPS + threadIdx.x / 32;
     if (row >= n_rows) return;
     float factor = factors[row];
     for (int column = threadIdx.x % 32 * 8; column < d; column += 256) {
         float values[8];
-        load_vec<8>(values, product + (i64)row * d + column);
+        load_vec<8>(values, rows + (i64)row * d + column);
         #pragma unroll
         for (int i = 0; i < 8; i++) values[i] *= factor;
-        store_vec<8>(dx + (i64)row * d + column, values);
+        store_vec<8>(out + (i64)row * d + column, values);
     }
 }

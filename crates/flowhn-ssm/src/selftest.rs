@@ -4,6 +4,7 @@ mod conv;
 mod long;
 mod scan;
 mod ssd;
+mod unread_state;
 
 use flowhn_torch::testing::Case;
 
@@ -12,6 +13,7 @@ pub fn cases() -> Vec<Case> {
     let mut cases = conv::cases();
     cases.extend(scan::cases());
     cases.extend(ssd::cases());
+    cases.extend(unread_state::cases());
     cases.extend(long::cases());
     cases
 }

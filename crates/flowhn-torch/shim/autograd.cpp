@@ -31,6 +31,9 @@ extern "C" struct FlowhnFunction {
 
 namespace {
 
+// Flags of an output; `ffi.rs` has the same.
+constexpr uint8_t NON_DIFFERENTIABLE = 1, ACCEPTS_UNDEFINED_GRAD = 2;
+
 // The Rust value; its deleter is the table's `drop`.
 using Data = std::unique_ptr<void, void (*)(void*)>;
 
@@ -38,10 +41,12 @@ struct OutputInfo {
   at::TensorOptions options;
   std::vector<int64_t> sizes;
   bool differentiable;
+  bool accepts_undefined;
 
   // What a backward sees where nothing flowed back. Nothing ever flows into an output that is not differentiable, so that one
   // costs a single element.
-  at::Tensor zeros() const {
+  at::Tensor nothing() const {
+    if (accepts_undefined) return at::Tensor();
     return differentiable ? at::zeros(sizes, options) : at::zeros({}, options).expand(sizes);
   }
 };
@@ -83,7 +88,7 @@ struct RustNode final : Node {
     torch::autograd::edge_list grad_edges;
     if (create_graph) grad_edges = torch::autograd::collect_next_edges(grads);
     for (size_t i = 0; i < grads.size(); ++i) {
-      if (!grads[i].defined()) grads[i] = outputs_[i].zeros();
+      if (!grads[i].defined()) grads[i] = outputs_[i].nothing();
     }
 
     variable_list result = call_back(saved, grads);
@@ -152,7 +157,7 @@ extern "C" int flowhn_function_is_recorded(at::Tensor** inputs, size_t n_inputs)
 
 // Attaches a node to the outputs. Owns `data` from here on, whatever happens.
 extern "C" int flowhn_function_attach(const char* name, at::Tensor** inputs, size_t n_inputs, at::Tensor** outputs,
-                                      size_t n_outputs, const uint8_t* non_differentiable, at::Tensor** saved,
+                                      size_t n_outputs, const uint8_t* output_flags, at::Tensor** saved,
                                       size_t n_saved, FlowhnFunction function, void* data, at::Tensor** result) {
   Data owned(data, function.drop);
   FLOWHN_TRY({
@@ -171,7 +176,7 @@ extern "C" int flowhn_function_attach(const char* name, at::Tensor** inputs, siz
     std::vector<std::optional<at::Tensor>> raw;
     for (size_t i = 0; i < n_outputs; ++i) {
       raw.emplace_back(*outputs[i]);
-      if (non_differentiable[i]) plain.insert(outputs[i]->unsafeGetTensorImpl());
+      if (output_flags[i] & NON_DIFFERENTIABLE) plain.insert(outputs[i]->unsafeGetTensorImpl());
     }
     // Saved without their history: a backward in Rust records nothing, and an output, or a view of one, that knew its
     // history would own the node that owns it. The version counter stays shared, so in-place edits are noticed.
@@ -186,7 +191,8 @@ extern "C" int flowhn_function_attach(const char* name, at::Tensor** inputs, siz
                                                   /*pure_view=*/false);
     std::vector<std::unique_ptr<at::Tensor>> handles;
     for (const auto& tensor : wrapped) {
-      node->outputs_.push_back({tensor->options(), tensor->sizes().vec(), tensor->requires_grad()});
+      const bool accepts_undefined = output_flags[handles.size()] & ACCEPTS_UNDEFINED_GRAD;
+      node->outputs_.push_back({tensor->options(), tensor->sizes().vec(), tensor->requires_grad(), accepts_undefined});
       handles.push_back(std::make_unique<at::Tensor>(*tensor));
     }
     for (size_t i = 0; i < n_outputs; ++i) result[i] = handles[i].release();

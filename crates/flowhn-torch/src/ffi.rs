@@ -55,6 +55,11 @@ pub(crate) struct RawArg {
     pub n: usize,
 }
 
+/// A flag of an output of a function: it has no gradient. `autograd.cpp` has the same.
+pub(crate) const NON_DIFFERENTIABLE: u8 = 1;
+/// Another: a gradient that is not there stays an undefined tensor.
+pub(crate) const ACCEPTS_UNDEFINED_GRAD: u8 = 2;
+
 unsafe extern "C" {
     fn flowhn_last_error() -> *const c_char;
     pub(crate) fn flowhn_grad_mode_get() -> c_int;
@@ -67,7 +72,7 @@ unsafe extern "C" {
         n_inputs: usize,
         outputs: *const *const C_tensor,
         n_outputs: usize,
-        non_differentiable: *const u8,
+        output_flags: *const u8,
         saved: *const *const C_tensor,
         n_saved: usize,
         function: FunctionTable,

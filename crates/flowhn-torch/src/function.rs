@@ -52,7 +52,8 @@ pub trait Function: Send + 'static {
     fn forward(&mut self, ctx: &mut ForwardCtx, inputs: &[&Tensor]) -> Result<Vec<Tensor>>;
 
     /// Computes one gradient per input, in order; `None` stands for zero. `grads` has one tensor per output,
-    /// zeros where nothing flowed back (expanded from one element for an output without gradient, which receives nothing).
+    /// zeros where nothing flowed back (expanded from one element for an output without gradient, which receives nothing), or an
+    /// undefined tensor if the forward said so ([`ForwardCtx::accept_undefined_grad`]).
     /// Gradients that [`BackwardCtx::needs_grad`] denies are thrown away.
     ///
     /// Nothing here is recorded, so there is no second derivative: under `create_graph` the gradients come out right, and
@@ -77,6 +78,7 @@ pub struct ForwardCtx {
     needs_grad: Vec<bool>,
     saved: Vec<Tensor>,
     non_differentiable: Vec<usize>,
+    accepts_undefined: Vec<usize>,
 }
 
 impl ForwardCtx {
@@ -88,6 +90,12 @@ impl ForwardCtx {
     /// Declares that output `output_idx` has no gradient, as integer outputs and detached states do.
     pub fn mark_non_differentiable(&mut self, output_idx: usize) {
         self.non_differentiable.push(output_idx);
+    }
+
+    /// Declares that the backward takes an undefined tensor for the gradient of output `output_idx` where nothing flowed back, which
+    /// spares it zeros to write and to read.
+    pub fn accept_undefined_grad(&mut self, output_idx: usize) {
+        self.accepts_undefined.push(output_idx);
     }
 
     /// Whether a backward may follow at all; if not, nothing needs saving.
@@ -168,17 +176,22 @@ pub fn apply<F: Function>(mut function: F, inputs: &[&Tensor]) -> Result<Vec<Ten
         needs_grad: inputs.iter().map(|t| t.requires_grad()).collect(),
         saved: Vec::new(),
         non_differentiable: Vec::new(),
+        accepts_undefined: Vec::new(),
     };
     let versions = versions(&ctx, inputs);
     let outputs = catch(|| tch::no_grad(|| function.forward(&mut ctx, inputs)))?;
     if let Some(idx) = outputs.iter().position(|output| !output.defined()) {
         return Err(Error::invalid(F::NAME, format!("output {idx} is an undefined tensor")));
     }
-    let mut non_differentiable = vec![0u8; outputs.len()];
-    for &idx in &ctx.non_differentiable {
-        *non_differentiable.get_mut(idx).ok_or_else(|| {
-            Error::invalid(F::NAME, format!("output {idx} was marked, but there are {} outputs", outputs.len()))
-        })? = 1;
+    let mut output_flags = vec![0u8; outputs.len()];
+    for (marked, flag) in
+        [(&ctx.non_differentiable, ffi::NON_DIFFERENTIABLE), (&ctx.accepts_undefined, ffi::ACCEPTS_UNDEFINED_GRAD)]
+    {
+        for &idx in marked {
+            *output_flags.get_mut(idx).ok_or_else(|| {
+                Error::invalid(F::NAME, format!("output {idx} was marked, but there are {} outputs", outputs.len()))
+            })? |= flag;
+        }
     }
     if !recorded {
         return Ok(outputs);
@@ -210,7 +223,7 @@ pub fn apply<F: Function>(mut function: F, inputs: &[&Tensor]) -> Result<Vec<Ten
             input_ptrs.len(),
             output_ptrs.as_ptr(),
             output_ptrs.len(),
-            non_differentiable.as_ptr(),
+            output_flags.as_ptr(),
             saved_ptrs.as_ptr(),
             saved_ptrs.len(),
             table,

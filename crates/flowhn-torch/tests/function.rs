@@ -253,6 +253,33 @@ fn gradients_of_unused_outputs_are_zeros() -> Result<()> {
 }
 
 #[test]
+fn a_gradient_may_stay_undefined_where_the_forward_says_so() -> Result<()> {
+    let x = leaf(&[2., 5.]);
+    let grads = |used: usize| -> Result<Vec<f64>> {
+        x.shallow_clone().zero_grad();
+        let function = custom(
+            |ctx, x| {
+                ctx.accept_undefined_grad(1);
+                Ok(vec![x[0] * 2., x[0] * 3.])
+            },
+            move |_, g| {
+                assert_eq!((g[0].defined(), g[1].defined()), (true, used == 1));
+                let second = if g[1].defined() { &g[1] * 3. } else { Tensor::zeros_like(&g[0]) };
+                Ok(vec![Some(&g[0] * 2. + second)])
+            },
+        );
+        apply(function, &[&x])?[used].sum(Kind::Double).f_backward()?;
+        Ok(values(&x.grad()))
+    };
+    assert_eq!((grads(0)?, grads(1)?), (vec![2., 2.], vec![3., 3.]));
+
+    let absent = custom(|ctx, x| (ctx.accept_undefined_grad(1), Ok(vec![x[0] * 2.])).1, |_, _| Ok(vec![None]));
+    let refused = apply(absent, &[&x]).unwrap_err().to_string();
+    assert!(refused.contains("output 1 was marked, but there are 1 outputs"), "{refused}");
+    Ok(())
+}
+
+#[test]
 fn several_outputs_and_no_gradient_add_up() -> Result<()> {
     let (x, y) = (leaf(&[2., 5.]), leaf(&[1., 1.]));
     let function = custom(|_, x| Ok(vec![x[0] * 2., x[0] * 3.]), |_, g| Ok(vec![Some(&g[0] * 2. + &g[1] * 3.), None]));

@@ -72,6 +72,7 @@ impl Function for Conv {
         args.push(Arg::Tensor(&final_state));
         plan.push_sizes(&mut args);
         plan.launch("causal_conv1d_forward", &args)?;
+        ctx.accept_undefined_grad(1);
         if ctx.is_recorded() {
             inputs.iter().for_each(|input| ctx.save(input));
         }
@@ -85,7 +86,8 @@ impl Function for Conv {
         let device = inputs[0].device();
         let f32_empty = |size: &[i64]| Tensor::f_empty(size, (Kind::Float, device));
         let wanted = |idx: Option<usize>| idx.filter(|&idx| ctx.needs_grad(idx));
-        let (dy, dfinal) = (with_dense_rows(&grads[0])?, &grads[1]);
+        let dy = with_dense_rows(&grads[0])?;
+        let dfinal = grads[1].defined().then_some(&grads[1]);
 
         let dx = ctx.needs_grad(0).then(|| ctx.grad_place(0, inputs[0])).transpose()?;
         let dinitial = wanted(self.initial_state).map(|_| f32_empty(&[batch, d_conv - 1, channels])).transpose()?;
@@ -100,8 +102,8 @@ impl Function for Conv {
         args.push(Arg::Tensor(&dy));
         args.extend(strides(&dy));
         operands.push_parameters(&mut args);
-        args.push(Arg::Tensor(dfinal));
-        args.extend(dfinal.stride().into_iter().map(Arg::I64));
+        args.push(Arg::opt(dfinal));
+        args.extend(dfinal.map_or_else(|| vec![0; 3], Tensor::stride).into_iter().map(Arg::I64));
         args.push(Arg::opt(dx.as_ref()));
         args.extend(dx.as_ref().map_or([0, 0].map(Arg::I64), strides));
         args.extend([Arg::opt(dinitial.as_ref()), Arg::opt(parts.as_ref())]);

@@ -72,6 +72,7 @@ impl Function for Scan {
             operands.shared_bytes(Pass::Forward),
             &args,
         )?;
+        ctx.accept_undefined_grad(1);
         if let Some(chunk_states) = chunk_states {
             inputs.iter().for_each(|input| ctx.save(input));
             ctx.save(&chunk_states);
@@ -105,10 +106,10 @@ impl Function for Scan {
         let state_parts = empty(&shape.state_parts(), Kind::Float)?;
         let rate_parts = empty(&[n_parts, shape.d_inner, shape.d_state], Kind::Float)?;
         let channel_parts = empty(&[n_parts, 2, shape.d_inner], Kind::Float)?;
-        let final_grad = grads[1].f_contiguous()?;
+        let final_grad = grads[1].defined().then(|| grads[1].f_contiguous()).transpose()?;
         let end_grad = match n_segments {
             1 => final_grad,
-            _ => carry(&operands, Pass::CarryBackward, Some(&final_grad), n_segments, segment_len)?,
+            _ => Some(carry(&operands, Pass::CarryBackward, final_grad.as_ref(), n_segments, segment_len)?),
         };
         let mut args = vec![
             Arg::Tensor(&dx),
@@ -123,7 +124,7 @@ impl Function for Scan {
         ];
         operands.push_activations(&mut args);
         operands.push_parameters(&mut args);
-        args.extend([Arg::Tensor(chunk_states), Arg::Tensor(&end_grad)]);
+        args.extend([Arg::Tensor(chunk_states), Arg::opt(end_grad.as_ref())]);
         operands.push_reset(&mut args);
         operands.push_sizes(&mut args, segment_len);
         let defines = operands.defines(Pass::Backward)?;

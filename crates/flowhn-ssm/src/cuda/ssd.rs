@@ -73,6 +73,7 @@ impl Function for SsdFunction {
             true => ssd_chunked::forward(&operands, recorded)?,
             false => ssd_recurrent::forward(&operands, recorded)?,
         };
+        ctx.accept_undefined_grad(1);
         if recorded {
             inputs.iter().copied().chain(&saved).for_each(|tensor| ctx.save(tensor));
         }
@@ -84,13 +85,13 @@ impl Function for SsdFunction {
         let inputs: Vec<&Tensor> = inputs.iter().collect();
         let operands = self.operands(&inputs);
         let grad_y = dense(&grads[0]);
-        let grad_state = grads[1].contiguous();
+        let grad_state = grads[1].defined().then(|| grads[1].contiguous());
         let wants_initial = self.initial_state.is_some_and(|idx| ctx.needs_grad(idx));
         let grads = match saved {
-            [checkpoints] => ssd_recurrent::backward(&operands, checkpoints, &grad_y, &grad_state)?,
+            [checkpoints] => ssd_recurrent::backward(&operands, checkpoints, &grad_y, grad_state.as_ref())?,
             [states, steps] => {
                 let dx = ctx.grad_place(0, inputs[0])?;
-                ssd_chunked::backward(&operands, [states, steps], &grad_y, &grad_state, dx, wants_initial)?
+                ssd_chunked::backward(&operands, [states, steps], &grad_y, grad_state.as_ref(), dx, wants_initial)?
             }
             _ => unreachable!("a forward saves checkpoints, or states and steps"),
         };

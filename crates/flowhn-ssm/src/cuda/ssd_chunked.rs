@@ -62,7 +62,7 @@ pub(super) fn backward(
     operands: &Operands,
     [states, steps]: [&Tensor; 2],
     grad_y: &Tensor,
-    grad_state: &Tensor,
+    grad_state: Option<&Tensor>,
     grad_x: Tensor,
     wants_initial: bool,
 ) -> Result<Grads> {
@@ -70,7 +70,7 @@ pub(super) fn backward(
     let tiles = Tiles::new(operands, &[x, b, c, grad_y, &grad_x])?;
     let carried = match tiles.n_segments {
         1 => None,
-        _ => Some(tiles.carried(steps, grad_y, c, Some(grad_state), Direction::Reverse)?),
+        _ => Some(tiles.carried(steps, grad_y, c, grad_state, Direction::Reverse)?),
     };
     let grad_states = tiles.chunk_states(x)?;
     let first = match wants_initial {
@@ -81,7 +81,7 @@ pub(super) fn backward(
         x: grad_y,
         steps,
         b: c,
-        initial: Some(carried.as_ref().unwrap_or(grad_state)),
+        initial: carried.as_ref().or(grad_state),
         states: Some(&grad_states),
         last: first.as_ref(),
         decays: None,

@@ -50,12 +50,18 @@ pub(super) fn forward(operands: &Operands, recorded: bool) -> Result<Forward> {
 }
 
 /// Gradients of f32 inputs.
-pub(super) fn backward(operands: &Operands, states: &Tensor, grad_y: &Tensor, grad_state: &Tensor) -> Result<Grads> {
+pub(super) fn backward(
+    operands: &Operands,
+    states: &Tensor,
+    grad_y: &Tensor,
+    grad_state: Option<&Tensor>,
+) -> Result<Grads> {
     let Operands { sizes, x, dt, b, .. } = operands;
     let (grad_x, grad_dt) = (empty(&x.size(), x.kind(), x)?, empty(&dt.size(), dt.kind(), x)?);
     let sums = Sums::new(operands, sizes.group_heads(), sizes.batch)?;
     // The kernel turns the gradient of the final state into that of the initial one.
-    let grad_states = grad_state.copy();
+    let shape = [sizes.batch, sizes.n_heads, sizes.d_head, sizes.d_state];
+    let grad_states = grad_state.map_or_else(|| Tensor::zeros(shape, (Kind::Float, x.device())), Tensor::copy);
     let n_warps = if sizes.state_tile() <= 128 { 8 } else { 4 };
     let args = [
         &strided(x)[..],

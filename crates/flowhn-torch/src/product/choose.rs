@@ -15,30 +15,42 @@ const REPEATS: usize = 2;
 /// Less than this part of libtorch's time is worth another way.
 const GAIN: f64 = 0.99;
 
-/// Compares what cuBLASLt proposes for `a b` with libtorch's product, whose result is `out`; `None` where that tells nothing.
+/// The most that libtorch's result, or as many rows of it as fit, takes beside the result while others are compared with it.
+const MAX_SCRATCH_BYTES: i64 = 256 << 20;
+
+/// Compares what cuBLASLt proposes for `a b` with libtorch's product, whose result `out` is and stays; `None` where that tells nothing.
 pub(super) fn choose(device_idx: usize, sizes: &Sizes, a: &Tensor, b: &Tensor, out: &Tensor) -> Result<Option<Known>> {
     // A result that is zero for the most part has the same bits in any order of additions.
     if 2 * out.f_count_nonzero(None)?.int64_value(&[]) < out.numel() as i64 {
         return Ok(None);
     }
-    let scratch = out.f_empty_like()?;
-    let mut equal = Vec::new();
-    for plan in Plan::proposals(device_idx, sizes)? {
-        // What cuBLASLt proposes it may still refuse.
-        let ran = plan.run(device_idx, a, b, &scratch, Sum::New).is_ok();
-        if ran && scratch.f_equal(out)? {
-            equal.push(plan);
+    let mut own = || by_libtorch(a, b, out, Sum::New);
+    let mut equal = Plan::proposals(device_idx, sizes)?;
+    let n_rows = out.size()[0];
+    let n_at_once = (MAX_SCRATCH_BYTES * n_rows / sizes.out_bytes() as i64).clamp(1, n_rows);
+    for start in (0..n_rows).step_by(n_at_once as usize) {
+        own()?;
+        let rows = out.f_narrow(0, start, n_at_once.min(n_rows - start))?;
+        let mut want = rows.f_empty_like()?;
+        want.f_copy_(&rows)?;
+        let mut still_equal = Vec::new();
+        for plan in equal {
+            // What cuBLASLt proposes it may still refuse.
+            if plan.run(device_idx, a, b, out, Sum::New).is_ok() && rows.f_equal(&want)? {
+                still_equal.push(plan);
+            }
         }
+        equal = still_equal;
     }
-    let mut own = || by_libtorch(a, b, &scratch, Sum::New);
     let libtorch_ms = &mut Times::default();
     let mut times: Vec<Times> = equal.iter().map(|_| Times::default()).collect();
     for _ in 0..=ROUNDS {
         libtorch_ms.add(device_idx, &mut own)?;
         for (plan, times) in equal.iter().zip(&mut times) {
-            times.add(device_idx, &mut || plan.run(device_idx, a, b, &scratch, Sum::New))?;
+            times.add(device_idx, &mut || plan.run(device_idx, a, b, out, Sum::New))?;
         }
     }
+    own()?;
     let limit = GAIN * libtorch_ms.median()?;
     let medians = times.iter().map(Times::median).collect::<Result<Vec<_>>>()?;
     let best = medians.into_iter().enumerate().min_by(|(_, a), (_, b)| a.total_cmp(b)).filter(|(_, ms)| *ms < limit);

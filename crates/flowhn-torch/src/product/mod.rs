@@ -20,8 +20,6 @@ use plan::{Plan, Sizes};
 const MIN_FLOPS: f64 = 1e9;
 /// Sizes to choose for; a program that meets more of them spends more on choices than these give back.
 const MAX_CHOICES: usize = 256;
-/// The largest result that a choice may take a second place for.
-const MAX_SCRATCH_BYTES: u64 = 256 << 20;
 /// Products of some sizes whose results tell nothing, as zeros do, before libtorch's way is taken for good.
 const MAX_POSTPONED: usize = 8;
 /// The number by which the dispatcher knows `Kind::Float`.
@@ -44,7 +42,7 @@ type Plans = HashMap<Sizes, Known>;
 /// up in.
 ///
 /// The first product of its sizes that is enqueued outside of a captured graph waits for the device while ways to do it are timed, about a
-/// hundred times what the product takes, with as much memory as its result besides. So this is for sizes that come again and again, as those of
+/// hundred times what the product takes, with as much memory as its result besides, 256 MiB at most. So this is for sizes that come again and again, as those of
 /// training do. `FLOWHN_TUNE_PRODUCTS=0` in the environment leaves all products to libtorch. The bits are libtorch's either way, as compared on
 /// that first product. Nothing is recorded for autograd: this belongs inside of a [`Function`](crate::Function), or under `no_grad`.
 ///
@@ -80,8 +78,7 @@ pub fn product_into(a: &Tensor, b: &Tensor, out: &Tensor, sum: Sum) -> Result<()
         None => 0,
     };
     by_libtorch(a, b, out, sum)?;
-    let room = plans(|plans| plans.len()) < MAX_CHOICES && sizes.out_bytes() <= MAX_SCRATCH_BYTES;
-    if !room || sum == Sum::Old || plan::is_capturing(device_idx)? {
+    if plans(|plans| plans.len()) == MAX_CHOICES || sum == Sum::Old || plan::is_capturing(device_idx)? {
         return Ok(());
     }
     let known = choose::choose(device_idx, &sizes, a, b, out)?.unwrap_or(match n_postponed + 1 {

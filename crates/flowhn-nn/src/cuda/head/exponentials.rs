@@ -27,15 +27,15 @@ pub(super) struct Exponentials<'a> {
     head: &'a Head,
     d_model: i64,
     n_multiprocessors: i64,
-    /// `[t]`, what the exponentials are measured from.
+    /// `[t]`, what the exponentials are measured from; once these are there, the factors of their rows.
     origins: Tensor,
 }
 
 /// The memory of a chunk, which all chunks take in turn.
 struct Chunk {
     n_rows: i64,
-    /// `[column tiles, r]`, of the exponentials.
-    sums: Tensor,
+    /// `[column tiles, r]`, of the exponentials, where they cannot lie in dx.
+    sums: Option<Tensor>,
     gradient: Option<ChunkGradient>,
 }
 
@@ -43,10 +43,6 @@ struct Chunk {
 struct ChunkGradient {
     /// `[r, v]`, bf16.
     exponentials: Tensor,
-    /// `[r]`, f32.
-    factors: Tensor,
-    /// `[r, d]`, f32: dx before its rows have their factors.
-    product: Option<Tensor>,
     /// `[r, d]`, bf16: x times the factors of its rows, where that cannot lie in dx.
     scaled: Option<Tensor>,
 }
@@ -57,6 +53,7 @@ struct Rows {
     targets: Tensor,
     origins: Tensor,
     losses: Tensor,
+    sums: Tensor,
     dx: Option<Tensor>,
     /// x times the factors of its rows, if the gradient of the weight is wanted.
     scaled: Option<Tensor>,
@@ -109,7 +106,11 @@ impl<'a> Exponentials<'a> {
                 _ => None,
             };
             let (targets, origins, losses) = (part(targets)?, part(&self.origins)?, part(&losses)?);
-            let rows = Rows { x: part(x)?, targets, origins, losses, dx, scaled, n_rows };
+            let sums = match (&chunk.sums, &dx) {
+                (None, Some(dx)) => dx.f_view_dtype(Kind::Float)?,
+                (sums, _) => sums.as_ref().map(Tensor::shallow_clone).expect("a chunk without room in dx has its own"),
+            };
+            let rows = Rows { x: part(x)?, targets, origins, losses, sums, dx, scaled, n_rows };
             self.exponentials(&chunk, &rows)?;
             self.finish(&chunk, &rows, gradients.as_ref().map(|gradients| &gradients.scale))?;
             let (Some(Gradients { dweight, .. }), Some(gradient)) = (gradients.as_deref_mut(), &chunk.gradient) else {
@@ -118,10 +119,12 @@ impl<'a> Exponentials<'a> {
             let exponentials = gradient.exponentials.f_narrow(0, 0, n_rows)?.f_narrow(1, 0, self.head.vocab_size)?;
             // First the weight's, whose factor may lie where dx comes.
             if let (Some(dweight), Some(scaled)) = (dweight, &rows.scaled) {
+                self.scale(&rows.x, &rows.origins, scaled)?;
                 dweight.add_product(&exponentials, scaled)?;
             }
-            if let (Some(dx), Some(product)) = (&rows.dx, &gradient.product) {
-                self.input_gradient(&exponentials, &gradient.factors, product, dx)?;
+            if let Some(dx) = &rows.dx {
+                product_into(&exponentials, &self.head.weight, dx, Sum::New)?;
+                self.scale(dx, &rows.origins, dx)?;
             }
         }
         Ok(losses)
@@ -133,21 +136,22 @@ impl<'a> Exponentials<'a> {
             gradients.map_or((false, false), |gradients| (gradients.dx.is_some(), gradients.dweight.is_some()));
         let n_column_tiles = up_to(head.vocab_size, TILE_COLS) / TILE_COLS;
         let has_scaled = wants_dweight && !wants_dx;
-        // What is small beside the exponentials, 7 % of them for 65536 words and rows of 2048, is not counted; rows that are a power of
-        // two suit the products best.
         let row_bytes = if gradients.is_some() { 2 * self.row_stride() } else { 4 * n_column_tiles };
         let n_rows = chunk_rows(head.n_tokens, row_bytes);
         let gradient = || -> Result<ChunkGradient> {
             Ok(ChunkGradient {
                 exponentials: head.empty(&[n_rows, self.row_stride()], Kind::BFloat16)?,
-                factors: head.floats(&[n_rows])?,
-                product: wants_dx.then(|| head.floats(&[n_rows, d])).transpose()?,
                 scaled: has_scaled.then(|| head.empty(&[n_rows, d], Kind::BFloat16)).transpose()?,
             })
         };
+        // Until dx comes, its rows hold the sums, then x times the factors.
+        let rest = head.n_tokens % n_rows;
+        let fits_dx = |n_rows: i64| 4 * n_column_tiles * up_to(n_rows, TILE_ROWS) <= 2 * d * n_rows;
+        let lies_in_dx = wants_dx && fits_dx(n_rows) && (rest == 0 || fits_dx(rest));
+        let sums = || head.floats(&[n_column_tiles, up_to(n_rows, TILE_ROWS)]);
         Ok(Chunk {
             n_rows,
-            sums: head.floats(&[n_column_tiles, up_to(n_rows, TILE_ROWS)])?,
+            sums: (!lies_in_dx).then(sums).transpose()?,
             gradient: gradients.is_some().then(gradient).transpose()?,
         })
     }
@@ -159,7 +163,7 @@ impl<'a> Exponentials<'a> {
         let stored =
             chunk.gradient.as_ref().map(|gradient| gradient.exponentials.f_narrow(0, 0, rows.n_rows)).transpose()?;
         args.extend(stored.as_ref().map(|exponentials| boxes(exponentials, STORED_ROWS)));
-        args.extend([&rows.targets, &rows.origins, &chunk.sums].map(Arg::Tensor));
+        args.extend([&rows.targets, &rows.origins, &rows.sums].map(Arg::Tensor));
         args.extend(self.sizes(rows));
         let variant = ProductVariant { stores: stored.is_some() };
         let n_tiles = up_to(rows.n_rows, TILE_ROWS) / TILE_ROWS * (up_to(self.head.vocab_size, TILE_COLS) / TILE_COLS);
@@ -171,19 +175,18 @@ impl<'a> Exponentials<'a> {
         )
     }
 
-    /// The losses of a chunk, and what the gradients need: the targets' elements of the exponentials, the rows' factors, and x times these.
+    /// The losses of a chunk, and what the gradients need: the targets' elements of the exponentials, and the rows' factors.
     fn finish(&self, chunk: &Chunk, rows: &Rows, scale: Option<&Tensor>) -> Result<()> {
         let gradient = chunk.gradient.as_ref();
         let defines = [("GRAD", gradient.is_some().into())];
-        let tensors = [&chunk.sums, &rows.x, &self.head.weight, &rows.targets].map(Arg::Tensor);
+        let tensors = [&rows.sums, &rows.x, &self.head.weight, &rows.targets].map(Arg::Tensor);
         let results = [
             Arg::I64(self.head.ignore_index),
             Arg::opt(scale),
             Arg::opt(gradient.map(|gradient| &gradient.exponentials)),
             Arg::I64(self.row_stride()),
             Arg::Tensor(&rows.losses),
-            Arg::opt(gradient.map(|gradient| &gradient.factors)),
-            Arg::opt(rows.scaled.as_ref()),
+            Arg::opt(gradient.map(|_| &rows.origins)),
         ];
         kernel(&LM_HEAD_ROWS, "lm_head_finish", &defines).launch(
             row_blocks(rows.n_rows),
@@ -193,12 +196,10 @@ impl<'a> Exponentials<'a> {
         )
     }
 
-    /// dx, from a product that stays f32 until its rows have their factors.
-    fn input_gradient(&self, exponentials: &Tensor, factors: &Tensor, product: &Tensor, dx: &Tensor) -> Result<()> {
-        let n_rows = dx.size()[0];
-        let product = product.f_narrow(0, 0, n_rows)?;
-        product_into(exponentials, &self.head.weight, &product, Sum::New)?;
-        let tensors = [&product, factors, dx].map(Arg::Tensor);
+    /// Writes rows times their factors to `out`, which may be the rows themselves.
+    fn scale(&self, rows: &Tensor, factors: &Tensor, out: &Tensor) -> Result<()> {
+        let n_rows = rows.size()[0];
+        let tensors = [rows, factors, out].map(Arg::Tensor);
         let sizes = [n_rows, self.d_model].map(|size| Arg::I32(size as i32));
         kernel(&LM_HEAD_ROWS, "lm_head_scale", &[("GRAD", 1)]).launch(
             row_blocks(n_rows),

@@ -14,7 +14,7 @@ use std::path::PathBuf;
 use std::process::ExitCode;
 
 use anyhow::{Context, Result, bail};
-use flowhn_torch::DeviceProperties;
+use flowhn_torch::{DeviceProperties, MemoryStats};
 use serde::Serialize;
 use tch::Device;
 
@@ -36,7 +36,7 @@ With --peers ours and the Python programs take turns, twice each. Figures in bra
 
 --json prints one object: `device`, `ceilings`, `absent` (programs that did not run, and why), and `rows`: op, shape, pass, median_us,
 min_us, max_us, wall_us, n, bytes, flops, floor_us, floor_by, of_floor, and where there are any `products` {products_us, multiple,
-target}, `recorded` {peer, us, speedup, target, source} and `peers`, a list of {peer, median_us, min_us, max_us, wall_us, n, speedup}.";
+target, memory_bytes, memory_target}, `recorded` {peer, us, speedup, target, source} and `peers`, a list of {peer, median_us, min_us, max_us, wall_us, n, speedup}.";
 
 /// Arguments of `flowhn bench kernels`.
 #[derive(Debug, clap::Args)]
@@ -183,6 +183,7 @@ impl<'a> Bench<'a> {
     /// The rows of one operation, after as many rounds as there are.
     fn one(&mut self, operation: &Operation, absent: &mut BTreeMap<String, String>) -> Result<Vec<Row>> {
         let mut ours: Vec<Samples> = vec![Samples::default(); operation.passes.len()];
+        let mut memory_bytes = None;
         let mut theirs: BTreeMap<(String, String), Samples> = BTreeMap::new();
         let n_rounds = if self.peers.is_some() { 2 } else { 1 };
         for _ in 0..n_rounds {
@@ -191,10 +192,13 @@ impl<'a> Bench<'a> {
             for (samples, pass) in ours.iter_mut().zip(&operation.passes) {
                 samples.extend(self.time(&call, pass)?);
             }
+            if operation.products.is_some() {
+                memory_bytes = self.memory(&call)?;
+            }
             drop(call);
             let Some(peers) = &mut self.peers else { continue };
             if self.device.is_cuda() {
-                flowhn_torch::MemoryStats::empty_cache()?;
+                MemoryStats::empty_cache()?;
             }
             for answer in peers.ask(&operation.name())? {
                 match &answer.absent {
@@ -212,7 +216,8 @@ impl<'a> Bench<'a> {
             if let Some(products) = &operation.products {
                 let products_us = self.in_a_row(&products.shapes)?;
                 let multiple = row.time.median_us / products_us;
-                row.products = Some(Multiple { products_us, multiple, target: products.within });
+                let (target, memory_target) = (products.within, products.memory);
+                row.products = Some(Multiple { products_us, multiple, target, memory_bytes, memory_target });
             }
             for ((peer, _), samples) in theirs.iter().filter(|((_, direction), _)| direction == row.pass) {
                 let time = Time::of(samples);
@@ -230,6 +235,16 @@ impl<'a> Bench<'a> {
         let calls = shapes.iter().map(build).collect::<flowhn_torch::Result<Vec<_>>>()?;
         let all = || calls.iter().try_for_each(|call| (call.run)(&call.leaves).map(drop));
         Ok(self.timer.time(&all)?.spread().0)
+    }
+
+    /// The most bytes that a forward and backward take beside operands and gradients.
+    fn memory(&self, call: &Call) -> Result<Option<u64>> {
+        let Device::Cuda(device_idx) = self.device else { return Ok(None) };
+        MemoryStats::reset_peak(device_idx)?;
+        let before = MemoryStats::of(device_idx)?.allocated_bytes;
+        let grads = call.gradients(&call.recorded()?)?;
+        let n_bytes: usize = grads.iter().map(|grad| grad.numel() * grad.kind().elt_size_in_bytes()).sum();
+        Ok(Some(MemoryStats::of(device_idx)?.allocated_peak_bytes.saturating_sub(before + n_bytes as u64)))
     }
 
     fn time(&self, call: &Call, pass: &Pass) -> Result<Samples> {

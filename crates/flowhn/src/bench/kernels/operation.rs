@@ -12,19 +12,21 @@ pub struct Operation {
     pub shape: String,
     /// What is timed of it.
     pub passes: Vec<Pass>,
-    /// The matrix products that it cannot do without, where its aim is given as a multiple of their time.
+    /// The matrix products that it cannot do without, where its aims are what it takes beside them.
     pub products: Option<Products>,
     /// Makes its tensors.
     pub build: Build,
 }
 
-/// Matrix products that are timed beside an operation.
+/// Matrix products that are timed beside an operation, and what that may take more than they do.
 #[derive(Clone, Copy, Debug)]
 pub struct Products {
     /// `m`, `n` and `k` of each.
     pub shapes: [[i64; 3]; 3],
     /// The multiple of their time that we want to stay within.
     pub within: f64,
+    /// The most bytes beside operands and gradients that we want to take.
+    pub memory: u64,
 }
 
 /// A direction of an operation.
@@ -144,8 +146,12 @@ impl Call {
 
     /// The backward of [`Call::recorded`].
     pub fn backward(&self, recorded: &Tensor) -> Result<()> {
-        Tensor::f_run_backward(&[recorded], &self.leaves, true, false)?;
-        Ok(())
+        self.gradients(recorded).map(drop)
+    }
+
+    /// The gradients of the leaves.
+    pub fn gradients(&self, recorded: &Tensor) -> Result<Vec<Tensor>> {
+        Ok(Tensor::f_run_backward(&[recorded], &self.leaves, true, false)?)
     }
 
     /// The start of a backward alone.

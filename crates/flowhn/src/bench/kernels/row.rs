@@ -52,12 +52,16 @@ pub struct Time {
     pub n: usize,
 }
 
-/// A time as a multiple of that of matrix products, which are timed in a row.
+/// A time as a multiple of that of matrix products, which are timed in a row; on CUDA also the most bytes that were taken beside operands
+/// and gradients.
 #[derive(Clone, Copy, Debug, Serialize)]
 pub struct Multiple {
     pub products_us: f64,
     pub multiple: f64,
     pub target: f64,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub memory_bytes: Option<u64>,
+    pub memory_target: u64,
 }
 
 /// Ours against a figure that was measured earlier.
@@ -131,9 +135,14 @@ impl Row {
             line += &format!("  {speedup:.2}x of {peer} ({us:.0})");
             line += &target.map(|target| verdict(*speedup >= target, target)).unwrap_or_default();
         }
-        if let Some(Multiple { products_us, multiple, target }) = self.products {
-            line += &format!("; {multiple:.2} times its products in a row ({products_us:.0})");
+        if let Some(Multiple { products_us, multiple, target, memory_bytes, memory_target }) = self.products {
+            line += &format!("; {multiple:.3} times its products in a row ({products_us:.0})");
             line += &verdict(multiple <= target, target);
+            if let Some(bytes) = memory_bytes {
+                let mib = |bytes: u64| bytes as f64 / f64::from(1 << 20);
+                line += &format!("; {:.1} MiB beside operands and gradients", mib(bytes));
+                line += &verdict(bytes <= memory_target, mib(memory_target));
+            }
         }
         for Peer { peer, time, speedup } in &self.peers {
             line += &format!("\n{:<40} {:<8} {:>9.1}", format!("  {peer}, in turns"), "", time.median_us);

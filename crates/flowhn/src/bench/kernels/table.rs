@@ -2,7 +2,7 @@
 // b batch, l seq_len, e d_inner, n d_state, h n_heads, p d_head, d features of a row, r rows
 
 use flowhn_attn::{Mask, attention};
-use flowhn_nn::{gated_rms_norm, linear_cross_entropy, rms_norm, swiglu};
+use flowhn_nn::{Decay, Init, Params, gated_rms_norm, linear_cross_entropy, rms_norm, swiglu};
 use flowhn_ssm::{CausalConv1d, SelectiveScan, Ssd, causal_conv1d, selective_scan, ssd};
 use flowhn_torch::{Result, product};
 use tch::{Kind, Tensor};
@@ -238,19 +238,24 @@ fn swiglu_of(r: i64, d: i64) -> Operation {
 }
 
 fn lm_head([r, d, v]: [i64; 3], us: f64, within: f64) -> Operation {
-    // Three products of the same size; each operand is read and each gradient written once.
-    let (flops, bytes) = (6. * (r * d * v) as f64, 4. * ((r + v) * d) as f64);
+    // Three products of the same size; each operand is read and each gradient written once, that of the weight in f32.
+    let (flops, bytes) = (6. * (r * d * v) as f64, (4 * r * d + 6 * v * d) as f64);
     Operation {
         op: "linear_cross_entropy",
         shape: format!("{r}x{d} V{v}"),
         passes: vec![Pass::new(Both, bytes, flops).against(COMPILED, us, None)],
-        products: Some(Products { shapes: [[r, v, d], [r, d, v], [v, d, r]], within }),
+        products: Some(Products { shapes: [[r, v, d], [r, d, v], [v, d, r]], within, memory: 1 << 29 }),
         build: Box::new(move |device| {
             let targets = (Tensor::arange(r, (Kind::Int64, device)) * 7919).remainder(v);
-            let weight = random(&[v, d], BF16, device, 2)? * 0.02;
+            // As in training: a master in f32 and the copy that the products take.
+            let mut params = Params::new(device, 0);
+            let weight = params.root().weight("head", &[v, d], Init::Zeros, Decay::Yes)?;
+            params.assign("head", &(random(&[v, d], Kind::Float, device, 2)? * 0.02))?;
+            weight.want_bf16_copy();
+            params.refresh_bf16_copies()?;
             Ok(Call {
-                leaves: vec![leaf(&[r, d], BF16, device, 1)?, weight.detach().set_requires_grad(true)],
-                run: Box::new(move |t| Ok(vec![linear_cross_entropy(&t[0], &t[1], &targets, -100)?])),
+                leaves: vec![leaf(&[r, d], BF16, device, 1)?, weight.master().shallow_clone()],
+                run: Box::new(move |t| Ok(vec![linear_cross_entropy(&t[0], &weight, &targets, -100)?])),
             })
         }),
     }
