@@ -438,22 +438,29 @@ selective_scan_backward(X* dx, Dt* ddt, Z* dz, i64 dz_batch, i64 dz_token, float
     }
 }
 
-// db and dc `[tokens, d_state]` from the blocks' parts `[n_parts, tokens, SLICES, 2, SLICE]`. A thread owns one sum.
-extern "C" __global__ void selective_scan_sum_states(B* db, C* dc, const float* state_parts, int n_parts, i64 n_tokens,
+// db and dc `[batch, seq_len, d_state]` from the blocks' parts `[n_parts, batch, seq_len, SLICES, 2, SLICE]`. A thread owns four
+// neighbouring sums. First come the first tokens of all sequences: what was written last is still in the L2 cache.
+extern "C" __global__ void selective_scan_sum_states(B* db, C* dc, const float* state_parts, int n_parts, int batch, i64 seq_len,
                                                      int d_state) {
     constexpr int WIDTH = 2 * SLICE * SLICES;
-    i64 i = (i64)blockIdx.x * blockDim.x + threadIdx.x, n_sums = n_tokens * WIDTH;
-    if (i >= n_sums) return;
-    float total = 0.f;
+    i64 n_own = seq_len * WIDTH, i = 4 * ((i64)(blockIdx.x / batch) * blockDim.x + threadIdx.x);
+    if (i >= n_own) return;
+    i += blockIdx.x % batch * n_own;
+    float total[4] = {};
     #pragma unroll 8
-    for (int k = 0; k < n_parts; k++) total += state_parts[k * n_sums + i];
-    // Cutting values off after 11 bits has made them smaller by 2^-11 / (2 ln 2) on average.
-    if (!EXACT) total *= 1.000352f;
+    for (int k = 0; k < n_parts; k++) {
+        float4 part = *reinterpret_cast<const float4*>(state_parts + k * batch * n_own + i);
+        total[0] += part.x, total[1] += part.y, total[2] += part.z, total[3] += part.w;
+    }
     int n = i % WIDTH / (2 * SLICE) * SLICE + i % SLICE;
     i64 at = i / WIDTH * d_state + n;
-    if (n < d_state) {
-        if (i / SLICE % 2 == 0) db[at] = from_f32<B>(total);
-        else dc[at] = from_f32<C>(total);
+    #pragma unroll
+    for (int m = 0; m < 4; m++) {
+        // Cutting values off after 11 bits has made them smaller by 2^-11 / (2 ln 2) on average.
+        float value = EXACT ? total[m] : total[m] * 1.000352f;
+        if (n + m >= d_state) continue;
+        if (i / SLICE % 2 == 0) db[at + m] = from_f32<B>(value);
+        else dc[at + m] = from_f32<C>(value);
     }
 }
 

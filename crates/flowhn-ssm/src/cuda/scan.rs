@@ -135,9 +135,10 @@ impl Function for Scan {
             &args,
         )?;
 
-        let [n_blocks, n_tokens, width] = shape.state_parts();
+        let [n_blocks, batch, seq_len, width] = shape.state_parts();
+        let [blocks_of_sequence, ..] = blocks_of(256, seq_len * width / 4);
         kernel(&SELECTIVE_SCAN_BACKWARD, "selective_scan_sum_states", &defines).launch(
-            blocks_of(256, n_tokens * width),
+            [blocks_of_sequence * batch as u32, 1, 1],
             256,
             0,
             &[
@@ -145,7 +146,8 @@ impl Function for Scan {
                 Arg::Tensor(&dc),
                 Arg::Tensor(&state_parts),
                 Arg::I32(n_blocks as i32),
-                Arg::I64(n_tokens),
+                Arg::I32(batch as i32),
+                Arg::I64(seq_len),
                 Arg::I32(shape.d_state as i32),
             ],
         )?;

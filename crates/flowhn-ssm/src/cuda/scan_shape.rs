@@ -117,9 +117,9 @@ impl Shape {
         [self.batch, ceil_div(self.seq_len, CHUNK), 4 * self.n_slices(), self.d_inner, 4]
     }
 
-    /// The parts of the gradients of B and C: `[blocks of channels, tokens, states of both]`.
-    pub(super) fn state_parts(self) -> [i64; 3] {
-        [self.n_blocks(), self.batch * self.seq_len, 2 * SLICE * self.n_slices()]
+    /// The parts of the gradients of B and C: `[blocks of channels, batch, seq_len, states of both]`.
+    pub(super) fn state_parts(self) -> [i64; 4] {
+        [self.n_blocks(), self.batch, self.seq_len, 2 * SLICE * self.n_slices()]
     }
 
     fn n_blocks(self) -> i64 {

@@ -2,7 +2,7 @@
 
 use std::sync::Arc;
 
-use tch::Tensor;
+use tch::{Kind, Tensor};
 
 use super::plan::{Plan, Sizes};
 use super::{Known, Sum, by_libtorch};
@@ -16,12 +16,13 @@ const REPEATS: usize = 2;
 const GAIN: f64 = 0.99;
 
 /// The most that libtorch's result, or as many rows of it as fit, takes beside the result while others are compared with it.
-const MAX_SCRATCH_BYTES: i64 = 256 << 20;
+const MAX_SCRATCH_BYTES: i64 = 64 << 20;
 
 /// Compares what cuBLASLt proposes for `a b` with libtorch's product, whose result `out` is and stays; `None` where that tells nothing.
 pub(super) fn choose(device_idx: usize, sizes: &Sizes, a: &Tensor, b: &Tensor, out: &Tensor) -> Result<Option<Known>> {
     // A result that is zero for the most part has the same bits in any order of additions.
-    if 2 * out.f_count_nonzero(None)?.int64_value(&[]) < out.numel() as i64 {
+    let n_nonzero = out.f_norm_scalaropt_dtype(0., Kind::Float)?.f_double_value(&[])?;
+    if 2. * n_nonzero < out.numel() as f64 {
         return Ok(None);
     }
     let mut own = || by_libtorch(a, b, out, Sum::New);

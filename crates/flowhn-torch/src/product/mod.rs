@@ -42,7 +42,7 @@ type Plans = HashMap<Sizes, Known>;
 /// up in.
 ///
 /// The first product of its sizes that is enqueued outside of a captured graph waits for the device while ways to do it are timed, about a
-/// hundred times what the product takes, with as much memory as its result besides, 256 MiB at most. So this is for sizes that come again and again, as those of
+/// hundred times what the product takes, with as much memory as its result besides, 80 MiB at most. So this is for sizes that come again and again, as those of
 /// training do. `FLOWHN_TUNE_PRODUCTS=0` in the environment leaves all products to libtorch. The bits are libtorch's either way, as compared on
 /// that first product. Nothing is recorded for autograd: this belongs inside of a [`Function`](crate::Function), or under `no_grad`.
 ///
