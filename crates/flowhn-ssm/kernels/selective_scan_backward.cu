@@ -439,7 +439,8 @@ selective_scan_backward(X* dx, Dt* ddt, Z* dz, i64 dz_batch, i64 dz_token, float
 }
 
 // db and dc `[batch, seq_len, d_state]` from the blocks' parts `[n_parts, batch, seq_len, SLICES, 2, SLICE]`. A thread owns four
-// neighbouring sums. First come the first tokens of all sequences: what was written last is still in the L2 cache.
+// neighbouring sums. First come the first tokens of all sequences: what was written last is still in the L2 cache, and what is read
+// once need not stay there.
 extern "C" __global__ void selective_scan_sum_states(B* db, C* dc, const float* state_parts, int n_parts, int batch, i64 seq_len,
                                                      int d_state) {
     constexpr int WIDTH = 2 * SLICE * SLICES;
@@ -449,7 +450,7 @@ extern "C" __global__ void selective_scan_sum_states(B* db, C* dc, const float* 
     float total[4] = {};
     #pragma unroll 8
     for (int k = 0; k < n_parts; k++) {
-        float4 part = *reinterpret_cast<const float4*>(state_parts + k * batch * n_own + i);
+        float4 part = __ldcs(reinterpret_cast<const float4*>(state_parts + k * batch * n_own + i));
         total[0] += part.x, total[1] += part.y, total[2] += part.z, total[3] += part.w;
     }
     int n = i % WIDTH / (2 * SLICE) * SLICE + i % SLICE;

@@ -10,7 +10,7 @@ use crate::bench::{dir, flowhn, repo};
 fn a_kept_report_is_written_again_beside_another_programs_speeds() {
     let config = repo().join("configs/tiny.toml").display().to_string();
     let at = |name: &str| dir().join(name).display().to_string();
-    let (first, again, other) = (at("speeds"), at("speeds-again"), at("other.json"));
+    let (first, again, other) = (at("speeds"), at("speeds-again"), at("speeds-other.json"));
     let small = ["--set", "train.batch_size=1", "--set", "model.seq_len=64"];
     let measure = ["bench", "train", "--config", &config, "--steps", "1", "--out", &first];
     flowhn(&[&measure[..], &small].concat()).done();
@@ -32,7 +32,7 @@ fn a_kept_report_is_written_again_beside_another_programs_speeds() {
 
     flowhn(&["bench", "train", "--from", &other, "--out", &again]).refused(&[
         "--from",
-        "other.json",
+        "speeds-other.json",
         "train.json that",
     ]);
     flowhn(&["bench", "train", "--from", &kept, "--beside", &kept, "--out", &again])
