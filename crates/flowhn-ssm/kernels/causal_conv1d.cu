@@ -171,8 +171,8 @@ constexpr bool ONE_GROUP = K <= 4;
 
 extern "C" __global__ void __launch_bounds__(32 * WARPS, FORWARD_BLOCKS) causal_conv1d_forward(
     const T* __restrict__ x, i64 x_batch, i64 x_token, const float* __restrict__ weight, const float* __restrict__ bias,
-    const float* __restrict__ initial, const unsigned char* __restrict__ reset, T* __restrict__ y, i64 y_batch, i64 y_token,
-    float* __restrict__ final_state, int seq_len, int channels, int run) {
+    const float* initial, const unsigned char* __restrict__ reset, T* __restrict__ y, i64 y_batch, i64 y_token,
+    float* final_state, int seq_len, int channels, int run) {
     Place place(seq_len, channels, run);
     if (!place.active) return;
     i64 state = (i64)place.batch * (K - 1) * channels + place.channel;

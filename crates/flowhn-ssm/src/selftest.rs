@@ -4,6 +4,7 @@ mod conv;
 mod long;
 mod scan;
 mod ssd;
+mod steps;
 
 use flowhn_torch::testing::Case;
 
@@ -13,5 +14,6 @@ pub fn cases() -> Vec<Case> {
     cases.extend(scan::cases());
     cases.extend(ssd::cases());
     cases.extend(long::cases());
+    cases.extend(steps::cases());
     cases
 }
