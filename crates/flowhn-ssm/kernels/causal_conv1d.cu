@@ -20,6 +20,9 @@
 // thus reads x and dy once and writes dx once. The gradients of weight and bias stay in registers along the run, are added up over
 // the warps of a block, and written as one part a block, which `causal_conv1d_parts` adds in order.
 //
+// A sequence of one token may have one tensor as initial and final: a thread reads the inputs before its channels' token before it
+// writes any, and nobody else has these channels.
+//
 // weight and bias begin at multiples of 16 bytes.
 //
 // Variants: X_KIND 0 f32, 1 bf16; D_CONV taps (K); VEC channels a thread (V); AHEAD tokens (U); SILU 0 or 1; RESETS 0 without
