@@ -145,8 +145,11 @@ pub fn try_build<T: Element, R>(shape: &[i64], fill: impl FnOnce(&mut [T]) -> Re
 /// use flowhn_torch::cpu;
 /// use tch::Tensor;
 /// let mut x = Tensor::from_slice(&[1f32, 2., 3.]);
-/// cpu::update(&mut x, |x: &mut [f32]| Ok(x.reverse()))?;
-/// assert_eq!(Vec::<f32>::try_from(&x).unwrap(), [3., 2., 1.]);
+/// let first = cpu::update(&mut x, |x: &mut [f32]| {
+///     x.reverse();
+///     Ok(x[0])
+/// })?;
+/// assert_eq!((first, x.double_value(&[2])), (3., 1.));
 /// # Ok::<(), flowhn_torch::Error>(())
 /// ```
 ///

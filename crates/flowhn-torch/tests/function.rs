@@ -163,7 +163,10 @@ fn a_forward_may_overwrite_an_input_that_it_announces() -> Result<()> {
         let forward = |ctx: &mut ForwardCtx, x: &[&Tensor]| {
             ctx.overwrite("double", "state", x, 0)?;
             let mut state = x[0].shallow_clone();
-            cpu::update(&mut state, |x: &mut [f64]| Ok(x.iter_mut().for_each(|x| *x *= 2.)))?;
+            cpu::update(&mut state, |x: &mut [f64]| {
+                x.iter_mut().for_each(|x| *x *= 2.);
+                Ok(())
+            })?;
             Ok(vec![state])
         };
         custom(forward, |_, _| Ok(vec![None]))
