@@ -30,6 +30,7 @@ fn main() {
             "shim/device.cpp",
             "shim/observe.cpp",
             "shim/op.cpp",
+            "shim/write.cpp",
         ]);
 
     let cuda = if lib.join("libtorch_cuda.so").exists() { cuda_include(&lib) } else { None };

@@ -9,7 +9,7 @@ use flowhn_ssm::SsmState;
 use flowhn_torch::{Stream, fork_join, record_stream, timeline};
 use tch::{Device, Kind, Tensor};
 
-use crate::branch::{AttnBranch, BranchInput, MlpSublayer, SsmBranch, Standing, opening};
+use crate::branch::{AttnBranch, BranchInput, MlpSublayer, Past, SsmBranch, Standing, opening};
 use crate::config::BlockKind;
 use crate::layout::BlockLayout;
 use crate::model::Pass;
@@ -150,7 +150,7 @@ impl Block {
         };
         let scan = || -> Result<Option<Residual>> {
             let ssm_input = ssm_input.timed(parts::SSM, parts::FUSION)?;
-            let s_bmd = self.scan(&ssm_input, routes, pass.segments_bl.as_ref(), state)?;
+            let s_bmd = self.scan(&ssm_input, routes, pass, state)?;
             Ok(s_bmd.map(leave(parts::SSM)).transpose()?)
         };
         let (a_bnd, s_bmd) = match (side, x_bld.device()) {
@@ -264,12 +264,17 @@ impl Block {
         &self,
         input: &BranchInput,
         routes: &BlockLayout,
-        segments_bl: Option<&Tensor>,
+        pass: &Pass,
         state: Option<&mut SsmState>,
     ) -> Result<Option<Residual>> {
         let Some(branch) = self.ssm.as_ref().filter(|_| !routes.ssm.is_empty()) else { return Ok(None) };
-        let reset_bn = gathered(segments_bl, &routes.ssm)?.map(|segments| document_starts(&segments)).transpose()?;
-        branch.forward(input, reset_bn.as_ref(), state).map(Some)
+        let segments_bm = gathered(pass.segments_bl.as_ref(), &routes.ssm)?;
+        let reset_bm = segments_bm.map(|segments| document_starts(&segments)).transpose()?;
+        let past = match (pass.clock, state) {
+            (Some(_), Some(state)) => Past::Step(state),
+            (_, state) => Past::Tokens { reset_bm: reset_bm.as_ref(), state },
+        };
+        branch.forward(input, past).map(Some)
     }
 }
 

@@ -186,6 +186,15 @@ impl AttnBranch {
     }
 }
 
+/// What the state-space branch knows of the tokens before.
+#[derive(Debug)]
+pub(crate) enum Past<'a> {
+    /// Of any tokens: which begin a document, and the state to go on from.
+    Tokens { reset_bm: Option<&'a Tensor>, state: Option<&'a mut SsmState> },
+    /// Of one token: the state, which is advanced where it lies.
+    Step(&'a mut SsmState),
+}
+
 /// The state-space branch.
 #[derive(Debug)]
 pub(crate) struct SsmBranch {
@@ -215,14 +224,12 @@ impl SsmBranch {
         &self.mixer
     }
 
-    pub fn forward(
-        &self,
-        input: &BranchInput,
-        reset_bn: Option<&Tensor>,
-        state: Option<&mut SsmState>,
-    ) -> Result<Residual> {
+    pub fn forward(&self, input: &BranchInput, past: Past) -> Result<Residual> {
         let (x_bnd, normed_bnd) = input.normed_by(&self.norm)?;
-        let mixed_bnd = self.mixer.forward(&normed_bnd, reset_bn, state)?;
+        let mixed_bnd = match past {
+            Past::Tokens { reset_bm, state } => self.mixer.forward(&normed_bnd, reset_bm, state)?,
+            Past::Step(state) => self.mixer.step(&normed_bnd, state)?,
+        };
         match (&self.tail, x_bnd) {
             (Some(tail), Some(x_bnd)) => tail.forward(&x_bnd, mixed_bnd),
             _ => Ok(Residual::of(mixed_bnd)),

@@ -4,7 +4,7 @@ use tch::Tensor;
 
 use crate::block::BlockCache;
 use crate::model::Input;
-use crate::steps::{StepLaunch, Steps, keep_states};
+use crate::steps::{StepLaunch, Steps};
 use crate::{Error, Model, Result};
 
 /// A batch of sequences that grow together, with what each block remembers of them.
@@ -93,9 +93,12 @@ impl Decoder<'_> {
             let logits_bv = self.steps.run(model, &mut self.caches, self.launch, input.ids_bl, position)?;
             return Ok(logits_bv.f_unsqueeze(1)?);
         }
-        let before = self.caches.iter().map(BlockCache::state).collect();
+        let before: Vec<_> = self.caches.iter().map(BlockCache::state).collect();
         let x_bmd = model.run(input, Some(&mut self.caches), |_| Ok(()))?;
-        keep_states(model.device(), &mut self.caches, before)?;
+        if model.device().is_cuda() {
+            // Steps find the states where graphs have seen them.
+            self.caches.iter_mut().zip(before).try_for_each(|(cache, before)| cache.put_state(before))?;
+        }
         model.logits_of(&choose(&x_bmd)?)
     }
 

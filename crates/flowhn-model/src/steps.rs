@@ -140,11 +140,9 @@ struct Place<'a> {
 impl Place<'_> {
     /// Enqueues the step and counts its token.
     fn compute(&self, caches: &mut [BlockCache]) -> Result<Tensor> {
-        let before: Vec<_> = caches.iter().map(BlockCache::state).collect();
         let pass = self.model.begin_token(self.ids_b1, self.layout, self.clock);
         self.clock.tick()?;
-        let x_b1d = self.model.run_pass(&pass, Some(&mut *caches), |_| Ok(()))?;
-        keep_states(self.model.device(), caches, before)?;
+        let x_b1d = self.model.run_pass(&pass, Some(caches), |_| Ok(()))?;
         let logits_b1v = self.model.logits_of(&x_b1d)?;
         Ok(logits_b1v.f_select(1, 0)?)
     }
@@ -158,14 +156,6 @@ impl Place<'_> {
             }
         }
         Ok(())
-    }
-}
-
-/// Copies new states into the tensors that the blocks had before, where graphs look for them.
-pub(crate) fn keep_states(device: Device, caches: &mut [BlockCache], before: Vec<Option<[Tensor; 2]>>) -> Result<()> {
-    match device.is_cuda() {
-        true => caches.iter_mut().zip(before).try_for_each(|(cache, before)| cache.put_state(before)),
-        false => Ok(()),
     }
 }
 

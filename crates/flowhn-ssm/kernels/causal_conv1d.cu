@@ -20,6 +20,9 @@
 // thus reads x and dy once and writes dx once. The gradients of weight and bias stay in registers along the run, are added up over
 // the warps of a block, and written as one part a block, which `causal_conv1d_parts` adds in order.
 //
+// A sequence of one token may have one tensor as initial and final: a thread reads the inputs before its channels' token before it
+// writes any, and nobody else has these channels.
+//
 // weight and bias begin at multiples of 16 bytes.
 //
 // Variants: X_KIND 0 f32, 1 bf16; D_CONV taps (K); VEC channels a thread (V); AHEAD tokens (U); SILU 0 or 1; RESETS 0 without
@@ -171,8 +174,8 @@ constexpr bool ONE_GROUP = K <= 4;
 
 extern "C" __global__ void __launch_bounds__(32 * WARPS, FORWARD_BLOCKS) causal_conv1d_forward(
     const T* __restrict__ x, i64 x_batch, i64 x_token, const float* __restrict__ weight, const float* __restrict__ bias,
-    const float* __restrict__ initial, const unsigned char* __restrict__ reset, T* __restrict__ y, i64 y_batch, i64 y_token,
-    float* __restrict__ final_state, int seq_len, int channels, int run) {
+    const float* initial, const unsigned char* __restrict__ reset, T* __restrict__ y, i64 y_batch, i64 y_token,
+    float* final_state, int seq_len, int channels, int run) {
     Place place(seq_len, channels, run);
     if (!place.active) return;
     i64 state = (i64)place.batch * (K - 1) * channels + place.channel;

@@ -12,6 +12,9 @@
 // pair of channels a thread; then every lane scans 4 states of one channel (see the header), and the sums over states of 4
 // tokens at a time cost 3 shuffles; last the pairs of channels are gated and stored.
 //
+// With one segment, start and final_state may be one tensor: each lane reads its states before the first token, writes the same after
+// the last, and nobody else touches them.
+//
 // What makes it fast: an exponential a state and token is all the special-function work beside four of softplus and gate, which
 // is what bounds the kernel; nothing is transposed, since neighbouring lanes are neighbouring channels; and the sequence is only
 // cut into segments (see selective_scan_carry.cu) where channels and batch do not fill the chip.

@@ -7,7 +7,8 @@
 //     d(dt_t) = x_t . dh_t b_t + a exp(dt_t a) <dh_t, h_{t-1}>
 //
 // Forward, a warp holds ROWS rows of the state, d_state spread over its lanes; a block is 8 warps. With few rows, one token and
-// a small batch fill the chip: reading and writing the state once bounds it. checkpoints f32
+// a small batch fill the chip: reading and writing the state once bounds it. initial and final_state may be one tensor: each lane reads
+// its elements before the first token, writes the same after the last, and nobody else touches them. checkpoints f32
 // [batch, ceil(seq_len / 32), n_heads, d_head, d_state] is the state before every 32nd token.
 //
 // Backward, a block takes one head of one sequence, a warp one row after the other. A window of tokens is run forward from the

@@ -1,7 +1,31 @@
 //! Argument checks that the operations share.
 
-use flowhn_torch::{Error, Result, check};
+use flowhn_torch::{Error, ForwardCtx, Result, check};
 use tch::{Device, Kind, Tensor};
+
+/// Where a call leaves the state after its last token.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Carry {
+    /// In a tensor of its own.
+    Apart,
+    /// In that of the state before its first token, which is its last too: a step.
+    InPlace,
+}
+
+impl Carry {
+    /// Where to write the final state, if that is the initial one, which is then among the inputs.
+    pub(crate) fn place(
+        self,
+        op: &'static str,
+        ctx: &ForwardCtx,
+        inputs: &[&Tensor],
+        initial_state: Option<usize>,
+    ) -> Result<Option<Tensor>> {
+        let (Self::InPlace, Some(idx)) = (self, initial_state) else { return Ok(None) };
+        ctx.overwrite(op, "the state", inputs, idx)?;
+        Ok(Some(inputs[idx].shallow_clone()))
+    }
+}
 
 /// The type that states, decays and sums are kept in: f64 for f64 inputs, f32 for all others.
 pub(crate) fn state_kind(kind: Kind) -> Kind {

@@ -4,7 +4,7 @@
 use flowhn_torch::{Error, Result};
 use tch::{Device, Tensor};
 
-use crate::args::Checker;
+use crate::args::{Carry, Checker};
 use crate::{cpu, cuda, reference};
 
 /// What follows the convolution.
@@ -78,11 +78,15 @@ pub struct CausalConv1dOutput {
 /// [`Error::Shape`], [`Error::Dtype`], [`Error::Device`] or [`Error::Invalid`], naming the argument at fault; `Error::Device` also on
 /// a device other than the CPU and CUDA. On CUDA, `Error::Dtype` for f64 and `Error::Invalid` for a `d_conv` above 64.
 pub fn causal_conv1d(args: &CausalConv1d) -> Result<CausalConv1dOutput> {
+    run(Carry::Apart, args)
+}
+
+pub(crate) fn run(carry: Carry, args: &CausalConv1d) -> Result<CausalConv1dOutput> {
     let checker = check(args)?;
     match args.x_ble.device() {
         Device::Cpu | Device::Cuda(_) if args.x_ble.numel() == 0 => reference::causal_conv1d(args),
-        Device::Cpu => cpu::conv::causal_conv1d(args),
-        Device::Cuda(_) => cuda::conv::causal_conv1d(args),
+        Device::Cpu => cpu::conv::causal_conv1d(args, carry),
+        Device::Cuda(_) => cuda::conv::causal_conv1d(args, carry),
         _ => Err(checker.no_path("x_ble")),
     }
 }
@@ -108,7 +112,7 @@ fn check(args: &CausalConv1d) -> Result<Checker> {
 }
 
 /// Arguments of [`causal_conv1d_step`]: those of [`CausalConv1d`] for one token.
-#[derive(Clone, Copy, Debug)]
+#[derive(Debug)]
 pub struct CausalConv1dStep<'a> {
     /// Input `[batch, channels]`.
     pub x_be: &'a Tensor,
@@ -118,38 +122,43 @@ pub struct CausalConv1dStep<'a> {
     pub bias_e: Option<&'a Tensor>,
     /// What follows.
     pub activation: Activation,
-    /// The `d_conv - 1` inputs before this token, oldest first, `[batch, d_conv - 1, channels]`.
-    pub state_bje: &'a Tensor,
+    /// The `d_conv - 1` inputs before this token, oldest first, `[batch, d_conv - 1, channels]`, contiguous; they move up to make
+    /// room for the token's.
+    pub state_bje: &'a mut Tensor,
     /// bool `[batch]`: true hides the state from this token on.
     pub reset_b: Option<&'a Tensor>,
 }
 
-/// Advances [`causal_conv1d`] by one token and returns `(y_be, state_bje)`.
+/// Advances [`causal_conv1d`] by one token: returns `y_be` and writes the state after the token over the one before it.
+///
+/// It gives bit for bit what [`causal_conv1d`] gives for a sequence of one token. Other handles of the state's memory see the new
+/// state, too; to go on from the old one as well, step a copy.
 ///
 /// ```
 /// use flowhn_ssm::{Activation, CausalConv1dStep, causal_conv1d_step};
 /// use tch::Tensor;
 ///
-/// let (x, state) = (Tensor::from_slice(&[5f32]).view([1, 1]), Tensor::from_slice(&[4f32]).view([1, 1, 1]));
+/// let (x, mut state) = (Tensor::from_slice(&[5f32]).view([1, 1]), Tensor::from_slice(&[4f32]).view([1, 1, 1]));
 /// let sum_of_two = Tensor::from_slice(&[1f32, 1.]).view([1, 2]);
-/// let (y, state) = causal_conv1d_step(&CausalConv1dStep {
-///     x_be: &x, weight_ek: &sum_of_two, bias_e: None, activation: Activation::None, state_bje: &state, reset_b: None,
+/// let y = causal_conv1d_step(CausalConv1dStep {
+///     x_be: &x, weight_ek: &sum_of_two, bias_e: None, activation: Activation::None, state_bje: &mut state, reset_b: None,
 /// })?;
 /// assert_eq!((y.double_value(&[0, 0]), state.double_value(&[0, 0, 0])), (9., 5.));
 /// # Ok::<(), flowhn_ssm::Error>(())
 /// ```
 ///
 /// # Errors
-/// As [`causal_conv1d`]; shapes in messages have `seq_len` 1.
-pub fn causal_conv1d_step(args: &CausalConv1dStep) -> Result<(Tensor, Tensor)> {
+/// As [`causal_conv1d`]; shapes in messages have `seq_len` 1. [`Error::Invalid`] if the state is not contiguous, if another argument
+/// shares memory with it, or where gradients are recorded: a step has none, [`causal_conv1d`] of one token has.
+pub fn causal_conv1d_step(args: CausalConv1dStep) -> Result<Tensor> {
     let reset = args.reset_b.map(|t| t.unsqueeze(1));
-    let out = causal_conv1d(&CausalConv1d {
+    let one_token = CausalConv1d {
         x_ble: &args.x_be.unsqueeze(1),
         weight_ek: args.weight_ek,
         bias_e: args.bias_e,
         activation: args.activation,
-        initial_state_bje: Some(args.state_bje),
+        initial_state_bje: Some(&*args.state_bje),
         reset_bl: reset.as_ref(),
-    })?;
-    Ok((out.y_ble.squeeze_dim(1), out.final_state_bje))
+    };
+    Ok(run(Carry::InPlace, &one_token)?.y_ble.squeeze_dim(1))
 }

@@ -4,7 +4,7 @@
 use flowhn_torch::Result;
 use tch::{Device, Tensor};
 
-use crate::args::{Checker, check_sizes};
+use crate::args::{Carry, Checker, check_sizes};
 use crate::{cpu, cuda, reference};
 
 /// How the step sizes are made from `dt_ble`, after the bias is added.
@@ -112,11 +112,15 @@ pub struct SelectiveScanOutput {
 /// the argument at fault; `Error::Device` also on a device other than the CPU and CUDA. On CUDA, `Error::Dtype` for f64 and
 /// [`Error::Invalid`](crate::Error::Invalid) for a `d_state` above 256.
 pub fn selective_scan(args: &SelectiveScan) -> Result<SelectiveScanOutput> {
+    run(Carry::Apart, args)
+}
+
+pub(crate) fn run(carry: Carry, args: &SelectiveScan) -> Result<SelectiveScanOutput> {
     let checker = check(args)?;
     match args.x_ble.device() {
         Device::Cpu | Device::Cuda(_) if args.x_ble.numel() == 0 => reference::selective_scan(args),
-        Device::Cpu => cpu::scan::selective_scan(args),
-        Device::Cuda(_) => cuda::scan::selective_scan(args),
+        Device::Cpu => cpu::scan::selective_scan(args, carry),
+        Device::Cuda(_) => cuda::scan::selective_scan(args, carry),
         _ => Err(checker.no_path("x_ble")),
     }
 }
@@ -149,7 +153,7 @@ fn check(args: &SelectiveScan) -> Result<Checker> {
 }
 
 /// Arguments of [`selective_scan_step`]: those of [`SelectiveScan`] for one token.
-#[derive(Clone, Copy, Debug)]
+#[derive(Debug)]
 pub struct SelectiveScanStep<'a> {
     /// Input `[batch, d_inner]`.
     pub x_be: &'a Tensor,
@@ -169,25 +173,27 @@ pub struct SelectiveScanStep<'a> {
     pub dt_bias_e: Option<&'a Tensor>,
     /// What turns `dt_be` into step sizes.
     pub dt_activation: DtActivation,
-    /// State before this token, `[batch, d_inner, d_state]`.
-    pub state_ben: &'a Tensor,
+    /// State before this token and, when the call returns, after it: `[batch, d_inner, d_state]`, contiguous.
+    pub state_ben: &'a mut Tensor,
     /// bool `[batch]`: true clears the state first.
     pub reset_b: Option<&'a Tensor>,
 }
 
-/// Advances the recurrence of [`selective_scan`] by one token and returns `(y_be, state_ben)`.
+/// Advances the recurrence of [`selective_scan`] by one token: returns `y_be` and writes the state after the token over the one
+/// before it.
 ///
-/// It gives bit for bit what the scan gives for a sequence of one token.
+/// It gives bit for bit what the scan gives for a sequence of one token. Other handles of the state's memory see the new state, too;
+/// to go on from the old one as well, step a copy.
 ///
 /// ```
 /// use flowhn_ssm::{DtActivation, SelectiveScanStep, selective_scan_step};
 /// use tch::{Device, Kind, Tensor};
 ///
 /// let one = |shape: &[i64]| Tensor::ones(shape, (Kind::Float, Device::Cpu));
-/// let (x, a, bc, state) = (one(&[1, 2]), -one(&[2, 3]), one(&[1, 3]), one(&[1, 2, 3]));
-/// let (y, state) = selective_scan_step(&SelectiveScanStep {
+/// let (x, a, bc, mut state) = (one(&[1, 2]), -one(&[2, 3]), one(&[1, 3]), one(&[1, 2, 3]));
+/// let y = selective_scan_step(SelectiveScanStep {
 ///     x_be: &x, dt_be: &x, a_en: &a, b_bn: &bc, c_bn: &bc, d_e: None, z_be: None, dt_bias_e: None,
-///     dt_activation: DtActivation::Identity, state_ben: &state, reset_b: None,
+///     dt_activation: DtActivation::Identity, state_ben: &mut state, reset_b: None,
 /// })?;
 /// let want = (-1f64).exp() + 1.;
 /// assert!((state.double_value(&[0, 0, 0]) - want).abs() < 1e-6);
@@ -196,11 +202,12 @@ pub struct SelectiveScanStep<'a> {
 /// ```
 ///
 /// # Errors
-/// As [`selective_scan`]; shapes in messages have `seq_len` 1.
-pub fn selective_scan_step(args: &SelectiveScanStep) -> Result<(Tensor, Tensor)> {
+/// As [`selective_scan`]; shapes in messages have `seq_len` 1. [`Error::Invalid`](crate::Error::Invalid) if the state is not contiguous,
+/// if another argument shares memory with it, or where gradients are recorded: a step has none, [`selective_scan`] of one token has.
+pub fn selective_scan_step(args: SelectiveScanStep) -> Result<Tensor> {
     let one_token = |t: &Tensor| t.unsqueeze(1);
     let (z, reset) = (args.z_be.map(one_token), args.reset_b.map(one_token));
-    let out = selective_scan(&SelectiveScan {
+    let one_token = SelectiveScan {
         x_ble: &one_token(args.x_be),
         dt_ble: &one_token(args.dt_be),
         a_en: args.a_en,
@@ -210,8 +217,8 @@ pub fn selective_scan_step(args: &SelectiveScanStep) -> Result<(Tensor, Tensor)>
         z_ble: z.as_ref(),
         dt_bias_e: args.dt_bias_e,
         dt_activation: args.dt_activation,
-        initial_state_ben: Some(args.state_ben),
+        initial_state_ben: Some(&*args.state_ben),
         reset_bl: reset.as_ref(),
-    })?;
-    Ok((out.y_ble.squeeze_dim(1), out.final_state_ben))
+    };
+    Ok(run(Carry::InPlace, &one_token)?.y_ble.squeeze_dim(1))
 }

@@ -4,6 +4,7 @@ mod conv;
 mod long;
 mod scan;
 mod ssd;
+mod steps;
 mod unread_state;
 
 use flowhn_torch::testing::Case;
@@ -15,5 +16,6 @@ pub fn cases() -> Vec<Case> {
     cases.extend(ssd::cases());
     cases.extend(unread_state::cases());
     cases.extend(long::cases());
+    cases.extend(steps::cases());
     cases
 }

@@ -4,7 +4,7 @@
 use flowhn_torch::{Error, Result};
 use tch::{Device, Tensor};
 
-use crate::args::{Checker, check_sizes};
+use crate::args::{Carry, Checker, check_sizes};
 use crate::scan::DtActivation;
 use crate::{cpu, cuda, reference};
 
@@ -100,11 +100,15 @@ pub struct SsdOutput {
 /// [`Error::Shape`], [`Error::Dtype`], [`Error::Device`] or [`Error::Invalid`], naming the argument at fault; `Error::Device` also on
 /// a device other than the CPU and CUDA. On CUDA, `Error::Dtype` for f64 and `Error::Invalid` for a `d_state` above 256.
 pub fn ssd(args: &Ssd) -> Result<SsdOutput> {
+    run(Carry::Apart, args)
+}
+
+pub(crate) fn run(carry: Carry, args: &Ssd) -> Result<SsdOutput> {
     let checker = check(args)?;
     match args.x_blhp.device() {
         Device::Cpu if args.x_blhp.numel() == 0 => reference::ssd_chunked(args),
-        Device::Cpu => cpu::ssd::ssd(args),
-        Device::Cuda(_) => cuda::ssd::ssd(args),
+        Device::Cpu => cpu::ssd::ssd(args, carry),
+        Device::Cuda(_) => cuda::ssd::ssd(args, carry),
         _ => Err(checker.no_path("x_blhp")),
     }
 }
@@ -143,7 +147,7 @@ fn check(args: &Ssd) -> Result<Checker> {
 }
 
 /// Arguments of [`ssd_step`]: those of [`Ssd`] for one token.
-#[derive(Clone, Copy, Debug)]
+#[derive(Debug)]
 pub struct SsdStep<'a> {
     /// Input `[batch, n_heads, d_head]`.
     pub x_bhp: &'a Tensor,
@@ -161,23 +165,25 @@ pub struct SsdStep<'a> {
     pub dt_bias_h: Option<&'a Tensor>,
     /// What turns `dt_bh` into step sizes.
     pub dt_activation: DtActivation,
-    /// State before this token, `[batch, n_heads, d_head, d_state]`.
-    pub state_bhpn: &'a Tensor,
+    /// State before this token and, when the call returns, after it: `[batch, n_heads, d_head, d_state]`, contiguous.
+    pub state_bhpn: &'a mut Tensor,
     /// bool `[batch]`: true clears the state first.
     pub reset_b: Option<&'a Tensor>,
 }
 
-/// Advances the recurrence of [`ssd`] by one token and returns `(y_bhp, state_bhpn)`.
+/// Advances the recurrence of [`ssd`] by one token: returns `y_bhp` and writes the state after the token over the one before it.
+///
+/// Other handles of the state's memory see the new state, too; to go on from the old one as well, step a copy.
 ///
 /// ```
 /// use flowhn_ssm::{DtActivation, SsdStep, ssd_step};
 /// use tch::{Device, Kind, Tensor};
 ///
 /// let one = |shape: &[i64]| Tensor::ones(shape, (Kind::Float, Device::Cpu));
-/// let (x, dt, a, bc, state) = (one(&[1, 2, 3]), one(&[1, 2]), -one(&[2]), one(&[1, 1, 4]), one(&[1, 2, 3, 4]));
-/// let (y, state) = ssd_step(&SsdStep {
+/// let (x, dt, a, bc, mut state) = (one(&[1, 2, 3]), one(&[1, 2]), -one(&[2]), one(&[1, 1, 4]), one(&[1, 2, 3, 4]));
+/// let y = ssd_step(SsdStep {
 ///     x_bhp: &x, dt_bh: &dt, a_h: &a, b_bgn: &bc, c_bgn: &bc, d_h: None, dt_bias_h: None,
-///     dt_activation: DtActivation::Identity, state_bhpn: &state, reset_b: None,
+///     dt_activation: DtActivation::Identity, state_bhpn: &mut state, reset_b: None,
 /// })?;
 /// let want = (-1f64).exp() + 1.;
 /// assert!((state.double_value(&[0, 0, 0, 0]) - want).abs() < 1e-6);
@@ -186,11 +192,12 @@ pub struct SsdStep<'a> {
 /// ```
 ///
 /// # Errors
-/// As [`ssd`]; shapes in messages have `seq_len` 1.
-pub fn ssd_step(args: &SsdStep) -> Result<(Tensor, Tensor)> {
+/// As [`ssd`]; shapes in messages have `seq_len` 1. [`Error::Invalid`] if the state is not contiguous, if another argument shares
+/// memory with it, or where gradients are recorded: a step has none, [`ssd`] of one token has.
+pub fn ssd_step(args: SsdStep) -> Result<Tensor> {
     let one_token = |t: &Tensor| t.unsqueeze(1);
     let reset = args.reset_b.map(one_token);
-    let out = ssd(&Ssd {
+    let one_token = Ssd {
         x_blhp: &one_token(args.x_bhp),
         dt_blh: &one_token(args.dt_bh),
         a_h: args.a_h,
@@ -199,9 +206,9 @@ pub fn ssd_step(args: &SsdStep) -> Result<(Tensor, Tensor)> {
         d_h: args.d_h,
         dt_bias_h: args.dt_bias_h,
         dt_activation: args.dt_activation,
-        initial_state_bhpn: Some(args.state_bhpn),
+        initial_state_bhpn: Some(&*args.state_bhpn),
         reset_bl: reset.as_ref(),
         chunk_len: 1,
-    })?;
-    Ok((out.y_blhp.squeeze_dim(1), out.final_state_bhpn))
+    };
+    Ok(run(Carry::InPlace, &one_token)?.y_blhp.squeeze_dim(1))
 }

@@ -132,19 +132,19 @@ fn steps_equal_the_whole() {
     let t = case(2, 9, 5, 4).leaves(Kind::Float);
     let reset_bl = resets(2, 9, 4);
     let whole = causal_conv1d(&args(&t, Some(&reset_bl))).unwrap();
-    let mut state_bje = t[3].shallow_clone();
+    let _guard = tch::no_grad_guard();
+    let mut state_bje = t[3].copy();
     for token in 0..9 {
-        let (y_be, state) = causal_conv1d_step(&CausalConv1dStep {
+        let y_be = causal_conv1d_step(CausalConv1dStep {
             x_be: &t[0].select(1, token),
             weight_ek: &t[1],
             bias_e: Some(&t[2]),
             activation: Activation::Silu,
-            state_bje: &state_bje,
+            state_bje: &mut state_bje,
             reset_b: Some(&reset_bl.select(1, token)),
         })
         .unwrap();
         assert!(same_bits(&y_be, &whole.y_ble.select(1, token)), "token {token}");
-        state_bje = state;
     }
     assert!(same_bits(&state_bje, &whole.final_state_bje));
 }
@@ -192,6 +192,28 @@ fn errors_name_the_argument() {
     let no_taps = t[1].narrow(1, 0, 0);
     let wrong = CausalConv1d { weight_ek: &no_taps, ..args(&t, None) };
     assert!(causal_conv1d(&wrong).unwrap_err().to_string().contains("weight_ek has no taps"));
+}
+
+#[test]
+fn a_step_names_what_keeps_it_from_writing() {
+    let t = case(2, 1, 6, 3).leaves(Kind::Float);
+    let step = |x_be: &Tensor, weight_ek: &Tensor, state_bje: &mut Tensor| {
+        let args =
+            CausalConv1dStep { x_be, weight_ek, bias_e: None, activation: Activation::None, state_bje, reset_b: None };
+        causal_conv1d_step(args).map_or_else(|error| error.to_string(), |_| String::new())
+    };
+    let (x, weight) = (t[0].detach().squeeze_dim(1), t[1].detach());
+    let mut state = t[3].detach().copy();
+    let recorded = step(&x, &t[1], &mut state);
+    assert!(recorded.contains("the state is written in place, which has no gradient"), "{recorded}");
+    assert!(same_bits(&state, &t[3]));
+    tch::no_grad(|| assert_eq!(step(&x, &t[1], &mut state), ""));
+    let shared = step(&state.select(1, 0), &weight, &mut state);
+    assert!(shared.contains("the state is written in place, but shares memory with another argument"), "{shared}");
+    let strided = step(&x, &weight, &mut state.transpose(0, 1).contiguous().transpose(0, 1));
+    assert!(strided.contains("the state has strides [6, 12, 1], but is written in place"), "{strided}");
+    let short = step(&x, &weight, &mut state.narrow(1, 0, 1));
+    assert!(short.contains("initial_state_bje has shape [2, 1, 6], expected [2, 2, 6]"), "{short}");
 }
 
 proptest! {

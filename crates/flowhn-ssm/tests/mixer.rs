@@ -178,6 +178,41 @@ fn f64_passes_through() {
         let wide = mixer.forward(x_bld.to_kind(Kind::Double), None, None).unwrap();
         assert_eq!(wide.kind(), Kind::Double);
         assert_close("f32", &mixer.forward(&x_bld, None, None).unwrap(), &wide, 1e-5);
+        // A state starts in f32 and goes on in what the mixer computes in.
+        let mut state = SsmState::new(&config, 2, Device::Cpu);
+        let step = |t| mixer.step(x_bld.narrow(1, t, 1).to_kind(Kind::Double), &mut state).unwrap();
+        let steps: Vec<Tensor> = tch::no_grad(|| (0..9).map(step).collect());
+        assert_close("steps", &Tensor::cat(&steps, 1), &wide, 1e-12);
+    }
+}
+
+#[test]
+fn a_copy_of_a_state_goes_its_own_way() {
+    let x_bld = input(6);
+    let token = |t| x_bld.narrow(1, t, 1);
+    for config in configs() {
+        let (mixer, _) = new_mixer(&config, SsmInit::Mamba);
+        tch::no_grad(|| {
+            let mut state = SsmState::new(&config, 2, Device::Cpu);
+            let _prompt = mixer.forward(x_bld.narrow(1, 0, 4), None, Some(&mut state)).unwrap();
+            let mut fork = state.copy().unwrap();
+            let alone = mixer.forward(token(5), None, Some(&mut fork.copy().unwrap())).unwrap();
+            let _other = mixer.step(token(4), &mut state).unwrap();
+            assert!(same_bits(&mixer.step(token(5), &mut fork).unwrap(), &alone), "{config:?}");
+        });
+    }
+}
+
+#[test]
+fn a_step_takes_one_token_and_records_no_gradient() {
+    for config in configs() {
+        let (mixer, _) = new_mixer(&config, SsmInit::Mamba);
+        let mut state = SsmState::new(&config, 2, Device::Cpu);
+        let two = mixer.step(input(2), &mut state).unwrap_err().to_string();
+        assert!(two.contains("x_b1d has 2 tokens, a step takes one"), "{two}");
+        let recorded = mixer.step(input(1), &mut state).unwrap_err().to_string();
+        assert!(recorded.contains("which has no gradient: call it in tch::no_grad"), "{recorded}");
+        assert!([&state.conv_bje, &state.scan].iter().all(|t| t.abs().max().double_value(&[]) == 0.));
     }
 }
 

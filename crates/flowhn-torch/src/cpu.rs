@@ -2,7 +2,8 @@
 //!
 //! A slice borrows the tensor handle it came from. `tch` lets other handles of the same storage write in place; as with every
 //! safe `tch` call, doing so on another thread while a kernel reads is the caller's mistake. Kernels here read their inputs
-//! and write only tensors they made themselves ([`build`]), so they never create such a situation.
+//! and write tensors they made themselves ([`build`]), or a caller's ([`update`]) that shares no memory with what they read
+//! ([`ForwardCtx::overwrite`](crate::ForwardCtx::overwrite)), so they never create such a situation.
 
 use std::marker::PhantomData;
 
@@ -138,6 +139,27 @@ pub fn try_build<T: Element, R>(shape: &[i64], fill: impl FnOnce(&mut [T]) -> Re
     Ok((tensor, value))
 }
 
+/// Lets `run` change the elements of a contiguous CPU tensor. Whatever else `run` reads must share no memory with it.
+///
+/// ```
+/// use flowhn_torch::cpu;
+/// use tch::Tensor;
+/// let mut x = Tensor::from_slice(&[1f32, 2., 3.]);
+/// let first = cpu::update(&mut x, |x: &mut [f32]| {
+///     x.reverse();
+///     Ok(x[0])
+/// })?;
+/// assert_eq!((first, x.double_value(&[2])), (3., 1.));
+/// # Ok::<(), flowhn_torch::Error>(())
+/// ```
+///
+/// # Errors
+/// As [`slice()`], and those of `run`.
+pub fn update<T: Element, R>(tensor: &mut Tensor, run: impl FnOnce(&mut [T]) -> Result<R>) -> Result<R> {
+    slice::<T>(tensor)?;
+    run(slice_mut(tensor))
+}
+
 /// A contiguous CPU tensor with the given elements.
 ///
 /// # Errors
@@ -165,15 +187,16 @@ fn uninitialised<T: Element>(shape: &[i64]) -> Result<Tensor> {
     })
 }
 
-/// The elements of a tensor that was just made and has no other handle.
+/// The elements of a contiguous CPU tensor of type `T`, whose memory nothing else reads or writes as long as the slice lives.
 fn slice_mut<T: Element>(tensor: &mut Tensor) -> &mut [T] {
     let len = tensor.numel();
     if len == 0 {
         return &mut [];
     }
-    // SAFETY: the caller made the tensor just now, contiguous, of type `T`, with no other handle to its storage, so the slice is
-    // exclusive. The memory comes from a foreign allocator through FFI: its bytes are arbitrary but fixed, and every
-    // `Element` accepts any bytes but `bool`, for which `uninitialised` writes zeros.
+    // SAFETY: the callers made the tensor just now, contiguous, of type `T`, with no other handle to its storage, or have checked
+    // all but the last and pass that duty on, as every write through `tch` does; so the slice is exclusive. The memory comes from a
+    // foreign allocator through FFI: its bytes are arbitrary but fixed, and every `Element` accepts any bytes but `bool`, for which
+    // `uninitialised` writes zeros and `slice` has looked at each.
     unsafe { std::slice::from_raw_parts_mut(tensor.data_ptr().cast::<T>(), len) }
 }
 

@@ -110,6 +110,31 @@ impl ForwardCtx {
     pub fn needs_grad(&self, input_idx: usize) -> bool {
         self.recorded && self.needs_grad[input_idx]
     }
+
+    /// Prepares a write into input `input_idx`, which may then be an output too: a state that is advanced where it lies. libtorch
+    /// does not see what code of our own writes, so the write is counted here as libtorch counts its own, and a backward pass that saved
+    /// the old values is refused.
+    ///
+    /// # Errors
+    /// [`Error::Invalid`], which calls the input `arg`, if gradients are recorded, for that of the old values would be lost; if the
+    /// input is not contiguous; or if another input shares memory with it.
+    ///
+    /// # Panics
+    /// If there is no such input.
+    pub fn overwrite(&self, op: &'static str, arg: &str, inputs: &[&Tensor], input_idx: usize) -> Result<()> {
+        if self.recorded {
+            let message = format!("{arg} is written in place, which has no gradient: call it in tch::no_grad");
+            return Err(Error::invalid(op, message));
+        }
+        let target = inputs[input_idx].as_ptr();
+        let inputs: Vec<*const C_tensor> = inputs.iter().map(|t| t.as_ptr()).collect();
+        // SAFETY: the pointers belong to the function's inputs, which outlive the call.
+        let status = ffi::status(unsafe { ffi::flowhn_write_begin(target, inputs.as_ptr(), inputs.len()) });
+        status.map_err(|error| match error {
+            Error::Torch(message) => Error::invalid(op, format!("{arg} {message}")),
+            other => other,
+        })
+    }
 }
 
 /// What a backward may ask autograd.

@@ -6,7 +6,7 @@ use std::sync::{Arc, Mutex};
 
 use common::{Square, custom, leaf, values};
 use flowhn_torch::testing::gradcheck;
-use flowhn_torch::{BackwardCtx, Error, ForwardCtx, Function, Result, apply};
+use flowhn_torch::{BackwardCtx, Error, ForwardCtx, Function, Result, apply, cpu};
 use tch::{Kind, Tensor};
 
 /// RMSNorm over the last axis: saves inputs and an intermediate, has two inputs and a second output without gradient.
@@ -153,6 +153,43 @@ fn forward_may_not_change_an_input_that_requires_a_gradient() -> Result<()> {
     assert_eq!(error, "custom: forward changed input 0 in place, which its gradient would not know");
     // A buffer without gradient, such as a cache, is the caller's own affair.
     apply(write(), &[&x.detach(), &w])?;
+    Ok(())
+}
+
+#[test]
+fn a_forward_may_overwrite_an_input_that_it_announces() -> Result<()> {
+    // Doubles the first input where it lies and hands it out.
+    let double = || {
+        let forward = |ctx: &mut ForwardCtx, x: &[&Tensor]| {
+            ctx.overwrite("double", "state", x, 0)?;
+            let mut state = x[0].shallow_clone();
+            cpu::update(&mut state, |x: &mut [f64]| {
+                x.iter_mut().for_each(|x| *x *= 2.);
+                Ok(())
+            })?;
+            Ok(vec![state])
+        };
+        custom(forward, |_, _| Ok(vec![None]))
+    };
+    let pool = Tensor::from_slice(&[1f64, 2., 3., 4.]);
+    let state = pool.narrow(0, 1, 2);
+    // A forward before kept the state's values for its gradient.
+    let x = leaf(&[5., 5.]);
+    let loss = (&x * &state).sum(Kind::Double);
+    let out = apply(double(), &[&state, &pool.narrow(0, 0, 1), &pool.narrow(0, 3, 1)])?.remove(0);
+    assert_eq!((values(&pool), out.data_ptr()), (vec![1., 4., 6., 4.], state.data_ptr()));
+    assert!(loss.f_backward().unwrap_err().to_string().contains("modified by an inplace operation"));
+
+    let error = |inputs: &[&Tensor]| apply(double(), inputs).unwrap_err().to_string();
+    let overlap = error(&[&state, &pool.narrow(0, 2, 2)]);
+    assert_eq!(overlap, "double: state is written in place, but shares memory with another argument: copy one of them");
+    let strided = error(&[&pool.slice(0, 0, 4, 2)]);
+    assert!(strided.starts_with("double: state has strides [2], but is written in place"), "{strided}");
+    let recorded = error(&[&state, &x]);
+    assert!(recorded.starts_with("double: state is written in place, which has no gradient"), "{recorded}");
+    assert_eq!(values(&pool), [1., 4., 6., 4.]);
+    tch::no_grad(|| apply(double(), &[&state, &x]))?;
+    assert_eq!(values(&pool), [1., 8., 12., 4.]);
     Ok(())
 }
 

@@ -9,20 +9,22 @@ use flowhn_torch::{BackwardCtx, ForwardCtx, Function, Result, apply, cpu};
 use tch::{Kind, Tensor};
 
 use super::view::{Rows, Source};
-use super::{Inputs, map_tasks, reset_flags, sum_parts};
+use super::{Inputs, map_tasks, reset_flags, state_to_advance, sum_parts};
+use crate::args::Carry;
 use crate::conv::{Activation, CausalConv1d, CausalConv1dOutput};
 
 /// Tokens of one task.
 const BLOCK: usize = 64;
 
 /// Runs the convolution on checked arguments with at least one token.
-pub(crate) fn causal_conv1d(args: &CausalConv1d) -> Result<CausalConv1dOutput> {
+pub(crate) fn causal_conv1d(args: &CausalConv1d, carry: Carry) -> Result<CausalConv1dOutput> {
     let mut inputs = Inputs { tensors: vec![args.x_ble, args.weight_ek] };
     let function = Conv {
         bias: inputs.push(args.bias_e),
         initial_state: inputs.push(args.initial_state_bje),
         activation: args.activation,
         reset: reset_flags(args.reset_bl)?,
+        carry,
     };
     let mut outputs = apply(function, &inputs.tensors)?;
     let final_state_bje = outputs.remove(1);
@@ -35,6 +37,7 @@ struct Conv {
     initial_state: Option<usize>,
     activation: Activation,
     reset: Option<Vec<bool>>,
+    carry: Carry,
 }
 
 impl Function for Conv {
@@ -44,10 +47,14 @@ impl Function for Conv {
         if ctx.is_recorded() {
             inputs.iter().for_each(|input| ctx.save(input));
         }
-        match inputs[0].kind() {
-            Kind::Double => self.run::<f64>(inputs),
-            _ => self.run::<f32>(inputs),
-        }
+        let d_conv = inputs[1].size()[1];
+        let size = [inputs[0].size()[0], d_conv - 1, inputs[0].size()[2]];
+        let mut state = state_to_advance(Self::NAME, self.carry, ctx, inputs, self.initial_state, &size)?;
+        let y = match inputs[0].kind() {
+            Kind::Double => self.run::<f64>(inputs, &mut state)?,
+            _ => self.run::<f32>(inputs, &mut state)?,
+        };
+        Ok(vec![y.to_kind(inputs[0].kind()), state])
     }
 
     fn backward(&self, ctx: &BackwardCtx, grads: &[Tensor]) -> Result<Vec<Option<Tensor>>> {
@@ -60,10 +67,10 @@ impl Function for Conv {
 }
 
 impl Conv {
-    fn run<R: Real>(&self, inputs: &[&Tensor]) -> Result<Vec<Tensor>> {
+    /// The output; `state` begins with the values of the initial state and ends with those of the final one.
+    fn run<R: Real>(&self, inputs: &[&Tensor], state: &mut Tensor) -> Result<Tensor> {
         let sources = Sources::new::<R>(self, inputs);
         let operands = sources.operands::<R>(self)?;
-        let Shape { batch, seq_len, channels, d_conv } = operands.shape;
         let y = cpu::build(&inputs[0].size(), |y: &mut [R]| {
             map_tasks(operands.shape.token_blocks(y), operands.shape.work(), |(batch_idx, first, y)| {
                 dispatch(
@@ -72,18 +79,13 @@ impl Conv {
                 );
             });
         });
-        let state = cpu::build(&[batch as i64, d_conv as i64 - 1, channels as i64], |state: &mut [R]| {
-            for (row_idx, out) in state.chunks_exact_mut(channels).enumerate() {
-                let (batch_idx, row_idx) = (row_idx / (d_conv - 1), row_idx % (d_conv - 1));
-                // Row `row_idx` of the state is the input `d_conv - 1 - row_idx` tokens before the one that would come next.
-                let visible = d_conv - 1 - row_idx <= operands.n_visible(batch_idx, seq_len - 1) + 1;
-                match operands.input(batch_idx, seq_len + row_idx) {
-                    Some(input) if visible => out.copy_from_slice(input),
-                    _ => out.fill(R::ZERO),
-                }
-            }
-        });
-        Ok(vec![y.to_kind(inputs[0].kind()), state])
+        // From here on the state may hold other values than the initial one.
+        let window = Operands { initial_state: None, ..operands };
+        cpu::update(state, |state: &mut [R]| {
+            window.advance(state);
+            Ok(())
+        })?;
+        Ok(y)
     }
 
     fn run_backward<R: Real>(&self, inputs: &[&Tensor], grads: &[Tensor]) -> Result<Vec<Option<Tensor>>> {
@@ -239,6 +241,28 @@ impl<R: Real> Operands<'_, R> {
         match &self.n_visible {
             Some(n_visible) => n_visible[batch_idx * self.shape.seq_len + token_idx],
             None => self.shape.d_conv - 1,
+        }
+    }
+
+    /// Turns the inputs before the first token, `[batch, d_conv - 1, channels]`, into those after the last.
+    fn advance(&self, state: &mut [R]) {
+        let Shape { seq_len, channels, d_conv, .. } = self.shape;
+        let n_rows = d_conv - 1;
+        for (batch_idx, rows) in state.chunks_exact_mut((n_rows * channels).max(1)).enumerate() {
+            let n_visible = self.n_visible(batch_idx, seq_len - 1);
+            // Rows move to the front: what one takes stands in none that is written already.
+            for row_idx in 0..n_rows {
+                let row = row_idx * channels..(row_idx + 1) * channels;
+                let input_idx = seq_len + row_idx;
+                // Row `row_idx` is the input `d_conv - 1 - row_idx` tokens before the one that would come next.
+                if n_rows - row_idx > n_visible + 1 {
+                    rows[row].fill(R::ZERO);
+                } else if let Some(token_idx) = input_idx.checked_sub(n_rows) {
+                    rows[row].copy_from_slice(self.x.row(batch_idx, token_idx));
+                } else {
+                    rows.copy_within(input_idx * channels..(input_idx + 1) * channels, row.start);
+                }
+            }
         }
     }
 

@@ -13,8 +13,11 @@ mod ssd_chunk;
 mod view;
 
 use flowhn_nn::simd::Real;
+use flowhn_torch::{ForwardCtx, Result};
 use rayon::prelude::*;
-use tch::Tensor;
+use tch::{Device, Tensor};
+
+use crate::args::{Carry, state_kind};
 
 /// Fewer elementary steps than this are done faster by the calling thread alone than shared with others.
 const PARALLEL_FROM: usize = 1 << 15;
@@ -55,8 +58,27 @@ impl<'a> Inputs<'a> {
     }
 }
 
+/// What a forward turns into the final state: for a step the initial state itself, else a copy of it, or zeros where there is none.
+fn state_to_advance(
+    op: &'static str,
+    carry: Carry,
+    ctx: &ForwardCtx,
+    inputs: &[&Tensor],
+    initial_state: Option<usize>,
+    size: &[i64],
+) -> Result<Tensor> {
+    if let Some(state) = carry.place(op, ctx, inputs, initial_state)? {
+        return Ok(state);
+    }
+    let options = (state_kind(inputs[0].kind()), Device::Cpu);
+    let Some(idx) = initial_state else { return Ok(Tensor::f_zeros(size, options)?) };
+    let mut state = Tensor::f_empty(size, options)?;
+    state.f_copy_(inputs[idx])?;
+    Ok(state)
+}
+
 /// The mask of resets as plain values, `[batch * seq_len]`.
-fn reset_flags(reset_bl: Option<&Tensor>) -> flowhn_torch::Result<Option<Vec<bool>>> {
+fn reset_flags(reset_bl: Option<&Tensor>) -> Result<Option<Vec<bool>>> {
     match reset_bl {
         None => Ok(None),
         Some(reset_bl) => Ok(Some(flowhn_torch::cpu::slice::<bool>(&reset_bl.contiguous())?.to_vec())),

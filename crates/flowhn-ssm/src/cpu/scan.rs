@@ -11,6 +11,7 @@ use super::recurrence::{self, Recurrence, Scanned};
 use super::scan_tile::{CHUNK, Carried, Chunk, ChunkGrads, TILE, Trace, forward};
 use super::view::{Rows, Source};
 use super::{Inputs, map_tasks, reset_flags, sum_parts};
+use crate::args::Carry;
 use crate::scan::{DtActivation, SelectiveScan, SelectiveScanOutput};
 
 /// Tiles whose gradients of `b` and `c` one task sums before it folds their lanes.
@@ -20,7 +21,7 @@ const GROUP: usize = 2;
 const GROUP_CHANNELS: usize = GROUP * TILE;
 
 /// Runs the scan on checked arguments with at least one token.
-pub(crate) fn selective_scan(args: &SelectiveScan) -> Result<SelectiveScanOutput> {
+pub(crate) fn selective_scan(args: &SelectiveScan, carry: Carry) -> Result<SelectiveScanOutput> {
     let mut inputs = Inputs { tensors: vec![args.x_ble, args.dt_ble, args.a_en, args.b_bln, args.c_bln] };
     let function = Scan {
         d: inputs.push(args.d_e),
@@ -30,7 +31,8 @@ pub(crate) fn selective_scan(args: &SelectiveScan) -> Result<SelectiveScanOutput
         dt_activation: args.dt_activation,
         reset: reset_flags(args.reset_bl)?,
     };
-    let (y_ble, final_state_ben) = recurrence::scan(function, &inputs.tensors)?;
+    let initial_state = function.initial_state;
+    let (y_ble, final_state_ben) = recurrence::scan(function, &inputs.tensors, initial_state, carry)?;
     Ok(SelectiveScanOutput { y_ble, final_state_ben })
 }
 
@@ -47,26 +49,32 @@ struct Scan {
 impl Recurrence for Scan {
     const NAME: &'static str = "selective_scan";
 
+    /// `[batch, d_inner, d_state]`.
+    fn state_size(inputs: &[&Tensor]) -> Vec<i64> {
+        let (x, a) = (inputs[0].size(), inputs[2].size());
+        vec![x[0], x[2], a[1]]
+    }
+
     /// Chunk states are `[batch * tiles, chunks * d_state * TILE]`.
-    fn run<R: Real>(&self, inputs: &[&Tensor], record: bool) -> Result<Scanned> {
+    fn run<R: Real>(&self, inputs: &[&Tensor], state: &mut [R], record: bool) -> Result<Scanned> {
         let sources = Sources::new::<R>(self, inputs);
         let operands = sources.operands::<R>(self)?;
         let shape = operands.shape;
         let n_tasks = shape.batch * shape.d_inner.div_ceil(TILE);
         let stored_len = if record { shape.seq_len.div_ceil(CHUNK) * shape.d_state * TILE } else { 0 };
-        let (y, chunk_states, states) = recurrence::build(
+        recurrence::build(
             &shape.x(),
             [n_tasks, stored_len],
+            (state, shape.d_state),
             shape.work(),
             |y| shape.column_blocks(y, TILE),
-            |batch_idx, y, stored| {
+            |batch_idx, y, stored, state| {
                 dispatch(
                     #[inline(always)]
-                    || operands.scan_tile(batch_idx, y, stored),
+                    || operands.scan_tile(batch_idx, y, stored, state),
                 )
             },
-        )?;
-        Ok(Scanned { y, state: cpu::from_slice(&shape.state(), &states.concat())?, chunk_states })
+        )
     }
 
     fn run_backward<R: Real>(
@@ -184,7 +192,6 @@ struct Sources {
     a: Tensor,
     d: Option<Tensor>,
     dt_bias: Option<Tensor>,
-    initial_state: Option<Tensor>,
 }
 
 impl Sources {
@@ -199,7 +206,6 @@ impl Sources {
             a: inputs[2].contiguous(),
             d: contiguous(scan.d),
             dt_bias: contiguous(scan.dt_bias),
-            initial_state: contiguous(scan.initial_state),
         }
     }
 
@@ -217,7 +223,6 @@ impl Sources {
             a: cpu::slice(&self.a)?,
             d: slice(&self.d)?,
             dt_bias: slice(&self.dt_bias)?,
-            initial_state: slice(&self.initial_state)?,
             reset: scan.reset.as_deref(),
             dt_activation: scan.dt_activation,
         })
@@ -235,7 +240,6 @@ struct Operands<'a, R> {
     a: &'a [R],
     d: Option<&'a [R]>,
     dt_bias: Option<&'a [R]>,
-    initial_state: Option<&'a [R]>,
     reset: Option<&'a [bool]>,
     dt_activation: DtActivation,
 }
@@ -273,13 +277,13 @@ struct TileParams<R> {
 }
 
 impl<R: Real> Operands<'_, R> {
-    /// Scans the channels of `y` and returns their final state `[channels, d_state]`.
+    /// Scans the channels of `y` and advances their state `[channels, d_state]`.
     #[inline(always)]
-    fn scan_tile(&self, batch_idx: usize, mut y: ColumnBlock<R>, stored: &mut [R]) -> Vec<R> {
+    fn scan_tile(&self, batch_idx: usize, mut y: ColumnBlock<R>, stored: &mut [R], state_en: &mut [R]) {
         let Shape { seq_len, d_state, .. } = self.shape;
         let (start, width) = (y.start(), y.n_cols());
         let params = self.tile_params(start, width);
-        let mut state = self.state_tile(self.initial_state, batch_idx, start, width);
+        let mut state = states_first(state_en, d_state, width);
         let mut chunk = Chunk::new(d_state);
         let mut y_qe = [[R::ZERO; TILE]; CHUNK];
         let mut z_qe = [[R::ZERO; TILE]; CHUNK];
@@ -301,7 +305,9 @@ impl<R: Real> Operands<'_, R> {
                 y.row(first + q).copy_from_slice(&y_e[..width]);
             }
         }
-        channels_first(&state, width)
+        for (out, value) in state_en.iter_mut().zip(channels_first(&state, width)) {
+            *out = value;
+        }
     }
 
     /// Gradients of a group of tiles, walking the chunks from the last to the first.
@@ -315,7 +321,8 @@ impl<R: Real> Operands<'_, R> {
             .map(|offset| {
                 let (start, width) = (group_start + offset, TILE.min(group_width - offset));
                 let mut carried = Carried::new(d_state);
-                carried.state_ne = self.state_tile(Some(recorded.grad_state), batch_idx, start, width);
+                let grad_state = &recorded.grad_state[(batch_idx * d_inner + start) * d_state..];
+                carried.state_ne = states_first(grad_state, d_state, width);
                 (offset, width, self.tile_params(start, width), carried)
             })
             .collect();
@@ -401,16 +408,6 @@ impl<R: Real> Operands<'_, R> {
             dt_bias_e: pad(self.dt_bias),
         }
     }
-
-    /// The channels from `start` of a state `[batch, d_inner, d_state]`, or zeros.
-    #[inline(always)]
-    fn state_tile(&self, state: Option<&[R]>, batch_idx: usize, start: usize, width: usize) -> Vec<[R; TILE]> {
-        let Shape { d_inner, d_state, .. } = self.shape;
-        match state {
-            None => vec![[R::ZERO; TILE]; d_state],
-            Some(state) => states_first(&state[(batch_idx * d_inner + start) * d_state..], d_state, width),
-        }
-    }
 }
 
 /// `[channels, d_state]` as `[d_state, TILE]`, zeros past the last channel.
@@ -427,8 +424,8 @@ fn states_first<R: Real>(channels: &[R], d_state: usize, width: usize) -> Vec<[R
 
 /// `[d_state, TILE]` as `[width, d_state]`.
 #[inline(always)]
-fn channels_first<R: Real>(states: &[[R; TILE]], width: usize) -> Vec<R> {
-    (0..width).flat_map(|e| states.iter().map(move |lanes| lanes[e])).collect()
+fn channels_first<R: Real>(states: &[[R; TILE]], width: usize) -> impl Iterator<Item = R> {
+    (0..width).flat_map(|e| states.iter().map(move |lanes| lanes[e]))
 }
 
 /// Adds up the lanes of each vector.

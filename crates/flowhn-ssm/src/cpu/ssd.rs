@@ -11,6 +11,7 @@ use super::recurrence::{self, Recurrence, Scanned};
 use super::ssd_chunk::{GroupChunk, GroupGrads, HeadChunk, HeadGrads};
 use super::view::{Rows, Source};
 use super::{Inputs, map_tasks, reset_flags, sum_parts};
+use crate::args::Carry;
 use crate::scan::DtActivation;
 use crate::ssd::{Ssd, SsdOutput};
 
@@ -19,7 +20,7 @@ use crate::ssd::{Ssd, SsdOutput};
 const MAX_CHUNK: usize = 64;
 
 /// Runs SSD on checked arguments with at least one element.
-pub(crate) fn ssd(args: &Ssd) -> Result<SsdOutput> {
+pub(crate) fn ssd(args: &Ssd, carry: Carry) -> Result<SsdOutput> {
     let mut inputs = Inputs { tensors: vec![args.x_blhp, args.dt_blh, args.a_h, args.b_blgn, args.c_blgn] };
     let function = SsdFunction {
         d: inputs.push(args.d_h),
@@ -29,7 +30,8 @@ pub(crate) fn ssd(args: &Ssd) -> Result<SsdOutput> {
         reset: reset_flags(args.reset_bl)?,
         chunk_len: args.chunk_len.min(MAX_CHUNK),
     };
-    let (y_blhp, final_state_bhpn) = recurrence::scan(function, &inputs.tensors)?;
+    let initial_state = function.initial_state;
+    let (y_blhp, final_state_bhpn) = recurrence::scan(function, &inputs.tensors, initial_state, carry)?;
     Ok(SsdOutput { y_blhp, final_state_bhpn })
 }
 
@@ -46,26 +48,32 @@ struct SsdFunction {
 impl Recurrence for SsdFunction {
     const NAME: &'static str = "ssd";
 
+    /// `[batch, n_heads, d_head, d_state]`.
+    fn state_size(inputs: &[&Tensor]) -> Vec<i64> {
+        let (x, b) = (inputs[0].size(), inputs[3].size());
+        vec![x[0], x[2], x[3], b[3]]
+    }
+
     /// Chunk states are `[tasks, chunks * task_heads * d_state * d_head]`.
-    fn run<R: Real>(&self, inputs: &[&Tensor], record: bool) -> Result<Scanned> {
+    fn run<R: Real>(&self, inputs: &[&Tensor], state: &mut [R], record: bool) -> Result<Scanned> {
         let sources = Sources::new::<R>(self, inputs);
         let operands = sources.operands::<R>(self)?;
         let shape = operands.shape;
         let n_tasks = shape.batch * shape.tasks_per_sequence();
         let stored_len = if record { shape.n_chunks() * shape.task_heads() * shape.state_len() } else { 0 };
-        let (y, chunk_states, states) = recurrence::build(
+        recurrence::build(
             &inputs[0].size(),
             [n_tasks, stored_len],
+            (state, shape.d_state),
             shape.work(),
             |y| shape.head_blocks(y),
-            |batch_idx, y, stored| {
+            |batch_idx, y, stored, state| {
                 dispatch(
                     #[inline(always)]
-                    || operands.forward_heads(batch_idx, y, stored),
+                    || operands.forward_heads(batch_idx, y, stored, state),
                 )
             },
-        )?;
-        Ok(Scanned { y, state: cpu::from_slice(&shape.state(), &states.concat())?, chunk_states })
+        )
     }
 
     fn run_backward<R: Real>(
@@ -194,7 +202,6 @@ struct Sources {
     a: Tensor,
     d: Option<Tensor>,
     dt_bias: Option<Tensor>,
-    initial_state: Option<Tensor>,
 }
 
 impl Sources {
@@ -208,7 +215,6 @@ impl Sources {
             a: inputs[2].contiguous(),
             d: contiguous(ssd.d),
             dt_bias: contiguous(ssd.dt_bias),
-            initial_state: contiguous(ssd.initial_state),
         }
     }
 
@@ -227,7 +233,6 @@ impl Sources {
             a: cpu::slice(&self.a)?,
             d: slice(&self.d)?,
             dt_bias: slice(&self.dt_bias)?,
-            initial_state: slice(&self.initial_state)?,
             reset: ssd.reset.as_deref(),
             dt_activation: ssd.dt_activation,
         })
@@ -244,7 +249,6 @@ struct Operands<'a, R> {
     a: &'a [R],
     d: Option<&'a [R]>,
     dt_bias: Option<&'a [R]>,
-    initial_state: Option<&'a [R]>,
     reset: Option<&'a [bool]>,
     dt_activation: DtActivation,
 }
@@ -271,15 +275,15 @@ struct TaskGrads<R> {
 }
 
 impl<R: Real> Operands<'_, R> {
-    /// Writes the outputs of the heads of `y` and returns their final states `[heads, d_head, d_state]`.
+    /// Writes the outputs of the heads of `y` and advances their states `[heads, d_head, d_state]`.
     #[inline(always)]
-    fn forward_heads(&self, batch_idx: usize, mut y: ColumnBlock<R>, stored: &mut [R]) -> Vec<R> {
+    fn forward_heads(&self, batch_idx: usize, mut y: ColumnBlock<R>, stored: &mut [R], states_hpn: &mut [R]) {
         let Shape { seq_len, d_head, d_state, chunk_len, .. } = self.shape;
         let heads = y.start() / d_head..(y.start() + y.n_cols()) / d_head;
         let mut group = GroupChunk::new(chunk_len, d_state);
         let mut head = HeadChunk::new(chunk_len, d_head);
         let mut states: Vec<_> =
-            heads.clone().map(|head_idx| self.state(self.initial_state, batch_idx, head_idx)).collect();
+            states_hpn.chunks_exact(self.shape.state_len()).map(|state_pn| state_first(state_pn, d_state)).collect();
         let mut stored = stored.chunks_exact_mut(self.shape.state_len());
         for first in (0..seq_len).step_by(chunk_len) {
             self.load_group(&mut group, batch_idx, first, heads.start);
@@ -296,13 +300,15 @@ impl<R: Real> Operands<'_, R> {
                 head.advance(&group, state);
             }
         }
-        states.iter().flat_map(|state| head_first(state, d_head)).collect()
+        for (out, value) in states_hpn.iter_mut().zip(states.iter().flat_map(|state| head_first(state, d_head))) {
+            *out = value;
+        }
     }
 
     /// Gradients of the heads of `x`, walking the chunks from the last to the first.
     #[inline(always)]
     fn backward_heads(&self, batch_idx: usize, mut x: ColumnBlock<R>, recorded: &Recorded<R>) -> TaskGrads<R> {
-        let Shape { seq_len, d_head, d_state, chunk_len, .. } = self.shape;
+        let Shape { seq_len, n_heads, d_head, d_state, chunk_len, .. } = self.shape;
         let heads = x.start() / d_head..(x.start() + x.n_cols()) / d_head;
         let task_idx = batch_idx * self.shape.tasks_per_sequence() + heads.start / heads.len();
         let mut group = GroupChunk::new(chunk_len, d_state);
@@ -313,7 +319,8 @@ impl<R: Real> Operands<'_, R> {
             .clone()
             .map(|head_idx| {
                 let mut grads = HeadGrads::new(chunk_len, d_head, d_state);
-                grads.state_np = self.state(Some(recorded.grad_state), batch_idx, head_idx);
+                let start = (batch_idx * n_heads + head_idx) * self.shape.state_len();
+                grads.state_np = state_first(&recorded.grad_state[start..][..self.shape.state_len()], d_state);
                 grads
             })
             .collect();
@@ -388,27 +395,23 @@ impl<R: Real> Operands<'_, R> {
         }
         head.mix(group, self.a[head_idx]);
     }
+}
 
-    /// One head of a state `[batch, n_heads, d_head, d_state]` as `[d_state, d_head]`, or zeros.
-    #[inline(always)]
-    fn state(&self, states: Option<&[R]>, batch_idx: usize, head_idx: usize) -> Matrix<R> {
-        let Shape { n_heads, d_head, d_state, .. } = self.shape;
-        let mut state = Matrix::zeros(d_state, d_head);
-        if let Some(states) = states {
-            let start = (batch_idx * n_heads + head_idx) * self.shape.state_len();
-            for n in 0..d_state {
-                for (p, out) in state.row_mut(n).iter_mut().enumerate() {
-                    *out = states[start + p * d_state + n];
-                }
-            }
+/// `[d_head, d_state]` as `[d_state, d_head]`.
+#[inline(always)]
+fn state_first<R: Real>(state_pn: &[R], d_state: usize) -> Matrix<R> {
+    let mut state = Matrix::zeros(d_state, state_pn.len() / d_state);
+    for n in 0..d_state {
+        for (out, row) in state.row_mut(n).iter_mut().zip(state_pn.chunks_exact(d_state)) {
+            *out = row[n];
         }
-        state
     }
+    state
 }
 
 /// `[d_state, d_head]` as `[d_head, d_state]`.
 #[inline(always)]
-fn head_first<R: Real>(state: &Matrix<R>, d_head: usize) -> Vec<R> {
+fn head_first<R: Real>(state: &Matrix<R>, d_head: usize) -> impl Iterator<Item = R> {
     let rows = state.as_slice().chunks_exact(d_head);
-    (0..d_head).flat_map(|p| rows.clone().map(move |row| row[p])).collect()
+    (0..d_head).flat_map(move |p| rows.clone().map(move |row| row[p]))
 }

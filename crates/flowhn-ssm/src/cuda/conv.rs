@@ -7,6 +7,7 @@ use flowhn_torch::kernel::{Arg, Kernel, kind_define};
 use flowhn_torch::{BackwardCtx, Error, ForwardCtx, Function, Result, apply};
 use tch::{Kind, Tensor};
 
+use crate::args::Carry;
 use crate::conv::{Activation, CausalConv1d, CausalConv1dOutput};
 use crate::kernels::CAUSAL_CONV1D;
 
@@ -29,7 +30,7 @@ const AHEAD: i64 = 8;
 const PARAMETER_ALIGNMENT: usize = 16;
 
 /// Runs the convolution on checked arguments with at least one element.
-pub(crate) fn causal_conv1d(args: &CausalConv1d) -> Result<CausalConv1dOutput> {
+pub(crate) fn causal_conv1d(args: &CausalConv1d, carry: Carry) -> Result<CausalConv1dOutput> {
     let mut inputs = vec![args.x_ble, args.weight_ek];
     let mut optional = |tensor| {
         inputs.push(tensor?);
@@ -40,6 +41,7 @@ pub(crate) fn causal_conv1d(args: &CausalConv1d) -> Result<CausalConv1dOutput> {
         initial_state: optional(args.initial_state_bje),
         reset: optional(args.reset_bl),
         activation: args.activation,
+        carry,
     };
     let mut outputs = apply(function, &inputs)?;
     let final_state_bje = outputs.remove(1);
@@ -52,6 +54,7 @@ struct Conv {
     initial_state: Option<usize>,
     reset: Option<usize>,
     activation: Activation,
+    carry: Carry,
 }
 
 impl Function for Conv {
@@ -62,7 +65,10 @@ impl Function for Conv {
         let Shape { batch, seq_len, channels, d_conv } = operands.shape;
         let device = inputs[0].device();
         let y = Tensor::f_empty([batch, seq_len, channels], (inputs[0].kind(), device))?;
-        let final_state = Tensor::f_empty([batch, d_conv - 1, channels], (Kind::Float, device))?;
+        let final_state = match self.carry.place(OP, ctx, inputs, self.initial_state)? {
+            Some(state) => state,
+            None => Tensor::f_empty([batch, d_conv - 1, channels], (Kind::Float, device))?,
+        };
 
         let plan = operands.plan(&[&operands.x, &y], Pass::Forward);
         let mut args = operands.x_args();
@@ -161,7 +167,7 @@ impl Conv {
             x,
             weight: as_f32(1)?,
             bias: self.bias.map(as_f32).transpose()?,
-            initial_state: self.initial_state.map(as_f32).transpose()?,
+            initial_state: self.initial_state.map(|idx| inputs[idx].f_contiguous()).transpose()?,
             reset: self.reset.map(|idx| inputs[idx].f_contiguous()).transpose()?,
             silu: self.activation == Activation::Silu,
             shape,
@@ -183,7 +189,7 @@ struct Shape {
     d_conv: i64,
 }
 
-/// The inputs as the kernels take them: channels of x side by side, parameters in f32.
+/// The inputs as the kernels take them: channels of x side by side, parameters and state in f32.
 struct Operands {
     x: Tensor,
     x_kind: i64,

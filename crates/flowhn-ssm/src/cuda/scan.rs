@@ -7,6 +7,7 @@ use flowhn_torch::{BackwardCtx, Error, ForwardCtx, Function, Result, apply};
 use tch::{Kind, Tensor};
 
 use super::scan_shape::{Operands, Pass, rows_are_near};
+use crate::args::Carry;
 use crate::kernels::{SELECTIVE_SCAN_BACKWARD, SELECTIVE_SCAN_CARRY, SELECTIVE_SCAN_FORWARD};
 use crate::scan::{DtActivation, SelectiveScan, SelectiveScanOutput};
 
@@ -14,7 +15,7 @@ use crate::scan::{DtActivation, SelectiveScan, SelectiveScanOutput};
 pub(super) const OP: &str = "selective_scan";
 
 /// Runs the scan on checked arguments with at least one element.
-pub(crate) fn selective_scan(args: &SelectiveScan) -> Result<SelectiveScanOutput> {
+pub(crate) fn selective_scan(args: &SelectiveScan, carry: Carry) -> Result<SelectiveScanOutput> {
     let mut inputs = vec![args.x_ble, args.dt_ble, args.a_en, args.b_bln, args.c_bln];
     let mut optional = |tensor| {
         inputs.push(tensor?);
@@ -27,6 +28,7 @@ pub(crate) fn selective_scan(args: &SelectiveScan) -> Result<SelectiveScanOutput
         initial_state: optional(args.initial_state_ben),
         reset: optional(args.reset_bl),
         softplus: args.dt_activation == DtActivation::Softplus,
+        carry,
     };
     let mut outputs = apply(function, &inputs)?;
     let final_state_ben = outputs.remove(1);
@@ -41,6 +43,7 @@ struct Scan {
     initial_state: Option<usize>,
     reset: Option<usize>,
     softplus: bool,
+    carry: Carry,
 }
 
 impl Function for Scan {
@@ -51,7 +54,10 @@ impl Function for Scan {
         let shape = operands.shape();
         let empty = |size: &[i64], kind| Tensor::f_empty(size, (kind, inputs[0].device()));
         let y = empty(&shape.x(), inputs[0].kind())?;
-        let final_state = empty(&shape.state(), Kind::Float)?;
+        let final_state = match self.carry.place(OP, ctx, inputs, self.initial_state)? {
+            Some(state) => state,
+            None => empty(&shape.state(), Kind::Float)?,
+        };
         let chunk_states = ctx.is_recorded().then(|| empty(&shape.chunk_states(), Kind::Float)).transpose()?;
 
         let (n_segments, segment_len) = operands.segments()?;

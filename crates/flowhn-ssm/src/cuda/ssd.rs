@@ -6,6 +6,7 @@ use flowhn_torch::{BackwardCtx, Error, ForwardCtx, Function, Result, apply};
 use tch::{Kind, Tensor};
 
 use super::{ssd_chunked, ssd_recurrent};
+use crate::args::Carry;
 use crate::reference;
 use crate::scan::DtActivation;
 use crate::ssd::{Ssd, SsdOutput};
@@ -16,7 +17,7 @@ const MAX_STATE: i64 = 256;
 const STEP_TOKENS: i64 = 4;
 
 /// Runs SSD on checked arguments.
-pub(crate) fn ssd(args: &Ssd) -> Result<SsdOutput> {
+pub(crate) fn ssd(args: &Ssd, carry: Carry) -> Result<SsdOutput> {
     kind_define("ssd", "x_blhp", args.x_blhp)?;
     let d_state = args.b_blgn.size()[3];
     if d_state > MAX_STATE {
@@ -30,7 +31,7 @@ pub(crate) fn ssd(args: &Ssd) -> Result<SsdOutput> {
     if [args.b_blgn, args.c_blgn].into_iter().any(|t| t.kind() != kind) {
         // b or c in f32 beside x in bf16: the exact path keeps the digits that were asked for.
         let [x, b, c] = [args.x_blhp, args.b_blgn, args.c_blgn].map(|t| t.to_kind(Kind::Float));
-        let out = ssd(&Ssd { x_blhp: &x, b_blgn: &b, c_blgn: &c, ..*args })?;
+        let out = ssd(&Ssd { x_blhp: &x, b_blgn: &b, c_blgn: &c, ..*args }, carry)?;
         return Ok(SsdOutput { y_blhp: out.y_blhp.to_kind(kind), ..out });
     }
     let mut inputs = vec![args.x_blhp, args.dt_blh, args.a_h, args.b_blgn, args.c_blgn];
@@ -45,6 +46,7 @@ pub(crate) fn ssd(args: &Ssd) -> Result<SsdOutput> {
         reset: push(args.reset_bl),
         n_inputs: 0,
         dt_activation: args.dt_activation,
+        carry,
     };
     function.n_inputs = inputs.len();
     let mut outputs = apply(function, &inputs)?;
@@ -60,6 +62,7 @@ struct SsdFunction {
     reset: Option<usize>,
     n_inputs: usize,
     dt_activation: DtActivation,
+    carry: Carry,
 }
 
 impl Function for SsdFunction {
@@ -69,9 +72,14 @@ impl Function for SsdFunction {
         let operands = self.operands(inputs);
         let recorded = ctx.is_recorded();
         let chunked = operands.x.kind() == Kind::BFloat16 && (recorded || operands.sizes.seq_len > STEP_TOKENS);
-        let Forward { y, final_state, saved } = match chunked {
-            true => ssd_chunked::forward(&operands, recorded)?,
-            false => ssd_recurrent::forward(&operands, recorded)?,
+        let Sizes { batch, n_heads, d_head, d_state, .. } = operands.sizes;
+        let final_state = match self.carry.place(Self::NAME, ctx, inputs, self.initial_state)? {
+            Some(state) => state,
+            None => empty(&[batch, n_heads, d_head, d_state], Kind::Float, &operands.x)?,
+        };
+        let Forward { y, saved } = match chunked {
+            true => ssd_chunked::forward(&operands, &final_state, recorded)?,
+            false => ssd_recurrent::forward(&operands, &final_state, recorded)?,
         };
         ctx.accept_undefined_grad(1);
         if recorded {
@@ -133,7 +141,6 @@ impl SsdFunction {
 /// steps.
 pub(super) struct Forward {
     pub(super) y: Tensor,
-    pub(super) final_state: Tensor,
     pub(super) saved: Vec<Tensor>,
 }
 

@@ -22,11 +22,11 @@ const MAX_PART_HEADS: i64 = 24;
 /// Blocks of the backward, for every two multiprocessors, below which a block takes fewer heads.
 const MIN_BACKWARD_BLOCKS: i64 = 3;
 
-pub(super) fn forward(operands: &Operands, recorded: bool) -> Result<Forward> {
+/// Writes the state after the last token into `final_state`.
+pub(super) fn forward(operands: &Operands, final_state: &Tensor, recorded: bool) -> Result<Forward> {
     let Operands { sizes, x, b, c, .. } = operands;
     let tiles = Tiles::new(operands, &[x, b, c])?;
     let y = empty(&x.size(), x.kind(), x)?;
-    let final_state = empty(&[sizes.batch, sizes.n_heads, sizes.d_head, sizes.d_state], Kind::Float, x)?;
     let states = match recorded {
         true => Some(tiles.chunk_states(x)?),
         false => None,
@@ -42,7 +42,7 @@ pub(super) fn forward(operands: &Operands, recorded: bool) -> Result<Forward> {
         &strided(b),
         &strided(c),
         &[Arg::opt(operands.d.as_ref()), Arg::opt(carried.as_ref().or(operands.initial_state.as_ref()))],
-        &[Arg::Tensor(&y), Arg::opt(states.as_ref()), Arg::Tensor(&final_state)],
+        &[Arg::Tensor(&y), Arg::opt(states.as_ref()), Arg::Tensor(final_state)],
         &sizes.args(),
         &tiles.segment_args(),
     ];
@@ -54,7 +54,7 @@ pub(super) fn forward(operands: &Operands, recorded: bool) -> Result<Forward> {
         let kernel = Kernel { source: &SSD_FORWARD, entry: "ssd_forward", defines: &tiles.defines() };
         kernel.launch(grid, 256, tiles.forward_shared_bytes(), &args.concat())?;
     }
-    Ok(Forward { y, final_state, saved: states.map_or_else(Vec::new, |states| vec![states, steps]) })
+    Ok(Forward { y, saved: states.map_or_else(Vec::new, |states| vec![states, steps]) })
 }
 
 /// The gradients; that of `x` goes into `grad_x`, whose last axis is dense.

@@ -16,10 +16,10 @@ const WARPS: i64 = 8;
 /// sequences more, as reading `b` and `c` less often counts for more.
 const ROWS: [(i64, i64); 2] = [(4, 4), (i64::MAX, 8)];
 
-pub(super) fn forward(operands: &Operands, recorded: bool) -> Result<Forward> {
+/// Writes the state after the last token into `final_state`.
+pub(super) fn forward(operands: &Operands, final_state: &Tensor, recorded: bool) -> Result<Forward> {
     let Operands { sizes, x, .. } = operands;
     let y = empty(&x.size(), x.kind(), x)?;
-    let final_state = empty(&[sizes.batch, sizes.n_heads, sizes.d_head, sizes.d_state], Kind::Float, x)?;
     let n_checkpoints = (sizes.seq_len as u64).div_ceil(CHECKPOINT as u64) as i64;
     let checkpoints = match recorded {
         true => Some(empty(&[sizes.batch, n_checkpoints, sizes.n_heads, sizes.d_head, sizes.d_state], Kind::Float, x)?),
@@ -35,7 +35,7 @@ pub(super) fn forward(operands: &Operands, recorded: bool) -> Result<Forward> {
         &strided(&operands.c),
         &[Arg::opt(operands.d.as_ref()), Arg::opt(operands.dt_bias.as_ref())],
         &[Arg::opt(operands.initial_state.as_ref()), Arg::opt(operands.reset.as_ref())],
-        &[Arg::Tensor(&y), Arg::opt(checkpoints.as_ref()), Arg::Tensor(&final_state)],
+        &[Arg::Tensor(&y), Arg::opt(checkpoints.as_ref()), Arg::Tensor(final_state)],
         &sizes.args(),
         &[Arg::I32(row_blocks as i32), operands.activate()],
     ];
@@ -46,7 +46,7 @@ pub(super) fn forward(operands: &Operands, recorded: bool) -> Result<Forward> {
         0,
         &args.concat(),
     )?;
-    Ok(Forward { y, final_state, saved: checkpoints.into_iter().collect() })
+    Ok(Forward { y, saved: checkpoints.into_iter().collect() })
 }
 
 /// Gradients of f32 inputs.

@@ -4,11 +4,12 @@ use flowhn_nn::{Activations, Bias, Decay, Init, Linear, Path, RmsNorm, Weight};
 use flowhn_torch::{Result, check, split_features};
 use tch::Tensor;
 
+use super::check_one_token;
 use super::init::SsmInit;
 use super::state::SsmState;
-use crate::args::{check_sizes, state_kind};
-use crate::conv::{CausalConv1d, causal_conv1d};
-use crate::scan::{SelectiveScan, selective_scan};
+use crate::args::{Carry, check_sizes, state_kind};
+use crate::conv::{self, CausalConv1d};
+use crate::scan::{self, SelectiveScan};
 
 /// Sizes of a [`Mamba1`].
 #[derive(Clone, Debug, PartialEq)]
@@ -141,10 +142,29 @@ impl Mamba1 {
         &self,
         x_bld: impl Into<Activations>,
         reset_bl: Option<&Tensor>,
+        state: Option<&mut SsmState>,
+    ) -> Result<Tensor> {
+        self.run(x_bld.into(), reset_bl, state, Carry::Apart)
+    }
+
+    /// As [`SsmMixer::step`](super::SsmMixer::step).
+    ///
+    /// # Errors
+    /// As there.
+    pub fn step(&self, x_b1d: impl Into<Activations>, state: &mut SsmState) -> Result<Tensor> {
+        let x_b1d = x_b1d.into();
+        check_one_token("Mamba1", x_b1d.tensor())?;
+        self.run(x_b1d, None, Some(state), Carry::InPlace)
+    }
+
+    fn run(
+        &self,
+        x_bld: Activations,
+        reset_bl: Option<&Tensor>,
         mut state: Option<&mut SsmState>,
+        carry: Carry,
     ) -> Result<Tensor> {
         let Mamba1Config { d_model, d_inner, d_state, dt_rank, .. } = self.config;
-        let x_bld = x_bld.into();
         let x = x_bld.tensor();
         let [batch, seq_len, _] = check::dims("Mamba1", "x_bld", x, "[batch, seq_len, d_model]")?;
         check::shape("Mamba1", "x_bld", x, &[batch, seq_len, d_model])?;
@@ -154,12 +174,15 @@ impl Mamba1 {
         let pieces = split_features(&uz, &[&[d_inner], &[d_inner]])?;
         let [u_ble, z_ble] = &pieces[..] else { unreachable!("two pieces") };
         let window = state.as_ref().map(|state| state.conv_bje.to_kind(state_kind));
-        let conv = causal_conv1d(&CausalConv1d {
-            bias_e: self.conv_bias_e.as_ref().map(|bias| bias.to(state_kind)).as_ref(),
-            initial_state_bje: window.as_ref(),
-            reset_bl,
-            ..CausalConv1d::new(u_ble, &self.conv_weight_ek.to(state_kind))
-        })?;
+        let conv = conv::run(
+            carry,
+            &CausalConv1d {
+                bias_e: self.conv_bias_e.as_ref().map(|bias| bias.to(state_kind)).as_ref(),
+                initial_state_bje: window.as_ref(),
+                reset_bl,
+                ..CausalConv1d::new(u_ble, &self.conv_weight_ek.to(state_kind))
+            },
+        )?;
 
         let u_ble = conv.y_ble;
         let dt_b_c = self.x_proj.forward(&u_ble)?;
@@ -175,14 +198,17 @@ impl Mamba1 {
         let dt_ble = dt_blr.f_linear(&self.dt_weight_er.to(kind), None::<&Tensor>)?;
 
         let before = state.as_ref().map(|state| state.scan.to_kind(state_kind));
-        let scan = selective_scan(&SelectiveScan {
-            d_e: Some(&self.d_e.to(state_kind)),
-            z_ble: Some(z_ble),
-            dt_bias_e: Some(&self.dt_bias_e.to(state_kind)),
-            initial_state_ben: before.as_ref(),
-            reset_bl,
-            ..SelectiveScan::new(&u_ble, &dt_ble, &-self.a_log_en.to(state_kind).exp(), &b_bln, &c_bln)
-        })?;
+        let scan = scan::run(
+            carry,
+            &SelectiveScan {
+                d_e: Some(&self.d_e.to(state_kind)),
+                z_ble: Some(z_ble),
+                dt_bias_e: Some(&self.dt_bias_e.to(state_kind)),
+                initial_state_ben: before.as_ref(),
+                reset_bl,
+                ..SelectiveScan::new(&u_ble, &dt_ble, &-self.a_log_en.to(state_kind).exp(), &b_bln, &c_bln)
+            },
+        )?;
         if let Some(state) = &mut state {
             state.conv_bje = conv.final_state_bje;
             state.scan = scan.final_state_ben;

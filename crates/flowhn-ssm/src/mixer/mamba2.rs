@@ -4,11 +4,12 @@ use flowhn_nn::{Activations, Bias, Decay, Init, Linear, Path, RmsNorm, Weight};
 use flowhn_torch::{Error, Result, check, split_features};
 use tch::Tensor;
 
+use super::check_one_token;
 use super::init::SsmInit;
 use super::state::SsmState;
-use crate::args::{check_sizes, state_kind};
-use crate::conv::{CausalConv1d, causal_conv1d};
-use crate::ssd::{Ssd, ssd};
+use crate::args::{Carry, check_sizes, state_kind};
+use crate::conv::{self, CausalConv1d};
+use crate::ssd::{self, Ssd};
 
 /// Sizes of a [`Mamba2`].
 #[derive(Clone, Debug, PartialEq)]
@@ -171,10 +172,29 @@ impl Mamba2 {
         &self,
         x_bld: impl Into<Activations>,
         reset_bl: Option<&Tensor>,
+        state: Option<&mut SsmState>,
+    ) -> Result<Tensor> {
+        self.run(x_bld.into(), reset_bl, state, Carry::Apart)
+    }
+
+    /// As [`SsmMixer::step`](super::SsmMixer::step).
+    ///
+    /// # Errors
+    /// As there.
+    pub fn step(&self, x_b1d: impl Into<Activations>, state: &mut SsmState) -> Result<Tensor> {
+        let x_b1d = x_b1d.into();
+        check_one_token("Mamba2", x_b1d.tensor())?;
+        self.run(x_b1d, None, Some(state), Carry::InPlace)
+    }
+
+    fn run(
+        &self,
+        x_bld: Activations,
+        reset_bl: Option<&Tensor>,
         mut state: Option<&mut SsmState>,
+        carry: Carry,
     ) -> Result<Tensor> {
         let Mamba2Config { d_model, n_heads, d_head, d_state, n_groups, .. } = self.config;
-        let x_bld = x_bld.into();
         let x = x_bld.tensor();
         let [batch, seq_len, _] = check::dims("Mamba2", "x_bld", x, "[batch, seq_len, d_model]")?;
         check::shape("Mamba2", "x_bld", x, &[batch, seq_len, d_model])?;
@@ -185,12 +205,15 @@ impl Mamba2 {
         let pieces = split_features(&projected, &[&[d_inner], &[conv_channels], &[n_heads]])?;
         let [z_ble, xbc_ble, dt_blh] = &pieces[..] else { unreachable!("three pieces") };
         let window = state.as_ref().map(|state| state.conv_bje.to_kind(state_kind));
-        let conv = causal_conv1d(&CausalConv1d {
-            bias_e: self.conv_bias_e.as_ref().map(|bias| bias.to(state_kind)).as_ref(),
-            initial_state_bje: window.as_ref(),
-            reset_bl,
-            ..CausalConv1d::new(xbc_ble, &self.conv_weight_ek.to(state_kind))
-        })?;
+        let conv = conv::run(
+            carry,
+            &CausalConv1d {
+                bias_e: self.conv_bias_e.as_ref().map(|bias| bias.to(state_kind)).as_ref(),
+                initial_state_bje: window.as_ref(),
+                reset_bl,
+                ..CausalConv1d::new(xbc_ble, &self.conv_weight_ek.to(state_kind))
+            },
+        )?;
 
         let group = [n_groups, d_state];
         let mut pieces = split_features(&conv.y_ble, &[&[n_heads, d_head], &group, &group])?;
@@ -201,14 +224,17 @@ impl Mamba2 {
         }
         let [x_blhp, b_blgn, c_blgn] = &pieces[..] else { unreachable!("three pieces") };
         let before = state.as_ref().map(|state| state.scan.to_kind(state_kind));
-        let out = ssd(&Ssd {
-            d_h: Some(&self.d_h.to(state_kind)),
-            dt_bias_h: Some(&self.dt_bias_h.to(state_kind)),
-            initial_state_bhpn: before.as_ref(),
-            reset_bl,
-            chunk_len: self.config.chunk_len,
-            ..Ssd::new(x_blhp, dt_blh, &-self.a_log_h.to(state_kind).exp(), b_blgn, c_blgn)
-        })?;
+        let out = ssd::run(
+            carry,
+            &Ssd {
+                d_h: Some(&self.d_h.to(state_kind)),
+                dt_bias_h: Some(&self.dt_bias_h.to(state_kind)),
+                initial_state_bhpn: before.as_ref(),
+                reset_bl,
+                chunk_len: self.config.chunk_len,
+                ..Ssd::new(x_blhp, dt_blh, &-self.a_log_h.to(state_kind).exp(), b_blgn, c_blgn)
+            },
+        )?;
         if let Some(state) = &mut state {
             state.conv_bje = conv.final_state_bje;
             state.scan = out.final_state_bhpn;

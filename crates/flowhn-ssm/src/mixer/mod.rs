@@ -7,7 +7,7 @@ mod mamba2;
 mod state;
 
 use flowhn_nn::{Activations, Linear, Path};
-use flowhn_torch::Result;
+use flowhn_torch::{Error, Result, check};
 use tch::Tensor;
 
 pub use init::SsmInit;
@@ -55,7 +55,7 @@ impl SsmConfig {
 /// let whole = mixer.forward(&x_bld, None, None)?;
 /// let mut state = SsmState::new(&config, 2, Device::Cpu);
 /// let prompt = mixer.forward(x_bld.narrow(1, 0, 4), None, Some(&mut state))?;
-/// let last = mixer.forward(x_bld.narrow(1, 4, 1), None, Some(&mut state))?;
+/// let last = tch::no_grad(|| mixer.step(x_bld.narrow(1, 4, 1), &mut state))?;
 /// let decoded = Tensor::cat(&[prompt, last], 1);
 /// assert!((decoded - whole).abs().max().double_value(&[]) < 1e-5);
 /// # Ok::<(), flowhn_ssm::Error>(())
@@ -72,7 +72,7 @@ impl SsmMixer {
     /// Registers the mixer's parameters under `path`.
     ///
     /// # Errors
-    /// [`Error::Invalid`](crate::Error::Invalid) if a size does not fit or a name is taken.
+    /// [`Error::Invalid`] if a size does not fit or a name is taken.
     pub fn new(path: &mut Path, config: &SsmConfig, init: SsmInit) -> Result<Self> {
         Ok(match config {
             SsmConfig::Mamba1(config) => Self::Mamba1(Mamba1::new(path, config, init)?),
@@ -84,11 +84,11 @@ impl SsmMixer {
     ///
     /// `reset_bl` (bool `[batch, seq_len]`) is true at the first token of each packed document. With a `state`, the sequence
     /// goes on from it, and it holds the state after the last token when the call returns: feed the prompt, then token by
-    /// token. The state stays on the autograd tape where gradients are recorded; [`SsmState::detach`] cuts it off.
+    /// token. It is given new tensors; those that it had keep their values. The state stays on the autograd tape where gradients are
+    /// recorded; [`SsmState::detach`] cuts it off.
     ///
     /// # Errors
-    /// [`Error::Shape`](crate::Error::Shape), [`Error::Dtype`](crate::Error::Dtype) or
-    /// [`Error::Device`](crate::Error::Device), naming the argument at fault.
+    /// [`Error::Shape`], [`Error::Dtype`] or [`Error::Device`], naming the argument at fault.
     pub fn forward(
         &self,
         x_bld: impl Into<Activations>,
@@ -101,6 +101,21 @@ impl SsmMixer {
         }
     }
 
+    /// A step of decoding: mixes one token, `[batch, 1, d_model]`, and advances the state in its own tensors, without making new ones.
+    ///
+    /// The bits are those of [`SsmMixer::forward`]. No gradient is recorded, and whoever else holds these tensors sees the new state:
+    /// [`SsmState::copy`] makes one that goes its own way. After an error the state may be that of neither token.
+    ///
+    /// # Errors
+    /// As [`SsmMixer::forward`]; [`Error::Invalid`] for another number of tokens, a state that is not contiguous, or where gradients are
+    /// recorded.
+    pub fn step(&self, x_b1d: impl Into<Activations>, state: &mut SsmState) -> Result<Tensor> {
+        match self {
+            Self::Mamba1(mixer) => mixer.step(x_b1d, state),
+            Self::Mamba2(mixer) => mixer.step(x_b1d, state),
+        }
+    }
+
     /// The projection that alone reads `x_bld`.
     pub fn in_proj(&self) -> &Linear {
         match self {
@@ -108,4 +123,13 @@ impl SsmMixer {
             Self::Mamba2(mixer) => mixer.in_proj(),
         }
     }
+}
+
+/// Refuses what is not one token a sequence.
+fn check_one_token(op: &'static str, x_b1d: &Tensor) -> Result<()> {
+    let [_, seq_len, _] = check::dims(op, "x_b1d", x_b1d, "[batch, 1, d_model]")?;
+    if seq_len != 1 {
+        return Err(Error::invalid(op, format!("x_b1d has {seq_len} tokens, a step takes one")));
+    }
+    Ok(())
 }

@@ -1,10 +1,15 @@
 //! What decoding remembers of the tokens a mixer has read: the conv window and the scan state.
 
+use flowhn_torch::Result;
 use tch::{Device, Kind, Tensor};
 
 use super::SsmConfig;
 
 /// The state of one mixer for a batch of sequences, f32.
+///
+/// [`SsmMixer::forward`](super::SsmMixer::forward) puts new tensors here, [`SsmMixer::step`](super::SsmMixer::step) writes into those that
+/// are here. So [`SsmState::copy`] before stepping on, where sequences fork or a state is to be kept; a shallow clone of a tensor is the
+/// tensor.
 #[derive(Debug)]
 pub struct SsmState {
     /// The last `d_conv - 1` inputs of the convolution, `[batch, d_conv - 1, channels]`.
@@ -21,6 +26,14 @@ impl SsmState {
             Tensor::zeros(sizes, (Kind::Float, device))
         });
         Self { conv_bje, scan }
+    }
+
+    /// The same state in tensors of its own, off the autograd tape.
+    ///
+    /// # Errors
+    /// [`Error::Torch`](crate::Error::Torch) if there is no memory.
+    pub fn copy(&self) -> Result<Self> {
+        Ok(Self { conv_bje: self.conv_bje.f_detach_copy()?, scan: self.scan.f_detach_copy()? })
     }
 
     /// Bytes the state holds.

@@ -56,7 +56,7 @@ fn scan_step([b, e, n]: [i64; 3]) -> Operation {
             Ok(Call {
                 leaves,
                 run: Box::new(|t| {
-                    let (y, state) = selective_scan_step(&SelectiveScanStep {
+                    let y = selective_scan_step(SelectiveScanStep {
                         x_be: &t[0],
                         dt_be: &t[1],
                         a_en: &t[2],
@@ -66,10 +66,10 @@ fn scan_step([b, e, n]: [i64; 3]) -> Operation {
                         d_e: Some(&t[6]),
                         dt_bias_e: Some(&t[6]),
                         dt_activation: DtActivation::Softplus,
-                        state_ben: &t[7],
+                        state_ben: &mut t[7].shallow_clone(),
                         reset_b: None,
                     })?;
-                    Ok(vec![y, state])
+                    Ok(vec![y])
                 }),
             })
         }),
@@ -98,7 +98,7 @@ fn ssd_of_one([b, h, p, n]: [i64; 4]) -> Operation {
             Ok(Call {
                 leaves,
                 run: Box::new(|t| {
-                    let (y, state) = ssd_step(&SsdStep {
+                    let y = ssd_step(SsdStep {
                         x_bhp: &t[0],
                         dt_bh: &t[1],
                         a_h: &t[2],
@@ -107,10 +107,10 @@ fn ssd_of_one([b, h, p, n]: [i64; 4]) -> Operation {
                         d_h: Some(&t[5]),
                         dt_bias_h: Some(&t[5]),
                         dt_activation: DtActivation::Softplus,
-                        state_bhpn: &t[6],
+                        state_bhpn: &mut t[6].shallow_clone(),
                         reset_b: None,
                     })?;
-                    Ok(vec![y, state])
+                    Ok(vec![y])
                 }),
             })
         }),
@@ -136,15 +136,15 @@ fn conv_step([b, e, k]: [i64; 3]) -> Operation {
             Ok(Call {
                 leaves,
                 run: Box::new(|t| {
-                    let (y, state) = causal_conv1d_step(&CausalConv1dStep {
+                    let y = causal_conv1d_step(CausalConv1dStep {
                         x_be: &t[0],
                         weight_ek: &t[1],
                         bias_e: Some(&t[2]),
                         activation: Activation::Silu,
-                        state_bje: &t[3],
+                        state_bje: &mut t[3].shallow_clone(),
                         reset_b: None,
                     })?;
-                    Ok(vec![y, state])
+                    Ok(vec![y])
                 }),
             })
         }),
