@@ -209,8 +209,11 @@ impl Block {
                         (BranchInput::Normed(normed.attn_bnd.into()), BranchInput::Normed(normed.ssm_bmd.into()));
                     return Ok((normed.sum_bld, attn, ssm));
                 }
-                (Some(attn), None) if attn_route.is_all() => return read_alike(stream, attn.norm()),
-                (None, Some(ssm)) if ssm_route.is_all() => return read_alike(stream, ssm.norm()),
+                // One branch reads all, as in a step of decoding, or is the only one.
+                (Some(attn), _) if attn_route.is_all() && ssm_route.is_empty() => {
+                    return read_alike(stream, attn.norm());
+                }
+                (_, Some(ssm)) if ssm_route.is_all() && attn_route.is_empty() => return read_alike(stream, ssm.norm()),
                 _ => {}
             }
         }
@@ -286,8 +289,7 @@ fn standing<'a>(pass: &Pass<'a>, ctx: AttnContext<'a>, cache: Option<&'a mut KvC
     }
 }
 
-/// What the only branch of a block reads, or both where one norm serves them; a branch that does not exist is given the same and
-/// reads nothing.
+/// What the only branch with tokens reads, or both where one norm serves them; a branch without is given the same and reads nothing.
 fn read_alike(stream: &Residual, norm: &RmsNorm) -> Result<(Tensor, BranchInput, BranchInput)> {
     let (x_bld, normed_bld) = norm.forward_residual(&stream.x, stream.change.as_ref())?;
     let input = || BranchInput::Both { x_bnd: x_bld.shallow_clone(), normed_bnd: (&normed_bld).into() };
