@@ -54,7 +54,7 @@ fn agrees(shapes: &[Vec<i64>], kind: Kind, run: Run, device: Device) -> Result<S
         let [y, state] = run(&leaves)?;
         let mut loss = (&y * &y).f_sum(Kind::Float)?;
         if reads_state {
-            loss = loss + (state * 0.).f_sum(Kind::Float)?;
+            loss += (state * 0.).f_sum(Kind::Float)?;
         }
         Ok(Tensor::f_run_backward(&[loss], &leaves, false, false)?)
     };
