@@ -205,9 +205,4 @@ residual_norm_backward(const X* s, const X* dy, const X* ds, const float* weight
                             n_rows, inner, d, team_size},
                    aligned);
 }
-
-// dweight from the sums of the blocks.
-extern "C" __global__ void __launch_bounds__(1024) sum_partials(const float* partials, float* dweight, int n_partials, int d) {
-    sum_columns(partials, dweight, n_partials, d);
-}
 #endif
