@@ -13,7 +13,7 @@
 //
 // A team of threads holds one row in registers, so that each element is read once and written once, and keeps its part of
 // the weight there from row to row. The grid is as large as the GPU holds; teams take rows in turn. Backward they also keep
-// their part of dweight in registers over all their rows; a block writes its sum once, and `sum_partials` adds the blocks in
+// their part of dweight in registers over all their rows; a block writes its sum once, and `column_sums.cu` adds the blocks in a fixed
 // order: no atomics, the same bits every time.
 //
 // With FP8_ROWS the forward pass leaves y rounded to fp8, y8 [n_padded, d] and y8_t [d, n_padded], with the bits that a cast of y would
