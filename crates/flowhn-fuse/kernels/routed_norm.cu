@@ -238,10 +238,4 @@ routed_norm_backward(const X* s, i64 s_batch, i64 s_token, const i64* positions0
     if (aligned) run(Flag<true>());
     else run(Flag<false>());
 }
-
-// dweight from the sums of the blocks first .. first + n_partials.
-extern "C" __global__ void __launch_bounds__(1024)
-sum_partials(const float* partials, float* dweight, int first, int n_partials, int d) {
-    sum_columns(partials + (i64)first * d, dweight, n_partials, d);
-}
 #endif

@@ -167,9 +167,4 @@ gated_rms_norm_backward(const X* x, const X* z, const X* dy, const float* weight
     if (aligned) run(Flag<true>());
     else run(Flag<false>());
 }
-
-// dweight from the sums of the blocks.
-extern "C" __global__ void __launch_bounds__(1024) sum_partials(const float* partials, float* dweight, int n_partials, int d) {
-    sum_columns(partials, dweight, n_partials, d);
-}
 #endif

@@ -13,7 +13,7 @@
 //
 // A team of threads holds one row in registers, so that each element is read once and written once, and keeps its part of
 // the weight there from row to row. The grid is as large as the GPU holds; teams take rows in turn. Backward they also keep
-// their part of dweight in registers over all their rows; a block writes its sum once, and `sum_partials` adds the blocks in
+// their part of dweight in registers over all their rows; a block writes its sum once, and `column_sums.cu` adds the blocks in a fixed
 // order: no atomics, the same bits every time.
 //
 // With FP8_ROWS the forward pass leaves y rounded to fp8, y8 [n_padded, d] and y8_t [d, n_padded], with the bits that a cast of y would
@@ -204,10 +204,5 @@ residual_norm_backward(const X* s, const X* dy, const X* ds, const float* weight
     backward<true>(Backward{s, dy, ds, weight, rstd, dx, partials, {s_outer, s_inner}, {dy_outer, dy_inner}, {ds_outer, ds_inner},
                             n_rows, inner, d, team_size},
                    aligned);
-}
-
-// dweight from the sums of the blocks.
-extern "C" __global__ void __launch_bounds__(1024) sum_partials(const float* partials, float* dweight, int n_partials, int d) {
-    sum_columns(partials, dweight, n_partials, d);
 }
 #endif

@@ -147,6 +147,22 @@ __device__ __forceinline__ void named_barrier(int id, int n_threads) {
     asm volatile("bar.sync %0, %1;" ::"r"(id), "r"(n_threads) : "memory");
 }
 
+// ---- Kernels that start early ------------------------------------------------------------------------------------------------
+// `Kernel::launch_early` of the host. Before Hopper kernels start in their turn, and these are nothing.
+
+// Tells that the next kernel in the stream may start, if it was launched to start early, once every block has come here or has ended.
+__device__ __forceinline__ void let_next_kernel_start() {
+#if __CUDA_ARCH__ >= 900
+    asm volatile("griddepcontrol.launch_dependents;" ::: "memory");
+#endif
+}
+// Waits until the kernel in front has ended and all that it wrote can be read.
+__device__ __forceinline__ void wait_for_kernel_in_front() {
+#if __CUDA_ARCH__ >= 900
+    asm volatile("griddepcontrol.wait;" ::: "memory");
+#endif
+}
+
 // ---- Hopper's asynchronous products ---------------------------------------------------------------------------------------
 #ifdef __CUDA_ARCH_FEAT_SM90_ALL
 

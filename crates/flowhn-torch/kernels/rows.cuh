@@ -148,43 +148,36 @@ __device__ __forceinline__ void pass_last_round(i64 next_row, i64 n_rows, const 
     if (team.size > 32 && next_row - team.idx < n_rows) named_barrier(1 + team.idx, team.size);
 }
 
-// Adds the teams' column sums in the order of the teams and writes the block's sums to out[0 .. d). `scratch` has d floats;
-// every thread of the block must come here.
-template <int N>
-__device__ __forceinline__ void write_block_columns(float (&sums)[N][VEC], float* out, float* scratch, const Team& team, int d) {
-    for (int turn = 0; turn < team.n; turn++) {
-        if (turn == team.idx) {
-            #pragma unroll
-            for (int v = 0; v < N; v++) {
-                #pragma unroll
-                for (int i = 0; i < VEC; i++) {
-                    int column = team.column(v) + i;
-                    if (column < d) {
-                        float sum = turn == 0 ? sums[v][i] : scratch[column] + sums[v][i];
-                        if (turn == team.n - 1) out[column] = sum;
-                        else scratch[column] = sum;
-                    }
-                }
-            }
-        }
-        __syncthreads();
-    }
+// Four neighbours of f32 of which `n` are to be stored; at once if `aligned`.
+__device__ __forceinline__ void store_four(float* p, const float (&x)[4], int n, bool aligned) {
+    if (aligned && n >= 4) return store_vec(p, x);
+    #pragma unroll
+    for (int i = 0; i < 4; i++)
+        if (i < n) p[i] = x[i];
 }
 
-// Writes out[c] = sum of partials[k, c] over k. A block of 32 x 32 threads takes 32 columns: its thread (lane, k) adds rows
-// k, k + 32, ... and the 32 sums of a column are added in order.
-__device__ __forceinline__ void sum_columns(const float* partials, float* out, int n_partials, int d) {
-    __shared__ float sums[32][33];
-    int lane = threadIdx.x % 32, first = threadIdx.x / 32, column = blockIdx.x * 32 + lane;
-    float sum = 0.f;
-    if (column < d) {
-        #pragma unroll 8
-        for (int k = first; k < n_partials; k += 32) sum += partials[(i64)k * d + column];
+// Adds the teams' column sums in the order of the teams and writes the block's sums to out[0 .. d). `scratch` has VEC floats for each
+// thread, at a multiple of 16 bytes; every thread of the block must come here. `column_sums.cu`, which adds the blocks up, may start.
+template <int N>
+__device__ __forceinline__ void write_block_columns(const float (&sums)[N][VEC], float* out, float* scratch, const Team& team, int d) {
+    let_next_kernel_start();
+    bool aligned = d % 4 == 0;
+    int width = team.size * VEC;
+    #pragma unroll
+    for (int v = 0; v < N; v++) {
+        // What scratch held before has been read.
+        __syncthreads();
+        store_vec(scratch + team.idx * width + team.t * VEC, sums[v]);
+        __syncthreads();
+        for (int at = 4 * threadIdx.x; at < width; at += 4 * blockDim.x) {
+            float sum[4], other[4];
+            load_vec(sum, scratch + at);
+            for (int idx = 1; idx < team.n; idx++) {
+                load_vec(other, scratch + idx * width + at);
+                #pragma unroll
+                for (int i = 0; i < 4; i++) sum[i] += other[i];
+            }
+            store_four(out + v * width + at, sum, d - v * width - at, aligned);
+        }
     }
-    sums[first][lane] = sum;
-    __syncthreads();
-    // Now a warp has the sums of one column on its lanes.
-    sum = warp_sum(sums[lane][first]);
-    column = blockIdx.x * 32 + first;
-    if (lane == 0 && column < d) out[column] = sum;
 }

@@ -6,7 +6,7 @@ use tch::{Kind, Tensor};
 
 use flowhn_nn::Fp8Place;
 use flowhn_torch::kernel::rows::{Fp8Blocks, RowForm, RowTiling, aligned, with_dense_rows};
-use flowhn_torch::kernel::{Arg, Defines, Kernel, kind_define};
+use flowhn_torch::kernel::{Arg, ColumnSums, Defines, Kernel, kind_define};
 use flowhn_torch::{BackwardCtx, ForwardCtx, Function, Result};
 
 use super::{Routes, strides};
@@ -349,11 +349,10 @@ impl<'a> Call<'a> {
         let (dy, ds_k) = ([dy0.as_ref(), dy1.as_ref()], [ds0.as_ref(), ds1.as_ref()]);
         let tiling = RowTiling::new("routed_norm", self.d, BACKWARD)?;
         let [n_blocks0, n_blocks1] = self.share(|n_rows| tiling.n_resident_blocks(n_rows, self.x_bld.device()))?;
-        let n_blocks = n_blocks0 + n_blocks1;
-        let partials = match wants_dweights.contains(&true) {
-            true => Some(Tensor::f_empty([n_blocks, self.d], (Kind::Float, self.x_bld.device()))?),
-            false => None,
-        };
+        let blocks_of: &[i64] =
+            if self.weights.len() == 1 { &[n_blocks0 + n_blocks1] } else { &[n_blocks0, n_blocks1] };
+        let sums: Vec<(i64, bool)> = blocks_of.iter().copied().zip(wants_dweights.iter().copied()).collect();
+        let dweights = ColumnSums::new(&sums, self.d, self.x_bld.device())?;
         let mut touched = vec![&self.x_bld, dx_bld, self.weight(0), self.weight(1)];
         touched.extend(dy.into_iter().chain(ds_k).chain(branches).chain([ds.as_ref()]).flatten());
 
@@ -370,39 +369,12 @@ impl<'a> Call<'a> {
         args.extend([Arg::Tensor(self.weight(0)), Arg::Tensor(self.weight(1)), Arg::Tensor(rstd_bl)]);
         args.push(Arg::Tensor(dx_bld));
         args.extend(branches.map(Arg::opt));
-        args.extend([Arg::opt(partials.as_ref()), Arg::I32(n_blocks0 as i32), Arg::I32(self.d as i32)]);
+        args.extend([dweights.arg(), Arg::I32(n_blocks0 as i32), Arg::I32(self.d as i32)]);
         args.extend([Arg::I32(tiling.team as i32), aligned(self.d, &touched)]);
         let defines = defines(tiling.form, self.x_kind, ds_k[0].is_some());
-        let grid = [n_blocks as u32, 1, 1];
-        kernel("routed_norm_backward", &defines).launch(grid, tiling.block(), tiling.column_bytes(self.d), &args)?;
-
-        let blocks_of = match self.weights.len() {
-            1 => vec![(0, n_blocks)],
-            _ => vec![(0, n_blocks0), (n_blocks0, n_blocks1)],
-        };
-        let total = |(&wanted, (first, n)): (&bool, (i64, i64))| match (&partials, wanted) {
-            (Some(partials), true) => self.column_sums(partials, first, n, &defines).map(Some),
-            _ => Ok(None),
-        };
-        wants_dweights.iter().zip(blocks_of).map(total).collect()
-    }
-
-    /// Adds the sums of some blocks in their order.
-    fn column_sums(&self, partials: &Tensor, first: i64, n: i64, defines: Defines) -> Result<Tensor> {
-        let total = Tensor::f_empty([self.d], (Kind::Float, partials.device()))?;
-        kernel("sum_partials", defines).launch(
-            [(self.d as u32).div_ceil(32), 1, 1],
-            1024,
-            0,
-            &[
-                Arg::Tensor(partials),
-                Arg::Tensor(&total),
-                Arg::I32(first as i32),
-                Arg::I32(n as i32),
-                Arg::I32(self.d as i32),
-            ],
-        )?;
-        Ok(total.f_to_kind(self.weight_kind)?)
+        let grid = [(n_blocks0 + n_blocks1) as u32, 1, 1];
+        kernel("routed_norm_backward", &defines).launch(grid, tiling.block(), tiling.column_bytes(), &args)?;
+        dweights.totals(self.weight_kind)
     }
 }
 

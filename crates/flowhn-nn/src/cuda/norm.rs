@@ -4,7 +4,7 @@
 use tch::{Kind, Tensor};
 
 use flowhn_torch::kernel::rows::{Fp8Blocks, RowForm, RowTiling, Rows, aligned};
-use flowhn_torch::kernel::{Arg, Kernel, KernelSource, kind_define};
+use flowhn_torch::kernel::{Arg, ColumnSums, Kernel, KernelSource, kind_define};
 use flowhn_torch::{BackwardCtx, ForwardCtx, Function, Result};
 
 use crate::Fp8Place;
@@ -189,25 +189,19 @@ fn backward(
     let ds = ds.map(|_| rows.tensor(2));
     let dx = Tensor::f_empty(sum.size(), (sum.kind(), sum.device()))?;
     let n_blocks = tiling.n_resident_blocks(i64::from(rows.n_rows()), sum.device())?;
-    let partials = ColumnSums::new(wants_dweight, n_blocks, d, &weight)?;
+    let dweight = ColumnSums::new(&[(n_blocks, wants_dweight)], d, sum.device())?;
     let touched: Vec<&Tensor> =
         [Some(rows.tensor(0)), Some(rows.tensor(1)), ds, Some(&weight), Some(&dx)].into_iter().flatten().collect();
     let entry = if ds.is_some() { "residual_norm_backward" } else { "rms_norm_backward" };
     let mut args = vec![Arg::Tensor(rows.tensor(0)), Arg::Tensor(rows.tensor(1))];
     args.extend(ds.map(Arg::Tensor));
-    args.extend([Arg::Tensor(&weight), Arg::Tensor(rstd), Arg::Tensor(&dx), partials.arg()]);
+    args.extend([Arg::Tensor(&weight), Arg::Tensor(rstd), Arg::Tensor(&dx), dweight.arg()]);
     args.extend((0..2 + usize::from(ds.is_some())).flat_map(|idx| rows.strides(idx)));
     args.extend([Arg::I32(rows.n_rows()), rows.inner(), Arg::I32(d as i32), Arg::I32(tiling.team as i32)]);
     args.push(aligned(d, &touched));
     let defines = tiling.defines(x_kind);
-    kernel(&RMS_NORM, entry, &defines).launch(
-        [n_blocks as u32, 1, 1],
-        tiling.block(),
-        tiling.column_bytes(d),
-        &args,
-    )?;
-    let dweight = partials.total(&RMS_NORM, &defines, weight_kind)?;
-    Ok((dx, dweight))
+    kernel(&RMS_NORM, entry, &defines).launch([n_blocks as u32, 1, 1], tiling.block(), tiling.column_bytes(), &args)?;
+    Ok((dx, dweight.totals(weight_kind)?.remove(0)))
 }
 
 pub(crate) struct GatedRmsNormCuda {
@@ -258,13 +252,13 @@ impl Function for GatedRmsNormCuda {
         // Each group has blocks of its own.
         let resident = tiling.n_resident_blocks(i64::from(rows.n_rows()), x.device())?;
         let n_blocks = (resident / self.n_groups).max(1);
-        let partials = ColumnSums::new(ctx.needs_grad(2), n_blocks, width, &weight)?;
+        let dweight = ColumnSums::new(&[(n_blocks, ctx.needs_grad(2))], width, x.device())?;
         let [[x_outer, x_inner], [z_outer, z_inner], [dy_outer, dy_inner], [dz_outer, dz_inner]] =
             [0, 1, 2, 3].map(|idx| rows.strides(idx));
         kernel(&GATED_RMS_NORM, "gated_rms_norm_backward", &tiling.defines(x_kind)).launch(
             [n_blocks as u32, self.n_groups as u32, 1],
             tiling.block(),
-            tiling.column_bytes(d),
+            tiling.column_bytes(),
             &[
                 Arg::Tensor(rows.tensor(0)),
                 Arg::Tensor(rows.tensor(1)),
@@ -273,7 +267,7 @@ impl Function for GatedRmsNormCuda {
                 Arg::Tensor(rstd),
                 Arg::Tensor(&dx),
                 Arg::Tensor(&dz),
-                partials.arg(),
+                dweight.arg(),
                 x_outer,
                 x_inner,
                 z_outer,
@@ -289,41 +283,7 @@ impl Function for GatedRmsNormCuda {
                 aligned(d, &[rows.tensor(0), rows.tensor(1), rows.tensor(2), &weight, &dx, &dz]),
             ],
         )?;
-        let dweight = partials.total(&GATED_RMS_NORM, &tiling.defines(x_kind), weight_kind)?;
-        Ok(vec![Some(dx), Some(dz), dweight])
-    }
-}
-
-/// Sums over the rows that each block took, `[n_blocks, d]`, if they are wanted.
-struct ColumnSums(Option<Tensor>);
-
-impl ColumnSums {
-    fn new(wanted: bool, n_blocks: i64, d: i64, like: &Tensor) -> Result<Self> {
-        let empty = || Tensor::f_empty([n_blocks, d], (Kind::Float, like.device()));
-        Ok(Self(wanted.then(empty).transpose()?))
-    }
-
-    fn arg(&self) -> Arg<'_> {
-        Arg::opt(self.0.as_ref())
-    }
-
-    /// The sum over the blocks, in their order.
-    fn total(
-        &self,
-        source: &'static KernelSource,
-        defines: &[(&'static str, i64)],
-        kind: Kind,
-    ) -> Result<Option<Tensor>> {
-        let Some(partials) = &self.0 else { return Ok(None) };
-        let (n_blocks, d) = partials.size2()?;
-        let total = Tensor::f_empty([d], (Kind::Float, partials.device()))?;
-        kernel(source, "sum_partials", defines).launch(
-            [(d as u32).div_ceil(32), 1, 1],
-            1024,
-            0,
-            &[Arg::Tensor(partials), Arg::Tensor(&total), Arg::I32(n_blocks as i32), Arg::I32(d as i32)],
-        )?;
-        Ok(Some(total.f_to_kind(kind)?))
+        Ok(vec![Some(dx), Some(dz), dweight.totals(weight_kind)?.remove(0)])
     }
 }
 

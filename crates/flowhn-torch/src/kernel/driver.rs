@@ -13,17 +13,30 @@ use super::{Arg, Kernel, nvrtc, trace};
 use crate::stream::Stream;
 use crate::{DeviceProperties, Error, Result};
 
-/// Shared memory that a block gets without asking.
+/// Shared memory that a block gets without asking, with what the kernel itself declares.
 const DEFAULT_SHARED_BYTES: usize = 48 << 10;
 /// The oldest architecture that the kernels are written for: bf16 matrix instructions and asynchronous copies.
 const MIN_CAPABILITY: u32 = 80;
+
+/// The first architecture on which a kernel can start before the one in front of it has ended.
+const EARLY_START_CAPABILITY: u32 = 90;
+
+/// When a kernel may start.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Start {
+    /// When all that precedes it in its stream has ended.
+    InTurn,
+    /// When the blocks of the kernel in front of it have said so, or have ended; where the device cannot do that, in its turn.
+    Early,
+}
 
 /// A kernel in the memory of one device, for the life of the process.
 struct Loaded {
     function: sys::CUfunction,
     context: sys::CUcontext,
+    can_start_early: bool,
     arg_bytes: Vec<usize>,
-    /// The dynamic shared memory that was asked for so far.
+    /// The dynamic shared memory that a block may have as of now, beside what the kernel declares, and at most.
     shared_bytes: AtomicUsize,
     max_shared_bytes: usize,
 }
@@ -40,6 +53,7 @@ pub(super) fn launch(
     block: u32,
     shared_bytes: usize,
     args: &[Arg],
+    start: Start,
 ) -> Result<()> {
     let loaded = loaded(kernel, device_idx)?;
     check_args(kernel, &loaded, args)?;
@@ -62,29 +76,40 @@ pub(super) fn launch(
     for (idx, map) in &mut maps {
         pointers[*idx] = (map as *mut sys::CUtensorMap).cast();
     }
-    // SAFETY: the function is loaded in the current context; every pointer leads to a value with at least as many bytes as the
-    // kernel declares for it (compared above), and the driver copies them before it returns. The tensors' memory is given back to
-    // libtorch's allocator in stream order, so it outlives the kernel, which runs in libtorch's current stream.
-    let outcome = unsafe {
-        let [x, y, z] = grid;
-        sys::cuLaunchKernel(
-            loaded.function,
-            x,
-            y,
-            z,
-            block,
-            1,
-            1,
-            shared_bytes as u32,
-            stream.cast(),
-            pointers.as_mut_ptr(),
-            std::ptr::null_mut(),
-        )
+    let mut early = [early_start()];
+    let attributes = if start == Start::Early && loaded.can_start_early { &mut early[..] } else { &mut [] };
+    let [x, y, z] = grid;
+    let launch = sys::CUlaunchConfig {
+        gridDimX: x,
+        gridDimY: y,
+        gridDimZ: z,
+        blockDimX: block,
+        blockDimY: 1,
+        blockDimZ: 1,
+        sharedMemBytes: shared_bytes as u32,
+        hStream: stream.cast(),
+        attrs: attributes.as_mut_ptr(),
+        numAttrs: attributes.len() as u32,
     };
+    // SAFETY: the function is loaded in the current context; every pointer leads to a value with at least as many bytes as the
+    // kernel declares for it (compared above), and the driver copies them and the attributes before it returns. The tensors' memory is
+    // given back to libtorch's allocator in stream order, so it outlives the kernel, which runs in libtorch's current stream: what
+    // follows in the stream waits for its end, and one that starts early ends after the kernels in front of it, for which it waits.
+    let outcome =
+        unsafe { sys::cuLaunchKernelEx(&launch, loaded.function, pointers.as_mut_ptr(), std::ptr::null_mut()) };
     outcome.result().map_err(|error| {
         let reason = describe(&error);
         kernel.error(format!("launch of {grid:?} blocks of {block} threads with {shared_bytes} bytes: {reason}"))
     })
+}
+
+/// The attribute of a launch that is [`Start::Early`].
+fn early_start() -> sys::CUlaunchAttribute {
+    sys::CUlaunchAttribute {
+        id: sys::CUlaunchAttributeID::CU_LAUNCH_ATTRIBUTE_PROGRAMMATIC_STREAM_SERIALIZATION,
+        pad: [0; 4],
+        value: sys::CUlaunchAttributeValue { programmaticStreamSerializationAllowed: 1 },
+    }
 }
 
 /// The launch's device and stream, for the recorder.
@@ -139,7 +164,7 @@ fn check_args(kernel: &Kernel, loaded: &Loaded, args: &[Arg]) -> Result<()> {
 
 /// Lets the kernel have more shared memory than the default.
 fn reserve_shared(kernel: &Kernel, loaded: &Loaded, shared_bytes: usize) -> Result<()> {
-    if shared_bytes <= DEFAULT_SHARED_BYTES || shared_bytes <= loaded.shared_bytes.load(Ordering::Relaxed) {
+    if shared_bytes <= loaded.shared_bytes.load(Ordering::Relaxed) {
         return Ok(());
     }
     let most = loaded.max_shared_bytes;
@@ -200,12 +225,17 @@ fn load(kernel: &Kernel, device_idx: usize) -> Result<Loaded> {
     let entry = CString::new(kernel.entry).map_err(|_| kernel.error("its name contains a NUL byte"))?;
     // SAFETY: the module is loaded in the current context and stays for the life of the process.
     let function = unsafe { result::module::get_function(module.0, entry) }.map_err(|error| refused(kernel, &error))?;
+    let declared = sys::CUfunction_attribute_enum::CU_FUNC_ATTRIBUTE_SHARED_SIZE_BYTES;
+    // SAFETY: the function is loaded in the current context.
+    let declared = unsafe { result::function::get_function_attribute(function, declared) }
+        .map_err(|error| refused(kernel, &error))? as usize;
     Ok(Loaded {
         function,
         context,
+        can_start_early: properties.compute_capability >= EARLY_START_CAPABILITY,
         arg_bytes: arg_bytes(function),
-        shared_bytes: AtomicUsize::new(0),
-        max_shared_bytes: properties.shared_bytes_per_block as usize,
+        shared_bytes: AtomicUsize::new(DEFAULT_SHARED_BYTES.saturating_sub(declared)),
+        max_shared_bytes: (properties.shared_bytes_per_block as usize).saturating_sub(declared),
     })
 }
 

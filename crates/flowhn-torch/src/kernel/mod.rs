@@ -7,6 +7,7 @@
 
 mod boxes;
 mod cache;
+mod columns;
 pub(crate) mod driver;
 pub(crate) mod memset;
 mod nvrtc;
@@ -16,9 +17,11 @@ mod trace;
 use tch::{Device, Tensor};
 
 use crate::{Error, Result};
+use driver::Start;
 
 pub use boxes::Boxes;
 pub use cache::{cache_dir, cache_problem};
+pub use columns::ColumnSums;
 pub use nvrtc::{Compiled, EntryResources, compile};
 
 /// The source of one `.cu` file.
@@ -45,7 +48,7 @@ pub struct KernelSpec {
 }
 
 /// The kernels of this crate.
-pub const KERNELS: &[KernelSpec] = &[crate::timeline::KERNELS, memset::KERNELS];
+pub const KERNELS: &[KernelSpec] = &[crate::timeline::KERNELS, memset::KERNELS, columns::KERNELS];
 
 /// Architectures that every kernel compiles for: Ampere, Hopper, Blackwell.
 pub const ARCHITECTURES: [&str; 3] = ["sm_80", "sm_90a", "sm_100"];
@@ -136,11 +139,29 @@ impl Kernel<'_> {
     /// [`Error::Device`] if a tensor is not on the CUDA device of the first one; [`Error::Kernel`] if the arguments are not what the
     /// kernel declares, it does not compile, or the driver refuses it, with the driver's reason.
     pub fn launch(&self, grid: [u32; 3], block: u32, shared_bytes: usize, args: &[Arg]) -> Result<()> {
+        self.start(Start::InTurn, grid, block, shared_bytes, args)
+    }
+
+    /// As [`Kernel::launch`], for a kernel that may start before the one in front of it in the stream has ended: that hides what a launch
+    /// and the other's last blocks take (programmatic dependent launch; from compute capability 9.0 on, before it is `launch`).
+    ///
+    /// Its blocks take their places when every block in front has called `let_next_kernel_start` of `ptx.cuh` or has ended. So every
+    /// thread has to call `wait_for_kernel_in_front` before it reads or writes global memory for the first time; that it does is the
+    /// kernel's own duty. What follows in the stream is launched as ever: this kernel ends after the one that it waits for, and so
+    /// whoever waits for this one waits for both.
+    ///
+    /// # Errors
+    /// As [`Kernel::launch`].
+    pub fn launch_early(&self, grid: [u32; 3], block: u32, shared_bytes: usize, args: &[Arg]) -> Result<()> {
+        self.start(Start::Early, grid, block, shared_bytes, args)
+    }
+
+    fn start(&self, start: Start, grid: [u32; 3], block: u32, shared_bytes: usize, args: &[Arg]) -> Result<()> {
         let device_idx = self.device_of(args)?;
         if grid.contains(&0) {
             return Ok(());
         }
-        driver::launch(self, device_idx, grid, block, shared_bytes, args)
+        driver::launch(self, device_idx, grid, block, shared_bytes, args, start)
     }
 
     fn device_of(&self, args: &[Arg]) -> Result<usize> {

@@ -120,9 +120,9 @@ impl RowTiling {
         Ok(((n_rows + n_teams - 1) / n_teams).clamp(1, cap.max(1)))
     }
 
-    /// Bytes of shared memory for adding up the columns of a block's teams; a team alone needs none.
-    pub fn column_bytes(&self, d: i64) -> usize {
-        if self.n_teams > 1 { 4 * d as usize } else { 0 }
+    /// Bytes of shared memory for adding up the columns of a block's teams.
+    pub fn column_bytes(&self) -> usize {
+        4 * VEC as usize * self.block() as usize
     }
 }
 

@@ -4,9 +4,9 @@ use tch::{Device, Kind, Tensor};
 
 use super::{all_equal, ensure, error_of, of_cuda};
 use crate::kernel::memset::{SET_MEMORY, THREADS};
-use crate::kernel::{Arg, Boxes, Kernel, KernelSource, compile, kind_define};
+use crate::kernel::{Arg, Boxes, ColumnSums, Kernel, KernelSource, compile, kind_define};
 use crate::testing::Case;
-use crate::{DeviceProperties, Error, Priority, Result, Stream, record_stream};
+use crate::{CaptureMode, DeviceProperties, Error, Graph, Priority, Result, Stream, record_stream};
 
 /// `y = factor * x`; block `i` also uses dynamic shared memory, one float a thread.
 const SCALE: KernelSource = KernelSource {
@@ -54,6 +54,26 @@ extern "C" __global__ void selftest_boxes(const __grid_constant__ BoxMap from, c
     headers: &[],
 };
 
+/// `y = x + 1`, taking its time, and letting the next kernel start at once; one that waits for the kernel in front adds 1 again.
+const CHAIN: KernelSource = KernelSource {
+    name: "selftest_chain.cu",
+    text: r#"
+#include "flowhn.cuh"
+extern "C" __global__ void selftest_first(const float* x, float* y, int n) {
+    let_next_kernel_start();
+    for (long long end = device_nanoseconds() + 20000; device_nanoseconds() < end;) {}
+    int i = blockIdx.x * blockDim.x + threadIdx.x;
+    if (i < n) y[i] = x[i] + 1.f;
+}
+extern "C" __global__ void selftest_next(const float* x, float* y, int n) {
+    wait_for_kernel_in_front();
+    int i = blockIdx.x * blockDim.x + threadIdx.x;
+    if (i < n) y[i] = x[i] + 1.f;
+}
+"#,
+    headers: &[],
+};
+
 const BLOCK: u32 = 128;
 const N: i64 = 1000;
 
@@ -61,6 +81,8 @@ pub(super) fn cases() -> Vec<Case> {
     vec![
         Case::new("kernel: f32 and bf16 on the default stream and another", runs),
         Case::new("kernel: a matrix copied in boxes", boxes),
+        Case::new("kernel: one that starts early finds what the one in front wrote", early_start),
+        Case::new("kernel: sums of columns over blocks", column_sums),
         of_cuda("kernel: memory is set as a memset sets it", set_memory),
         Case::new("kernel: wrong arguments are refused", wrong_arguments),
         Case::new("kernel: tensors of another device are refused", wrong_device),
@@ -139,6 +161,69 @@ fn boxes(device: Device) -> Result<String> {
     let message =
         error_of(kernel.launch([1, 1, 1], 1, 1024 + 8, &[arg(&from.tr(), 8), arg(&matrix, 8), Arg::Tensor(&sums)]))?;
     ensure(message.contains("dense rows at multiples of 16 bytes"), || message.clone())?;
+    Ok(String::new())
+}
+
+/// A slow kernel and two that start early behind it, in a stream and in a graph.
+fn early_start(device: Device) -> Result<String> {
+    compile(&CHAIN, &[], "sm_80")?;
+    compile(&CHAIN, &[], "sm_90a")?;
+    let Device::Cuda(device_idx) = device else { return Ok("compiles".to_owned()) };
+    let side = Stream::from_pool(device_idx, Priority::Normal)?;
+    let _guard = side.enter()?;
+    let [mut x, one, two, three] = [0; 4].map(|_| Tensor::zeros([N], (Kind::Float, device)));
+    let chain = |x: &Tensor| -> Result<()> {
+        let kernel = |entry| Kernel { source: &CHAIN, entry, defines: &[] };
+        let grid = [(N as u32).div_ceil(BLOCK), 1, 1];
+        let args = |x, y| [Arg::Tensor(x), Arg::Tensor(y), Arg::I32(N as i32)];
+        kernel("selftest_first").launch(grid, BLOCK, 0, &args(x, &one))?;
+        kernel("selftest_next").launch_early(grid, BLOCK, 0, &args(&one, &two))?;
+        kernel("selftest_next").launch_early(grid, BLOCK, 0, &args(&two, &three))
+    };
+    let mut graph = Graph::new()?;
+    chain(&x)?;
+    side.synchronize()?;
+    graph.capture(None, CaptureMode::ThreadLocal, || chain(&x))?;
+    for round in 0..20 {
+        let value = f64::from(2 * round);
+        let _ = x.f_fill_(value)?;
+        chain(&x)?;
+        // What follows in its turn comes after all three.
+        all_equal(&three.copy(), value + 3.)?;
+        let _ = x.f_fill_(value + 1.)?;
+        graph.replay()?;
+        all_equal(&three.copy(), value + 4.)?;
+    }
+    Ok(String::new())
+}
+
+/// Sums of small whole numbers, exact in any order; widths with and without four neighbours, and sums that nobody wants.
+fn column_sums(device: Device) -> Result<String> {
+    if device == Device::Cpu {
+        let message = error_of(ColumnSums::new(&[(3, true)], 4, device)?.totals(Kind::Float))?;
+        ensure(message.contains("Cpu, expected a CUDA device"), || message.clone())?;
+        return Ok("refused on the CPU".to_owned());
+    }
+    for d in [1, 8, 67, 250, 2048] {
+        for [first, second] in [[1, 0], [2, 131], [264, 3], [1000, 700]] {
+            let sums = ColumnSums::new(&[(first, true), (5, false), (second, true)], d, device)?;
+            let Arg::Tensor(partials) = sums.arg() else { return Err(Error::invalid("column_sums", "no room")) };
+            let n_rows = first + 5 + second;
+            let rows = Tensor::f_arange(n_rows * d, (Kind::Int64, device))?.f_remainder(1009)?.f_view([n_rows, d])?;
+            partials.shallow_clone().f_copy_(&rows)?;
+            let want = |start, n| -> Result<Tensor> {
+                Ok(rows.f_narrow(0, start, n)?.f_sum_dim_intlist(&[0_i64][..], false, Kind::Float)?)
+            };
+            let want = [Some(want(0, first)?), None, Some(want(first + 5, second)?)];
+            for (got, want) in sums.totals(Kind::Float)?.iter().zip(&want) {
+                let is_right = match (got, want) {
+                    (Some(got), Some(want)) => got.f_equal(want)?,
+                    (got, want) => got.is_none() && want.is_none(),
+                };
+                ensure(is_right, || format!("{first} and {second} blocks of {d} columns: {got:?}, not {want:?}"))?;
+            }
+        }
+    }
     Ok(String::new())
 }
 
