@@ -1,5 +1,7 @@
 //! What is told of one pass of one operation: as text, JSON and CSV.
 
+use std::fmt::Display;
+
 use serde::Serialize;
 
 use super::operation::{Operation, Pass, Recorded};
@@ -139,9 +141,10 @@ impl Row {
             line += &format!("; {multiple:.3} times its products in a row ({products_us:.0})");
             line += &verdict(multiple <= target, target);
             if let Some(bytes) = memory_bytes {
-                let mib = |bytes: u64| bytes as f64 / f64::from(1 << 20);
-                line += &format!("; {:.1} MiB beside operands and gradients", mib(bytes));
-                line += &verdict(bytes <= memory_target, mib(memory_target));
+                // Losses of single tokens and the like are less than a MiB.
+                let [mib, target] = [bytes, memory_target].map(|bytes| bytes >> 20);
+                line += &format!("; {mib} MiB beside operands and gradients");
+                line += &verdict(mib <= target, target);
             }
         }
         for Peer { peer, time, speedup } in &self.peers {
@@ -167,7 +170,7 @@ impl Row {
     }
 }
 
-fn verdict(reached: bool, target: f64) -> String {
+fn verdict(reached: bool, target: impl Display) -> String {
     format!(", target {target}{}", if reached { "" } else { " MISSED" })
 }
 
