@@ -93,12 +93,11 @@ impl Decoder<'_> {
             let logits_bv = self.steps.run(model, &mut self.caches, self.launch, input.ids_bl, position)?;
             return Ok(logits_bv.f_unsqueeze(1)?);
         }
-        let before: Vec<_> = self.caches.iter().map(BlockCache::state).collect();
+        // Steps find the states where graphs have seen them.
+        let seen = if model.device().is_cuda() { &self.caches[..] } else { &[] };
+        let before: Vec<_> = seen.iter().map(BlockCache::state).collect();
         let x_bmd = model.run(input, Some(&mut self.caches), |_| Ok(()))?;
-        if model.device().is_cuda() {
-            // Steps find the states where graphs have seen them.
-            self.caches.iter_mut().zip(before).try_for_each(|(cache, before)| cache.put_state(before))?;
-        }
+        self.caches.iter_mut().zip(before).try_for_each(|(cache, before)| cache.put_state(before))?;
         model.logits_of(&choose(&x_bmd)?)
     }
 

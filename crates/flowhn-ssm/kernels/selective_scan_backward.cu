@@ -450,7 +450,7 @@ extern "C" __global__ void selective_scan_sum_states(B* db, C* dc, const float* 
     float total[4] = {};
     #pragma unroll 8
     for (int k = 0; k < n_parts; k++) {
-        float4 part = __ldcs(reinterpret_cast<const float4*>(state_parts + k * batch * n_own + i));
+        float4 part = __ldcs(reinterpret_cast<const float4*>(state_parts + (i64)k * batch * n_own + i));
         total[0] += part.x, total[1] += part.y, total[2] += part.z, total[3] += part.w;
     }
     int n = i % WIDTH / (2 * SLICE) * SLICE + i % SLICE;

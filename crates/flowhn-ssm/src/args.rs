@@ -13,17 +13,18 @@ pub(crate) enum Carry {
 }
 
 impl Carry {
-    /// Where to write the final state, if that is the initial one, which is then among the inputs.
+    /// Where to write the final state: the initial one, which is then among the inputs, or what `make` makes.
     pub(crate) fn place(
         self,
         op: &'static str,
         ctx: &ForwardCtx,
         inputs: &[&Tensor],
         initial_state: Option<usize>,
-    ) -> Result<Option<Tensor>> {
-        let (Self::InPlace, Some(idx)) = (self, initial_state) else { return Ok(None) };
+        make: impl FnOnce() -> Result<Tensor>,
+    ) -> Result<Tensor> {
+        let (Self::InPlace, Some(idx)) = (self, initial_state) else { return make() };
         ctx.overwrite(op, "the state", inputs, idx)?;
-        Ok(Some(inputs[idx].shallow_clone()))
+        Ok(inputs[idx].shallow_clone())
     }
 }
 

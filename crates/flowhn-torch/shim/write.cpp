@@ -21,14 +21,15 @@ Reach reach(const at::Tensor& tensor) {
 
 }  // namespace
 
-// Counts a write to `target`, one of `inputs`, as libtorch counts its own. Refuses a target whose elements do not lie side by side, or
+// Counts a write to input `target_idx` as libtorch counts its own. Refuses a target whose elements do not lie side by side, or
 // share memory with another input.
-extern "C" int flowhn_write_begin(const at::Tensor* target, at::Tensor** inputs, size_t n_inputs) {
+extern "C" int flowhn_write_begin(at::Tensor** inputs, size_t n_inputs, size_t target_idx) {
   FLOWHN_TRY({
+    const at::Tensor* target = inputs[target_idx];
     TORCH_CHECK(target->is_contiguous(), "has strides ", target->strides(), ", but is written in place: make it contiguous");
     const Reach written = reach(*target);
     for (size_t i = 0; i < n_inputs; ++i) {
-      if (inputs[i] == target) continue;
+      if (i == target_idx) continue;
       const Reach read = reach(*inputs[i]);
       TORCH_CHECK(read.end <= written.begin || written.end <= read.begin,
                   "is written in place, but shares memory with another argument: copy one of them");

@@ -139,7 +139,8 @@ pub fn try_build<T: Element, R>(shape: &[i64], fill: impl FnOnce(&mut [T]) -> Re
     Ok((tensor, value))
 }
 
-/// Lets `run` change the elements of a contiguous CPU tensor. Whatever else `run` reads must share no memory with it.
+/// Lets `run` change the elements of a contiguous CPU tensor. As with every write in place, nobody knows who else holds its memory: while `run`
+/// runs, nothing else may read or write it, be it through another handle or a slice that was taken before.
 ///
 /// ```
 /// use flowhn_torch::cpu;

@@ -109,8 +109,7 @@ unsafe extern "C" {
     pub(crate) fn flowhn_op_schema(name: *const c_char, overload: *const c_char, out: *mut *mut c_char) -> c_int;
     pub(crate) fn flowhn_flag_set(name: *const c_char, value: c_int) -> c_int;
     pub(crate) fn flowhn_flag_get(name: *const c_char, out: *mut c_int) -> c_int;
-    pub(crate) fn flowhn_write_begin(target: *const C_tensor, inputs: *const *const C_tensor, n_inputs: usize)
-    -> c_int;
+    pub(crate) fn flowhn_write_begin(inputs: *const *const C_tensor, n_inputs: usize, target_idx: usize) -> c_int;
     pub(crate) fn flowhn_cpu_elements(tensor: *const C_tensor, data: *mut *const c_void, len: *mut usize) -> c_int;
     #[cfg(feature = "testing")]
     pub(crate) fn flowhn_count_begin(handle: *mut u64) -> c_int;

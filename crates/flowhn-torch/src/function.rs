@@ -126,10 +126,10 @@ impl ForwardCtx {
             let message = format!("{arg} is written in place, which has no gradient: call it in tch::no_grad");
             return Err(Error::invalid(op, message));
         }
-        let target = inputs[input_idx].as_ptr();
+        assert!(input_idx < inputs.len(), "there is no input {input_idx}");
         let inputs: Vec<*const C_tensor> = inputs.iter().map(|t| t.as_ptr()).collect();
-        // SAFETY: the pointers belong to the function's inputs, which outlive the call.
-        let status = ffi::status(unsafe { ffi::flowhn_write_begin(target, inputs.as_ptr(), inputs.len()) });
+        // SAFETY: the pointers belong to the function's inputs, which outlive the call, and `input_idx` is one of theirs.
+        let status = ffi::status(unsafe { ffi::flowhn_write_begin(inputs.as_ptr(), inputs.len(), input_idx) });
         status.map_err(|error| match error {
             Error::Torch(message) => Error::invalid(op, format!("{arg} {message}")),
             other => other,

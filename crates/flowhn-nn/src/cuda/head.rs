@@ -47,7 +47,7 @@ impl Function for LinearCrossEntropyCuda {
         let head = Head::new(Self::NAME, inputs[0], inputs[3], inputs[2], self.ignore_index)?;
         let mut gradients = Gradients {
             scale: head.scale()?,
-            dx: ctx.needs_grad(0).then(|| head.x.f_empty_like()).transpose()?,
+            dx: ctx.needs_grad(0).then(|| head.empty(&head.x.size(), head.x.kind())).transpose()?,
             dweight: ctx.needs_grad(1).then(|| WeightGrad::new(&head.weight)).transpose()?,
         };
         let wants_any = gradients.dx.is_some() || gradients.dweight.is_some();

@@ -67,14 +67,13 @@ fn state_to_advance(
     initial_state: Option<usize>,
     size: &[i64],
 ) -> Result<Tensor> {
-    if let Some(state) = carry.place(op, ctx, inputs, initial_state)? {
-        return Ok(state);
-    }
-    let options = (state_kind(inputs[0].kind()), Device::Cpu);
-    let Some(idx) = initial_state else { return Ok(Tensor::f_zeros(size, options)?) };
-    let mut state = Tensor::f_empty(size, options)?;
-    state.f_copy_(inputs[idx])?;
-    Ok(state)
+    carry.place(op, ctx, inputs, initial_state, || {
+        let options = (state_kind(inputs[0].kind()), Device::Cpu);
+        let Some(idx) = initial_state else { return Ok(Tensor::f_zeros(size, options)?) };
+        let mut state = Tensor::f_empty(size, options)?;
+        state.f_copy_(inputs[idx])?;
+        Ok(state)
+    })
 }
 
 /// The mask of resets as plain values, `[batch * seq_len]`.

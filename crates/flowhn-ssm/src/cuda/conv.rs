@@ -65,10 +65,8 @@ impl Function for Conv {
         let Shape { batch, seq_len, channels, d_conv } = operands.shape;
         let device = inputs[0].device();
         let y = Tensor::f_empty([batch, seq_len, channels], (inputs[0].kind(), device))?;
-        let final_state = match self.carry.place(OP, ctx, inputs, self.initial_state)? {
-            Some(state) => state,
-            None => Tensor::f_empty([batch, d_conv - 1, channels], (Kind::Float, device))?,
-        };
+        let state = || Ok(Tensor::f_empty([batch, d_conv - 1, channels], (Kind::Float, device))?);
+        let final_state = self.carry.place(OP, ctx, inputs, self.initial_state, state)?;
 
         let plan = operands.plan(&[&operands.x, &y], Pass::Forward);
         let mut args = operands.x_args();

@@ -54,10 +54,8 @@ impl Function for Scan {
         let shape = operands.shape();
         let empty = |size: &[i64], kind| Tensor::f_empty(size, (kind, inputs[0].device()));
         let y = empty(&shape.x(), inputs[0].kind())?;
-        let final_state = match self.carry.place(OP, ctx, inputs, self.initial_state)? {
-            Some(state) => state,
-            None => empty(&shape.state(), Kind::Float)?,
-        };
+        let state = || Ok(empty(&shape.state(), Kind::Float)?);
+        let final_state = self.carry.place(OP, ctx, inputs, self.initial_state, state)?;
         let chunk_states = ctx.is_recorded().then(|| empty(&shape.chunk_states(), Kind::Float)).transpose()?;
 
         let (n_segments, segment_len) = operands.segments()?;

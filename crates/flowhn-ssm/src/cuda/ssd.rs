@@ -73,10 +73,8 @@ impl Function for SsdFunction {
         let recorded = ctx.is_recorded();
         let chunked = operands.x.kind() == Kind::BFloat16 && (recorded || operands.sizes.seq_len > STEP_TOKENS);
         let Sizes { batch, n_heads, d_head, d_state, .. } = operands.sizes;
-        let final_state = match self.carry.place(Self::NAME, ctx, inputs, self.initial_state)? {
-            Some(state) => state,
-            None => empty(&[batch, n_heads, d_head, d_state], Kind::Float, &operands.x)?,
-        };
+        let state = || empty(&[batch, n_heads, d_head, d_state], Kind::Float, &operands.x);
+        let final_state = self.carry.place(Self::NAME, ctx, inputs, self.initial_state, state)?;
         let Forward { y, saved } = match chunked {
             true => ssd_chunked::forward(&operands, &final_state, recorded)?,
             false => ssd_recurrent::forward(&operands, &final_state, recorded)?,

@@ -101,7 +101,8 @@ impl SsmMixer {
         }
     }
 
-    /// A step of decoding: mixes one token, `[batch, 1, d_model]`, and advances the state in its own tensors, without making new ones.
+    /// A step of decoding: mixes one token, `[batch, 1, d_model]`, and advances the state in its own tensors, without making new ones (but
+    /// for the first step in f64, which turns the state into f64).
     ///
     /// The bits are those of [`SsmMixer::forward`]. No gradient is recorded, and whoever else holds these tensors sees the new state:
     /// [`SsmState::copy`] makes one that goes its own way. After an error the state may be that of neither token.

@@ -15,7 +15,7 @@ use crate::{
 /// Tokens of a check.
 const TOKENS: i64 = 6;
 
-/// Tokens of activations, `[batch, TOKENS, ..]` and in turn, and parameters, with the resets `[batch, TOKENS]`.
+/// Activations `[batch, TOKENS, ..]`, parameters, and resets `[batch, TOKENS]`.
 struct Given {
     activations: Vec<Tensor>,
     parameters: Vec<Tensor>,

@@ -41,9 +41,9 @@ type Plans = HashMap<Sizes, Known>;
 /// `a b` of `a: [m, k]` and `b: [k, n]` in `kind`: that of the factors or, for bf16 factors on CUDA, f32, which is what the products are added
 /// up in.
 ///
-/// The first product of its sizes that is enqueued outside of a captured graph waits for the device while ways to do it are timed, about a
-/// hundred times what the product takes, with as much memory as its result besides, 80 MiB at most. So this is for sizes that come again and again, as those of
-/// training do. `FLOWHN_TUNE_PRODUCTS=0` in the environment leaves all products to libtorch. The bits are libtorch's either way, as compared on
+/// The first product of its sizes that is enqueued outside of a captured graph waits for the device while ways to do it are compared and
+/// timed: about a hundred times what the product takes, nine times more for each 64 MiB of its result, with at most 96 MiB of memory besides. So
+/// this is for sizes that come again and again, as those of training do. `FLOWHN_TUNE_PRODUCTS=0` in the environment leaves all products to libtorch. The bits are libtorch's either way, as compared on
 /// that first product. Nothing is recorded for autograd: this belongs inside of a [`Function`](crate::Function), or under `no_grad`.
 ///
 /// # Errors
@@ -78,7 +78,7 @@ pub fn product_into(a: &Tensor, b: &Tensor, out: &Tensor, sum: Sum) -> Result<()
         None => 0,
     };
     by_libtorch(a, b, out, sum)?;
-    if plans(|plans| plans.len()) == MAX_CHOICES || sum == Sum::Old || plan::is_capturing(device_idx)? {
+    if plans(|plans| plans.len()) >= MAX_CHOICES || sum == Sum::Old || plan::is_capturing(device_idx)? {
         return Ok(());
     }
     let known = choose::choose(device_idx, &sizes, a, b, out)?.unwrap_or(match n_postponed + 1 {

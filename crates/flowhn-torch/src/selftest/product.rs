@@ -48,7 +48,7 @@ fn result(outputs: Vec<Option<Tensor>>) -> Tensor {
 
 /// The same bits in the product that chooses and in those that follow, on other values.
 fn large(layouts: [bool; 2], kind: Kind, device: Device) -> Result<String> {
-    for (m, k, n) in [(2048, 1024, 768), (1024, 4096, 512), (4096, 264, 1032)] {
+    for (m, k, n) in [(2048, 1024, 768), (1024, 4096, 512), (4096, 264, 1032), (8000, 264, 4104)] {
         let (a, b) = (factor(m, k, layouts[0], device)?, factor(k, n, layouts[1], device)?);
         for step in 1..=3 {
             let a = a.f_mul_scalar(f64::from(step) * 0.3)?;

@@ -92,7 +92,7 @@ impl<'a> Exponentials<'a> {
     }
 
     /// The loss of each token; fills the gradients on the way.
-    pub(super) fn losses(&self, mut gradients: Option<&mut Gradients>) -> Result<Tensor> {
+    pub(super) fn losses(self, mut gradients: Option<&mut Gradients>) -> Result<Tensor> {
         let Head { x, targets, n_tokens, .. } = self.head;
         let losses = self.head.floats(&[*n_tokens])?;
         let chunk = self.chunk(gradients.as_deref())?;

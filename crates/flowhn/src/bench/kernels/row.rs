@@ -141,10 +141,9 @@ impl Row {
             line += &format!("; {multiple:.3} times its products in a row ({products_us:.0})");
             line += &verdict(multiple <= target, target);
             if let Some(bytes) = memory_bytes {
-                // Losses of single tokens and the like are less than a MiB.
-                let [mib, target] = [bytes, memory_target].map(|bytes| bytes >> 20);
-                line += &format!("; {mib} MiB beside operands and gradients");
-                line += &verdict(mib <= target, target);
+                let mib = |bytes: u64| format!("{:.2}", bytes as f64 / f64::from(1 << 20));
+                line += &format!("; {} MiB beside operands and gradients", mib(bytes));
+                line += &verdict(bytes <= memory_target, mib(memory_target));
             }
         }
         for Peer { peer, time, speedup } in &self.peers {
@@ -203,7 +202,19 @@ mod tests {
         assert!(!fast.line().contains("MISSED") && row(600.).line().contains("target 1.8 MISSED"));
         let head = all.iter().find(|op| op.op == "linear_cross_entropy").expect("it is timed");
         let samples = Samples { device_us: vec![1.], wall_us: vec![1.] };
-        assert_eq!(Row::new(head, &head.passes[0], &samples, &ceilings).floor_by, "flops");
+        let mut head = Row::new(head, &head.passes[0], &samples, &ceilings);
+        assert_eq!(head.floor_by, "flops");
+        let mut told = |memory_bytes, multiple| {
+            let (target, memory_target) = (1.25, 1 << 29);
+            head.products = Some(Multiple { products_us: 8., multiple, target, memory_bytes, memory_target });
+            head.line()
+        };
+        let fits = told(Some(1 << 29), 1.25);
+        assert!(fits.contains("; 1.250 times its products in a row (8), target 1.25; 512.00 MiB beside"), "{fits}");
+        assert!(fits.trim_end().ends_with("operands and gradients, target 512.00"), "{fits}");
+        let too_much = told(Some((1 << 29) + (1 << 20)), 1.2501);
+        assert_eq!(too_much.matches("MISSED").count(), 2, "{too_much}");
+        assert!(!told(None, 1.).contains("MiB"));
     }
 
     #[test]

@@ -240,11 +240,13 @@ fn swiglu_of(r: i64, d: i64) -> Operation {
 fn lm_head([r, d, v]: [i64; 3], us: f64, within: f64) -> Operation {
     // Three products of the same size; each operand is read and each gradient written once, that of the weight in f32.
     let (flops, bytes) = (6. * (r * d * v) as f64, (4 * r * d + 6 * v * d) as f64);
+    // Half a GiB, and what a head without logits needs as well: two numbers for each token and some single ones.
+    let memory = (1 << 29) + 8 * r as u64 + 4096;
     Operation {
         op: "linear_cross_entropy",
         shape: format!("{r}x{d} V{v}"),
         passes: vec![Pass::new(Both, bytes, flops).against(COMPILED, us, None)],
-        products: Some(Products { shapes: [[r, v, d], [r, d, v], [v, d, r]], within, memory: 1 << 29 }),
+        products: Some(Products { shapes: [[r, v, d], [r, d, v], [v, d, r]], within, memory }),
         build: Box::new(move |device| {
             let targets = (Tensor::arange(r, (Kind::Int64, device)) * 7919).remainder(v);
             // As in training: a master in f32 and the copy that the products take.
