@@ -4,7 +4,6 @@ use flowhn_nn::{Activations, Bias, Decay, Init, Linear, Path, RmsNorm, Weight};
 use flowhn_torch::{Error, Result, check, split_features};
 use tch::Tensor;
 
-use super::check_one_token;
 use super::init::SsmInit;
 use super::state::SsmState;
 use crate::args::{Carry, check_sizes, state_kind};
@@ -164,30 +163,8 @@ impl Mamba2 {
         &self.in_proj
     }
 
-    /// As [`SsmMixer::forward`](super::SsmMixer::forward).
-    ///
-    /// # Errors
-    /// As there.
-    pub fn forward(
-        &self,
-        x_bld: impl Into<Activations>,
-        reset_bl: Option<&Tensor>,
-        state: Option<&mut SsmState>,
-    ) -> Result<Tensor> {
-        self.run(x_bld.into(), reset_bl, state, Carry::Apart)
-    }
-
-    /// As [`SsmMixer::step`](super::SsmMixer::step).
-    ///
-    /// # Errors
-    /// As there.
-    pub fn step(&self, x_b1d: impl Into<Activations>, state: &mut SsmState) -> Result<Tensor> {
-        let x_b1d = x_b1d.into();
-        check_one_token("Mamba2", x_b1d.tensor())?;
-        self.run(x_b1d, None, Some(state), Carry::InPlace)
-    }
-
-    fn run(
+    /// [`SsmMixer::forward`](super::SsmMixer::forward) and, in place, [`SsmMixer::step`](super::SsmMixer::step).
+    pub(super) fn run(
         &self,
         x_bld: Activations,
         reset_bl: Option<&Tensor>,

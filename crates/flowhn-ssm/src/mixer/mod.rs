@@ -10,6 +10,8 @@ use flowhn_nn::{Activations, Linear, Path};
 use flowhn_torch::{Error, Result, check};
 use tch::Tensor;
 
+use crate::args::Carry;
+
 pub use init::SsmInit;
 pub use mamba1::{Mamba1, Mamba1Config};
 pub use mamba2::{GateNorm, GroupOrder, Mamba2, Mamba2Config};
@@ -95,10 +97,7 @@ impl SsmMixer {
         reset_bl: Option<&Tensor>,
         state: Option<&mut SsmState>,
     ) -> Result<Tensor> {
-        match self {
-            Self::Mamba1(mixer) => mixer.forward(x_bld, reset_bl, state),
-            Self::Mamba2(mixer) => mixer.forward(x_bld, reset_bl, state),
-        }
+        self.run(x_bld.into(), reset_bl, state, Carry::Apart)
     }
 
     /// A step of decoding: mixes one token, `[batch, 1, d_model]`, and advances the state in its own tensors, without making new ones (but
@@ -111,9 +110,25 @@ impl SsmMixer {
     /// As [`SsmMixer::forward`]; [`Error::Invalid`] for another number of tokens, a state that is not contiguous, or where gradients are
     /// recorded.
     pub fn step(&self, x_b1d: impl Into<Activations>, state: &mut SsmState) -> Result<Tensor> {
+        const OP: &str = "SsmMixer::step";
+        let x_b1d = x_b1d.into();
+        let [_, seq_len, _] = check::dims(OP, "x_b1d", x_b1d.tensor(), "[batch, 1, d_model]")?;
+        if seq_len != 1 {
+            return Err(Error::invalid(OP, format!("x_b1d has {seq_len} tokens, a step takes one")));
+        }
+        self.run(x_b1d, None, Some(state), Carry::InPlace)
+    }
+
+    fn run(
+        &self,
+        x_bld: Activations,
+        reset_bl: Option<&Tensor>,
+        state: Option<&mut SsmState>,
+        carry: Carry,
+    ) -> Result<Tensor> {
         match self {
-            Self::Mamba1(mixer) => mixer.step(x_b1d, state),
-            Self::Mamba2(mixer) => mixer.step(x_b1d, state),
+            Self::Mamba1(mixer) => mixer.run(x_bld, reset_bl, state, carry),
+            Self::Mamba2(mixer) => mixer.run(x_bld, reset_bl, state, carry),
         }
     }
 
@@ -124,13 +139,4 @@ impl SsmMixer {
             Self::Mamba2(mixer) => mixer.in_proj(),
         }
     }
-}
-
-/// Refuses what is not one token a sequence.
-fn check_one_token(op: &'static str, x_b1d: &Tensor) -> Result<()> {
-    let [_, seq_len, _] = check::dims(op, "x_b1d", x_b1d, "[batch, 1, d_model]")?;
-    if seq_len != 1 {
-        return Err(Error::invalid(op, format!("x_b1d has {seq_len} tokens, a step takes one")));
-    }
-    Ok(())
 }

@@ -36,7 +36,8 @@ With --peers ours and the Python programs take turns, twice each. Figures in bra
 
 --json prints one object: `device`, `ceilings`, `absent` (programs that did not run, and why), and `rows`: op, shape, pass, median_us,
 min_us, max_us, wall_us, n, bytes, flops, floor_us, floor_by, of_floor, and where there are any `products` {products_us, multiple,
-target, memory_bytes, memory_target}, `recorded` {peer, us, speedup, target, source} and `peers`, a list of {peer, median_us, min_us, max_us, wall_us, n, speedup}.";
+target, memory_bytes, memory_target}, `recorded` {peer, us, speedup, target, source} and `peers`, a list of {peer, median_us, min_us,
+max_us, wall_us, n, speedup}.";
 
 /// Arguments of `flowhn bench kernels`.
 #[derive(Debug, clap::Args)]
