@@ -47,8 +47,18 @@ pub enum Start {
 pub struct RunDir {
     path: PathBuf,
     storage: Arc<dyn Storage>,
-    /// The operating system drops the lock with the file, however the process ends.
-    _lock: File,
+    _lock: Lock,
+}
+
+/// A file that is locked for this process. The operating system drops the lock with the file, however the process ends.
+#[derive(Debug)]
+struct Lock(File);
+
+impl Drop for Lock {
+    fn drop(&mut self) {
+        // Closing it is not enough: a process that is just being started shares it until its own program runs.
+        let _ = self.0.unlock();
+    }
 }
 
 impl RunDir {
@@ -108,7 +118,7 @@ fn holds_a_run(path: &Path) -> Result<bool> {
     Ok(path.join(CONFIG).exists() || !checkpoint::list(&path.join(CHECKPOINTS))?.is_empty())
 }
 
-fn lock(dir: &Path) -> Result<File> {
+fn lock(dir: &Path) -> Result<Lock> {
     let unwritable = |source| Error::RunDirUnwritable { path: dir.to_owned(), source };
     let path = dir.join(LOCK);
     let mut file =
@@ -133,7 +143,7 @@ fn lock(dir: &Path) -> Result<File> {
         write!(file, "process {} on {}", std::process::id(), host_name())
     })();
     named.map_err(unwritable)?;
-    Ok(file)
+    Ok(Lock(file))
 }
 
 /// This machine's name, as far as the operating system tells without further ado.
@@ -144,4 +154,22 @@ pub(crate) fn host_name() -> String {
         .map(|name| name.trim().to_owned())
         .filter(|name| !name.is_empty())
         .unwrap_or_else(|| "this machine".to_owned())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::storage::Disk;
+
+    #[test]
+    fn a_file_that_others_share_does_not_keep_the_lock() {
+        let dir = tempfile::tempdir().unwrap();
+        let open = || RunDir::open(dir.path(), Start::Fresh, Arc::new(Disk));
+        let run = open().unwrap();
+        // What a process that was started in between has until it runs its own program.
+        let shared = run._lock.0.try_clone().unwrap();
+        drop(run);
+        open().unwrap();
+        drop(shared);
+    }
 }

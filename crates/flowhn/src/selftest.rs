@@ -1,22 +1,27 @@
 //! `flowhn selftest`.
 
+mod jobs;
+mod report;
+
+use std::io;
+use std::num::NonZeroUsize;
 use std::panic;
 use std::process::ExitCode;
 use std::time::Instant;
 
 use anyhow::{Result, bail};
-use flowhn_torch::testing::{Case, Outcome};
+use flowhn_torch::testing::Case;
 use flowhn_torch::{Flag, catch};
-use serde::Serialize;
 use tch::Device;
 
 use crate::console;
 use crate::device::DeviceArgs;
 use crate::threads;
+use report::{Report, Row};
 
 const AFTER_HELP: &str = "\
 On a CUDA device libtorch fills new memory with NaN first, so that what a kernel leaves unwritten shows. An error of the device
-ends the test: nothing runs there any more.
+ends the test: nothing runs there any more. With --jobs it ends the cases of its process.
 
 --json prints one object: `device`; `cases`, a list of {name, outcome: passed, failed or not_run, detail or error, seconds};
 `passed`; `failed`; `not_run`, cases that say why they cannot run here and those that a lost device left.";
@@ -33,39 +38,16 @@ pub struct Args {
     /// List the names of the cases and run none
     #[arg(long)]
     list: bool,
+    /// Run so many processes side by side, with a part of the cases each, which on a GPU take some 2 GiB of its memory each; cases that take
+    /// most of a device follow alone
+    #[arg(long, value_name = "N", default_value = "1")]
+    jobs: NonZeroUsize,
     /// Print one JSON object
     #[arg(long)]
     json: bool,
-}
-
-/// What came of all cases.
-#[derive(Debug, Serialize)]
-struct Report {
-    device: String,
-    cases: Vec<Row>,
-    passed: usize,
-    failed: usize,
-    not_run: usize,
-}
-
-/// What came of one case.
-#[derive(Debug, Serialize)]
-struct Row {
-    name: String,
-    outcome: Verdict,
-    #[serde(skip_serializing_if = "Option::is_none")]
-    detail: Option<String>,
-    #[serde(skip_serializing_if = "Option::is_none")]
-    error: Option<String>,
-    seconds: f64,
-}
-
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize)]
-#[serde(rename_all = "snake_case")]
-enum Verdict {
-    Passed,
-    Failed,
-    NotRun,
+    /// Run exactly the cases whose names are the lines of standard input
+    #[arg(long, hide = true)]
+    names_from_stdin: bool,
 }
 
 /// What gives the cases of a crate.
@@ -84,10 +66,11 @@ const CRATES: [(&str, Cases); 7] = [
 
 /// Runs the cases, or lists them.
 pub fn run(args: &Args) -> Result<ExitCode> {
-    let mut cases = chosen(&args.filter);
-    if cases.is_empty() {
-        bail!("no case has {} in its name; `flowhn selftest --list` shows all", args.filter.join(" or "));
+    if !args.list {
+        // It may begin again, so nothing has been read yet.
+        threads::let_sleep_and_repeat();
     }
+    let mut cases = chosen(args)?;
     if args.list {
         let names: Vec<&str> = cases.iter().map(|(name, _)| name.as_str()).collect();
         match args.json {
@@ -96,55 +79,62 @@ pub fn run(args: &Args) -> Result<ExitCode> {
         }
         return Ok(ExitCode::SUCCESS);
     }
-    threads::let_sleep_and_repeat();
     let device = args.device.device()?;
     cases.retain(|(_, case)| case.runs_on(device));
     if cases.is_empty() {
         bail!("none of these cases runs on {device:?}; --device cuda");
     }
+    let mut report = Report::new(format!("{device:?}"), cases.len());
+    if args.jobs.get() > 1 {
+        let together: Vec<&str> =
+            cases.iter().filter(|(_, case)| !case.is_alone()).map(|(name, _)| name.as_str()).collect();
+        jobs::run(&together, args.jobs.get(), device, &mut |row| report.add(row, args.json))?;
+        cases.retain(|(_, case)| case.is_alone());
+    }
+    let lost = run_here(&cases, device, &mut |row| report.add(row, args.json))?;
+    report.finish(args.json, lost)
+}
+
+/// Runs cases in this process. Returns the error of a device that is lost.
+fn run_here(
+    cases: &[(String, Case)],
+    device: Device,
+    take: &mut dyn FnMut(Row) -> Result<()>,
+) -> Result<Option<String>> {
     if device.is_cuda() {
         fill_new_memory_with_nan()?;
     }
     // A panic is a failure of its case, whichever thread it is on; the program goes on.
     panic::set_hook(Box::new(|info| eprintln!("{info}")));
-
-    let mut report =
-        Report { device: format!("{device:?}"), cases: Vec::new(), passed: 0, failed: 0, not_run: cases.len() };
-    let mut lost = None;
-    for (name, case) in &cases {
+    for (name, case) in cases {
         let (row, alive) = check(name, case, device);
-        report.count(row.outcome);
-        if !args.json {
-            console::print(&line(&row))?;
-        }
-        report.cases.push(row);
+        take(row)?;
         if let Err(error) = alive {
-            lost = Some(error);
-            break;
+            return Ok(Some(error));
         }
     }
-    finish(args, &report, lost)
+    Ok(None)
 }
 
-impl Report {
-    /// Counts a case that was not run so far.
-    fn count(&mut self, outcome: Verdict) {
-        let counter = match outcome {
-            Verdict::Passed => &mut self.passed,
-            Verdict::Failed => &mut self.failed,
-            Verdict::NotRun => return,
-        };
-        *counter += 1;
-        self.not_run -= 1;
-    }
-}
-
-/// The cases with their full names that any of `filters` chooses.
-fn chosen(filters: &[String]) -> Vec<(String, Case)> {
+/// The cases that the arguments choose, with their full names.
+///
+/// # Errors
+/// Where there is none.
+fn chosen(args: &Args) -> Result<Vec<(String, Case)>> {
     let all = CRATES
         .into_iter()
         .flat_map(|(krate, cases)| cases().into_iter().map(move |case| (format!("{krate}/{}", case.name), case)));
-    all.filter(|(name, _)| filters.is_empty() || filters.iter().any(|text| name.contains(text.as_str()))).collect()
+    let cases: Vec<(String, Case)> = if args.names_from_stdin {
+        let names = io::stdin().lines().collect::<io::Result<Vec<String>>>()?;
+        all.filter(|(name, _)| names.contains(name)).collect()
+    } else {
+        let filters = &args.filter;
+        all.filter(|(name, _)| filters.is_empty() || filters.iter().any(|text| name.contains(text.as_str()))).collect()
+    };
+    if cases.is_empty() {
+        bail!("no case has {} in its name; `flowhn selftest --list` shows all", args.filter.join(" or "));
+    }
+    Ok(cases)
 }
 
 /// Every later allocation on a CUDA device holds NaN until something is written to it.
@@ -175,77 +165,5 @@ fn check(name: &str, case: &Case, device: Device) -> (Row, Result<(), String>) {
         (_, outcome) => outcome,
     };
     let seconds = began.elapsed().as_secs_f64();
-    (row(name, outcome, seconds), alive)
-}
-
-fn row(name: &str, outcome: Result<Outcome, String>, seconds: f64) -> Row {
-    let (outcome, detail, error) = match outcome {
-        Ok(Outcome::Passed(found)) => (Verdict::Passed, Some(found), None),
-        Ok(Outcome::NotRun(reason)) => (Verdict::NotRun, Some(reason), None),
-        Err(error) => (Verdict::Failed, None, Some(error)),
-    };
-    Row { name: name.to_owned(), outcome, detail, error, seconds }
-}
-
-fn line(row: &Row) -> String {
-    let Row { name, seconds, .. } = row;
-    match (row.outcome, row.detail.as_deref().unwrap_or_default()) {
-        (Verdict::Failed, _) => {
-            let error = row.error.as_deref().unwrap_or_default();
-            let error: Vec<&str> = error.lines().map(str::trim).filter(|line| !line.is_empty()).collect();
-            format!("FAIL {name}: {}  {seconds:.2} s\n", error.join("; "))
-        }
-        (Verdict::NotRun, reason) => format!("--   {name}  not run: {reason}  {seconds:.2} s\n"),
-        (Verdict::Passed, "") => format!("ok   {name}  {seconds:.2} s\n"),
-        (Verdict::Passed, detail) => format!("ok   {name}  {detail}  {seconds:.2} s\n"),
-    }
-}
-
-fn finish(args: &Args, report: &Report, lost: Option<String>) -> Result<ExitCode> {
-    let Report { device, passed, failed, not_run, .. } = report;
-    let seconds: f64 = report.cases.iter().map(|row| row.seconds).sum();
-    match args.json {
-        true => console::print_json(report)?,
-        false => {
-            console::print(&format!("{device}: {passed} passed, {failed} failed, {not_run} not run; {seconds:.1} s\n"))?
-        }
-    }
-    if let Some(error) = lost {
-        let n_left = not_run - report.cases.iter().filter(|row| row.outcome == Verdict::NotRun).count();
-        bail!("the device is lost after a failed case, {n_left} cases were left: {error}");
-    }
-    match failed {
-        0 => Ok(ExitCode::SUCCESS),
-        1 => bail!("one case failed"),
-        n => bail!("{n} cases failed"),
-    }
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn a_case_that_stands_aside_is_neither_passed_nor_failed() {
-        let outcomes = [
-            Ok(Outcome::Passed(String::new())),
-            Ok(Outcome::NotRun("it takes 60 GiB".to_owned())),
-            Err("off\n\n by one\n".to_owned()),
-            Ok(Outcome::Passed("9 % of the allowance".to_owned())),
-        ];
-        let mut report = Report { device: String::new(), cases: Vec::new(), passed: 0, failed: 0, not_run: 5 };
-        for outcome in outcomes {
-            let row = row("a", outcome, 1.);
-            report.count(row.outcome);
-            report.cases.push(row);
-        }
-        assert_eq!((report.passed, report.failed, report.not_run), (2, 1, 2), "one is still to come");
-        let lines: Vec<String> = report.cases.iter().map(line).collect();
-        assert_eq!(lines[0], "ok   a  1.00 s\n");
-        assert_eq!(lines[1], "--   a  not run: it takes 60 GiB  1.00 s\n");
-        assert_eq!(lines[2], "FAIL a: off; by one  1.00 s\n");
-        assert_eq!(lines[3], "ok   a  9 % of the allowance  1.00 s\n");
-        let json = serde_json::to_value(&report.cases[1]).unwrap();
-        assert_eq!((json["outcome"].as_str(), json["detail"].as_str()), (Some("not_run"), Some("it takes 60 GiB")));
-    }
+    (Row::new(name, outcome, seconds), alive)
 }

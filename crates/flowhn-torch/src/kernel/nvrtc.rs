@@ -71,7 +71,15 @@ pub(super) fn cubin(source: &KernelSource, defines: Defines, arch: &str) -> Resu
 }
 
 fn options(defines: Defines, arch: &str) -> Vec<String> {
-    let fixed = ["--std=c++17", "-default-device", "--extra-device-vectorization", "--ptxas-options=-v", "-lineinfo"];
+    // With a cache of its own, beside ours, the compiler would say nothing of what it has assembled before.
+    let fixed = [
+        "--std=c++17",
+        "-default-device",
+        "--extra-device-vectorization",
+        "--ptxas-options=-v",
+        "-lineinfo",
+        "--no-cache",
+    ];
     let mut options = vec![format!("--gpu-architecture={arch}")];
     options.extend(fixed.map(str::to_owned));
     options.extend(defines.iter().map(|(name, value)| format!("-D{name}={value}")));

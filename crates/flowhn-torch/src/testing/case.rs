@@ -29,6 +29,7 @@ pub struct Case {
     /// The name, `operation: circumstances`.
     pub name: String,
     only_cuda: bool,
+    is_alone: bool,
     check: Check,
 }
 
@@ -40,7 +41,7 @@ impl Case {
         check: impl Fn(Device) -> Result<T> + Send + Sync + 'static,
     ) -> Self {
         let check = move |device| check(device).map(Into::into);
-        Self { name: name.into(), only_cuda: false, check: Box::new(check) }
+        Self { name: name.into(), only_cuda: false, is_alone: false, check: Box::new(check) }
     }
 
     /// A check of something that only a CUDA device has.
@@ -49,6 +50,17 @@ impl Case {
         check: impl Fn(Device) -> Result<T> + Send + Sync + 'static,
     ) -> Self {
         Self { only_cuda: true, ..Self::new(name, check) }
+    }
+
+    /// The same check, beside which nothing else runs: it takes most of a device's memory, or asks how much of it is free.
+    #[must_use]
+    pub fn alone(self) -> Self {
+        Self { is_alone: true, ..self }
+    }
+
+    /// Whether nothing else runs beside it.
+    pub fn is_alone(&self) -> bool {
+        self.is_alone
     }
 
     /// Whether the check says anything about this device.
