@@ -21,8 +21,9 @@
 // up 16 values a lane. These products see 11 bits of each value, more than bf16 keeps; where anything is f32, a second product
 // adds the bits cut off (EXACT).
 //
-// No atomics: partial sums of blocks go to memory, and selective_scan_sum_states and selective_scan_sum_channels add them up in
-// a fixed order.
+// No atomics: partial sums of blocks go to memory, and selective_scan_sum, which starts early, adds them up in a fixed order. Where
+// blocks of three teams fill the device they are used: a team does what a block of its own would, but the last adds the sums of the
+// others to its own, in their order, so that a third of the partial sums goes to memory.
 #include "selective_scan_tile.cuh"
 
 #ifndef MIN_BLOCKS
@@ -30,6 +31,9 @@
 #endif
 
 constexpr bool EXACT = X_KIND == 0 || B_KIND == 0 || C_KIND == 0;
+// Teams and second products take registers: then what can be read from shared memory again is not kept. Without them keeping is
+// faster.
+constexpr bool REREAD = TEAMS > 1 || EXACT;
 // Tokens whose states and decays a lane keeps in registers.
 constexpr int STRIP = 8;
 constexpr int STRIPS = CHUNK / STRIP;
@@ -38,6 +42,10 @@ constexpr int STEPS = CHUNK / ROWS;
 constexpr int FINISHED = 4;
 static_assert(STEPS % FINISHED == 0, "");
 static_assert(CHUNK / 32 <= WARPS, "");
+
+// What a warp leaves of a strip for db and dc, and the warps that add up two neighbouring sums a lane.
+constexpr int N_SUMS = 2 * STRIP * SLICE, SUM_WARPS = N_SUMS / 64;
+static_assert(SUM_WARPS <= WARPS, "");
 
 // Row `t` of a tile, whose rows are less than 4 GiB apart: one instruction.
 template <class T> __device__ __forceinline__ T* row_of(T* tile, unsigned t, unsigned row_bytes) {
@@ -54,12 +62,67 @@ struct Sequence {
     X* dx;
     Dt* ddt;
     Z* dz;
+    float* state_parts;
     // Read again at the end, so that nothing made of it stays in registers.
     int d_inner;
     // A bit for each token of the chunk.
     unsigned resets[CHUNK / 32];
 };
 static_assert(sizeof(Sequence) <= 128, "");
+
+// Shared memory of a team.
+constexpr int TEAM_BYTES = 16 * CHUNK * CHANNELS * (SLICES == 1 ? 1 : 2) + 4 * (2 * CHUNK * SLICE + 2 * WARPS * N_SUMS)
+                         + 16 * THREADS * (STRIPS + 1) + 128 + (SLICES == 1 ? 0 : 32 * SLICES * THREADS);
+
+// All teams but the last leave their sums for db and dc in shared memory, and the last adds them to its own. What is left is handed
+// over every HANDOVER strips, from a warp to the warp of the same number, so that a team can be most of a chunk ahead of the last.
+#ifndef HANDOVER
+#define HANDOVER (TEAMS == 1 ? STRIPS : 4)
+#endif
+constexpr int HANDOVERS = STRIPS / HANDOVER;
+static_assert(TEAMS == 1 || SLICES == 1, "");
+static_assert(STRIPS % HANDOVER == 0, "");
+
+// Behind the teams' own memory: what a team leaves, `[CHUNK][db, dc][SLICE]`, and the barriers of handovers: is it there, is it read?
+__device__ __forceinline__ float* left_sums(int team) {
+    return reinterpret_cast<float*>(shared_memory() + TEAMS * TEAM_BYTES) + team * CHUNK * 2 * SLICE;
+}
+__device__ __forceinline__ unsigned handover_barrier(int is_read, int handover, int warp) {
+    return smem_address(left_sums(TEAMS - 1)) + 8 * ((is_read * HANDOVERS + handover) * SUM_WARPS + warp);
+}
+
+// Before a barrier of the block.
+__device__ __forceinline__ void open_handovers() {
+#if TEAMS > 1
+    if (threadIdx.x > 0) return;
+    #pragma unroll 1
+    for (int i = 0; i < HANDOVERS * SUM_WARPS; i++) {
+        mbarrier_init(handover_barrier(0, 0, i), TEAMS - 1);
+        mbarrier_init(handover_barrier(1, 0, i), 1);
+    }
+    mbarrier_init_fence();
+#endif
+}
+
+// Before the strips of a handover in the chunk from `token` on: the last team waits for what others leave, and they until the last has read
+// what they left in the chunk before, if they did: that of fewer tokens, which comes first, may lack the strips.
+__device__ __forceinline__ void wait_for_turn(bool is_last_team, int handover, int token, int end) {
+#if TEAMS > 1
+    int warp = thread_of_team() / 32;
+    unsigned is_lacking = handover * HANDOVER * STRIP > (unsigned)(end - 1) % CHUNK;
+    unsigned turn = (unsigned)(end - 1 - token) / CHUNK - is_lacking;
+    if (warp < SUM_WARPS) mbarrier_wait(handover_barrier(!is_last_team, handover, warp), (turn + !is_last_team) % 2);
+#endif
+}
+
+// After them.
+__device__ __forceinline__ void end_turn(bool is_last_team, int handover) {
+#if TEAMS > 1
+    int warp = thread_of_team() / 32;
+    __syncwarp();
+    if (warp < SUM_WARPS && threadIdx.x % 32 == 0) mbarrier_arrive(handover_barrier(is_last_team, handover, warp));
+#endif
+}
 
 // What a thread reads of a chunk: a pair of channels of every ROWS-th token.
 template <int ROWS_READ> struct Activations {
@@ -98,12 +161,17 @@ __device__ __forceinline__ float2 sum_over_channels(const float (&v)[4][4], cons
     return make_float2(lo, hi);
 }
 
+__device__ __forceinline__ float2 add(float2 sum, const float* pair) {
+    float2 v = REREAD ? *reinterpret_cast<const float2*>(pair) : make_float2(pair[0], pair[1]);
+    return make_float2(sum.x + v.x, sum.y + v.y);
+}
+
 // Where the sums of a warp stand in shared memory, `[db, dc][STRIP][SLICE]`; halves of rows swap so that stores miss each other.
 __device__ __forceinline__ int warp_sum_at(int which, int t, int n) {
     return (which * STRIP + t) * SLICE + (n ^ (t & 2) << 2);
 }
 
-extern "C" __global__ void __launch_bounds__(THREADS, MIN_BLOCKS)
+extern "C" __global__ void __launch_bounds__(TEAMS * THREADS, MIN_BLOCKS)
 selective_scan_backward(X* dx, Dt* ddt, Z* dz, i64 dz_batch, i64 dz_token, float* state_parts, float* rate_parts, float* channel_parts,
                         float* start_grad,
                         const X* dy, const X* x, const Dt* dt, const Z* z, const B* b, const C* c, i64 dy_batch, i64 dy_token,
@@ -112,7 +180,7 @@ selective_scan_backward(X* dx, Dt* ddt, Z* dz, i64 dz_batch, i64 dz_token, float
                         const float* chunk_states, const float* end_grad, const unsigned char* reset, i64 reset_batch,
                         i64 reset_token, int seq_len, int d_inner, int d_state, int segment_len) {
     // [CHUNK][CHANNELS] dt, dt x and dy', one word unused.
-    float4* steps = reinterpret_cast<float4*>(shared_memory());
+    float4* steps = reinterpret_cast<float4*>(shared_memory() + team_of_block() * TEAM_BYTES);
     float* b_tile = reinterpret_cast<float*>(steps + CHUNK * CHANNELS);  // [b, c][CHUNK][SLICE]
     float* warp_sums = b_tile + 2 * CHUNK * SLICE;             // [2][WARPS][db, dc][STRIP][SLICE]
     float4* marks = reinterpret_cast<float4*>(warp_sums + 2 * WARPS * 2 * STRIP * SLICE);  // [STRIPS][THREADS]
@@ -122,9 +190,9 @@ selective_scan_backward(X* dx, Dt* ddt, Z* dz, i64 dz_batch, i64 dz_token, float
     // Sums over states of g b, a k and c h, in the place of steps if no other slice needs those.
     float4* sums = SLICES == 1 ? steps : slices + 2 * SLICES * THREADS;
 
-    int tid = threadIdx.x, lane = tid % 32, warp = tid / 32, group = lane / 8;
-    int channel = warp * 8 + lane % 8, e = blockIdx.x * CHANNELS + channel;
-    int pair = tid % PAIRS * 2, pair_e = blockIdx.x * CHANNELS + pair, row = tid / PAIRS;
+    int tid = thread_of_team(), lane = tid % 32, warp = tid / 32, group = lane / 8;
+    int channel = warp * 8 + lane % 8, e = first_channel() + channel;
+    int pair = tid % PAIRS * 2, pair_e = first_channel() + pair, row = tid / PAIRS;
     i64 batch = blockIdx.z;
     int n_segments = gridDim.y, segment = blockIdx.y;
     int first = segment * segment_len, end = min(seq_len, first + segment_len);
@@ -136,13 +204,18 @@ selective_scan_backward(X* dx, Dt* ddt, Z* dz, i64 dz_batch, i64 dz_token, float
         sequence->dy = dy + batch * dy_batch, sequence->x = x + batch * x_batch, sequence->dt = dt + batch * dt_batch;
         sequence->b = b + batch * b_batch, sequence->c = c + batch * c_batch;
         sequence->dx = dx + batch * seq_len * d_inner, sequence->ddt = ddt + batch * seq_len * d_inner;
+        if (REREAD) sequence->state_parts = state_parts + ((i64)blockIdx.x * gridDim.z + batch) * seq_len * (2 * SLICE * SLICES);
         if (GATED) sequence->z = z + batch * z_batch, sequence->dz = dz + batch * dz_batch;
     }
+    int last = first + (end - first - 1) / CHUNK * CHUNK;
+    open_handovers();
     __syncthreads();
-    state_parts += ((i64)blockIdx.x * gridDim.z + batch) * seq_len * (2 * SLICE * SLICES);
+    if (!REREAD) state_parts += ((i64)blockIdx.x * gridDim.z + batch) * seq_len * (2 * SLICE * SLICES);
     if (end_grad) end_grad += border * d_inner * d_state;
 
-    int width = max(0, min(2, d_inner - pair_e));
+    // How many channels of this thread's pair there are.
+    int width_kept = max(0, min(2, d_inner - pair_e));
+    auto width_of_pair = [&] { return REREAD ? max(0, min(2, sequence->d_inner - pair_e)) : width_kept; };
     parts[tid] = make_float4(0.f, 0.f, 0.f, 0.f);
 
     unsigned ones[8];
@@ -163,7 +236,7 @@ selective_scan_backward(X* dx, Dt* ddt, Z* dz, i64 dz_batch, i64 dz_token, float
 
     // Reads rows `from`, `from + ROWS`, .. of a chunk.
     auto fetch = [&](auto& to, int token, int from) {
-        int start = token + from;
+        int start = token + from, width = width_of_pair();
         const X* x_tile = to_device_memory(sequence->x) + start * x_token + pair_e;
         const X* dy_tile = to_device_memory(sequence->dy) + start * dy_token + pair_e;
         const Dt* dt_tile = to_device_memory(sequence->dt) + start * dt_token + pair_e;
@@ -180,11 +253,11 @@ selective_scan_backward(X* dx, Dt* ddt, Z* dz, i64 dz_batch, i64 dz_token, float
     // Asks for what a chunk will read, 32 bytes a thread and tensor, so that it is in the L2 cache by then.
     auto prefetch_chunk = [&](int token) {
         constexpr unsigned SECTOR = 32 / sizeof(X), SECTORS = CHANNELS / SECTOR;
-        unsigned at = blockIdx.x * CHANNELS + threadIdx.x % SECTORS * SECTOR;
+        unsigned at = first_channel() + thread_of_team() % SECTORS * SECTOR;
         if (at < d_inner) {
             #pragma unroll
             for (int k = 0; k < CHUNK; k += THREADS / SECTORS) {
-                int t = token + k + threadIdx.x / SECTORS;
+                int t = token + k + thread_of_team() / SECTORS;
                 prefetch_l2(to_device_memory(sequence->x) + t * x_token + at);
                 prefetch_l2(to_device_memory(sequence->dt) + t * dt_token + at);
                 prefetch_l2(to_device_memory(sequence->dy) + t * dy_token + at);
@@ -210,7 +283,6 @@ selective_scan_backward(X* dx, Dt* ddt, Z* dz, i64 dz_batch, i64 dz_token, float
         }
     };
 
-    int last = first + (end - first - 1) / CHUNK * CHUNK;
     for (int token = last; token >= first; token -= CHUNK) {
         int n_tokens = min(CHUNK, end - token), n_strips = (n_tokens + STRIP - 1) / STRIP;
         // All loads of a chunk are under way before the first is waited for.
@@ -218,7 +290,7 @@ selective_scan_backward(X* dx, Dt* ddt, Z* dz, i64 dz_batch, i64 dz_token, float
         fetch_states(token, 0);
         fetch(read, token, row);
         // Parameters are read anew for every chunk, which leaves registers to the scan.
-        float2 bias = load_parameters(dt_bias, pair_e, width);
+        float2 bias = load_parameters(dt_bias, pair_e, width_of_pair());
         #pragma unroll
         for (int k = 0; k < STEPS; k++) {
             bool there = row + k * ROWS < n_tokens;
@@ -242,7 +314,7 @@ selective_scan_backward(X* dx, Dt* ddt, Z* dz, i64 dz_batch, i64 dz_token, float
         for (int slice = 0; slice < SLICES; slice++) {
             if (slice > 0) {
                 fetch_states(token, slice);
-                __syncthreads();
+                sync_team();
             }
             b_next.store(b_tile);
             c_next.store(b_tile + CHUNK * SLICE);
@@ -255,7 +327,7 @@ selective_scan_backward(X* dx, Dt* ddt, Z* dz, i64 dz_batch, i64 dz_token, float
                 #pragma unroll
                 for (int i = 0; i < 4; i++) rate.v[i] *= LOG2_E;
             }
-            __syncthreads();
+            sync_team();
 
             // What this lane reads of a strip, and where it leaves its states.
             const float4 *step_at = steps + channel, *b_at = reinterpret_cast<const float4*>(b_tile) + group;
@@ -277,99 +349,106 @@ selective_scan_backward(X* dx, Dt* ddt, Z* dz, i64 dz_batch, i64 dz_token, float
             }
             int last_t = (n_strips - 1) * STRIP;
             float4* to = sums + (last_t + group) * CHANNELS + channel;
-            // Two neighbouring sums over the warps a thread.
-            constexpr int N_SUMS = 2 * STRIP * SLICE, EACH = (N_SUMS + THREADS - 1) / THREADS;
-            int sum_t = tid * EACH / (2 * SLICE), sum_n = tid * EACH % (2 * SLICE);
+            // Two neighbouring sums over the warps a thread, of the first warps.
+            int sum_t = tid * 2 / (2 * SLICE), sum_n = tid * 2 % (2 * SLICE);
             const float* sum_from = warp_sums + warp_sum_at(sum_n / SLICE, sum_t, sum_n % SLICE);
             float* sums_to = warp_sums + warp * N_SUMS + warp_sum_at(0, lane % 4, lane / 4 * 2);
             sum_t += last_t;
-            float* part_to = state_parts + ((i64)(token + sum_t) * SLICES + slice) * (2 * SLICE) + sum_n;
+            float* part_to = (REREAD ? to_device_memory(sequence->state_parts) : state_parts) + ((i64)(token + sum_t) * SLICES + slice) * (2 * SLICE) + sum_n;
 
             #pragma unroll 1
-            for (int strip = n_strips - 1; strip >= 0; strip--) {
-                unsigned reset_bits = 0;
-                if (RESET) reset_bits = sequence->resets[strip * STRIP / 32] >> strip * STRIP % 32;
-                if (strip < n_strips - 1) h = to_states(*mark_at);
-                else *mark_at = to_float4(h);
-                int parity = strip % 2 * WARPS * N_SUMS;
-                float before[STRIP][4], decay[STRIP][4], y_total[STRIP / 4];
-                float4 step[4];
-                States b_t[4], c_t[4];
-                auto read_operands = [&](int part) {
-                    #pragma unroll
-                    for (int k = 0; k < 4; k++) {
-                        step[k] = step_at[(part + k) * CHANNELS];
-                        b_t[k] = to_states(b_at[(part + k) * 4]);
-                        c_t[k] = to_states(b_at[CHUNK * 4 + (part + k) * 4]);
-                    }
-                };
-                float products[4][4];
-                #pragma unroll
-                for (int part = 0; part < STRIP; part += 4) {
-                    read_operands(part);
-                    float y_part[4];
-                    #pragma unroll
-                    for (int k = 0; k < 4; k++) {
-                        int q = part + k;
-                        bool cleared = RESET && (reset_bits >> q & 1);
+            for (int handover = TEAMS == 1 ? 0 : (n_strips - 1) / HANDOVER; handover >= 0; handover--) {
+                bool is_last_team = team_of_block() == TEAMS - 1;
+                wait_for_turn(is_last_team, handover, token, end);
+                #pragma unroll 1
+                for (int strip = (TEAMS == 1 ? n_strips : min(n_strips, (handover + 1) * HANDOVER)) - 1; strip >= handover * HANDOVER; strip--) {
+                    unsigned reset_bits = 0;
+                    if (RESET) reset_bits = sequence->resets[strip * STRIP / 32] >> strip * STRIP % 32;
+                    if (strip < n_strips - 1) h = to_states(*mark_at);
+                    else *mark_at = to_float4(h);
+                    int parity = strip % 2 * WARPS * N_SUMS;
+                    float before[STRIP][4], decay[STRIP][4], y_total[STRIP / 4];
+                    float4 step[4];
+                    States b_t[4], c_t[4];
+                    auto read_operands = [&](int part) {
                         #pragma unroll
-                        for (int i = 0; i < 4; i++) {
-                            before[q][i] = cleared ? 0.f : h.v[i];
-                            decay[q][i] = cleared ? 0.f : ex2(step[k].x * rate.v[i]);
-                            h.v[i] = fmaf(decay[q][i], before[q][i], step[k].y * b_t[k].v[i]);
-                            products[k][i] = step[k].z * h.v[i];
-                            if (GATED) y_part[k] = i == 0 ? c_t[k].v[i] * h.v[i] : fmaf(c_t[k].v[i], h.v[i], y_part[k]);
+                        for (int k = 0; k < 4; k++) {
+                            step[k] = step_at[(part + k) * CHANNELS];
+                            b_t[k] = to_states(b_at[(part + k) * 4]);
+                            c_t[k] = to_states(b_at[CHUNK * 4 + (part + k) * 4]);
                         }
-                    }
-                    float2 c_sums = sum_over_channels(products, ones);
-                    if (GATED) y_total[part / 4] = sum_over_states(y_part);
-                    store_pair_f32(sums_to + parity + (STRIP + part) * SLICE, c_sums);
-                }
-                #pragma unroll
-                for (int part = STRIP - 4; part >= 0; part -= 4) {
-                    float input_part[4], rate_part[4];
-                    // Those of the last four tokens are still here.
-                    if (EXACT || part < STRIP - 4) read_operands(part);
-                    if (part == 0) {
-                        States at_start = to_states(*mark_at);
-                        #pragma unroll
-                        for (int i = 0; i < 4; i++) before[0][i] = RESET && (reset_bits & 1) ? 0.f : at_start.v[i];
-                    }
+                    };
+                    float products[4][4];
                     #pragma unroll
-                    for (int k = 3; k >= 0; k--) {
-                        int q = part + k;
+                    for (int part = 0; part < STRIP; part += 4) {
+                        read_operands(part);
+                        float y_part[4];
                         #pragma unroll
-                        for (int i = 0; i < 4; i++) {
-                            float by_state = fmaf(c_t[k].v[i], step[k].z, g.v[i]);
-                            products[k][i] = by_state * step[k].y;
-                            input_part[k] = i == 0 ? by_state * b_t[k].v[i] : fmaf(by_state, b_t[k].v[i], input_part[k]);
-                            g.v[i] = by_state * decay[q][i];
-                            float through_decay = g.v[i] * before[q][i];
-                            rate_part[k] = i == 0 ? through_decay * rate.v[i] : fmaf(through_decay, rate.v[i], rate_part[k]);
-                            rate_grad.v[i] = fmaf(through_decay, step[k].x, rate_grad.v[i]);
+                        for (int k = 0; k < 4; k++) {
+                            int q = part + k;
+                            bool cleared = RESET && (reset_bits >> q & 1);
+                            #pragma unroll
+                            for (int i = 0; i < 4; i++) {
+                                before[q][i] = cleared ? 0.f : h.v[i];
+                                decay[q][i] = cleared ? 0.f : ex2(step[k].x * rate.v[i]);
+                                h.v[i] = fmaf(decay[q][i], before[q][i], step[k].y * b_t[k].v[i]);
+                                products[k][i] = step[k].z * h.v[i];
+                                if (GATED) y_part[k] = i == 0 ? c_t[k].v[i] * h.v[i] : fmaf(c_t[k].v[i], h.v[i], y_part[k]);
+                            }
                         }
+                        float2 c_sums = sum_over_channels(products, ones);
+                        if (GATED) y_total[part / 4] = sum_over_states(y_part);
+                        store_pair_f32(sums_to + parity + (STRIP + part) * SLICE, c_sums);
                     }
-                    float2 b_sums = sum_over_channels(products, ones);
-                    float4 total = make_float4(sum_over_states(input_part), sum_over_states(rate_part), GATED ? y_total[part / 4] : 0.f, 0.f);
-                    float4* at = to + part * CHANNELS;
-                    if (SLICES > 1 && slice > 0) total = make_float4(at->x + total.x, at->y + total.y, at->z + total.z, 0.f);
-                    // Other lanes have read what these sums replace.
-                    if (SLICES == 1) __syncwarp();
-                    *at = total;
-                    store_pair_f32(sums_to + parity + part * SLICE, b_sums);
-                }
-                __syncthreads();
-                if ((EACH * THREADS == N_SUMS || tid * EACH < N_SUMS) && sum_t < n_tokens) {
-                    float total[EACH] = {};
                     #pragma unroll
-                    for (int w = 0; w < WARPS; w++) {
+                    for (int part = STRIP - 4; part >= 0; part -= 4) {
+                        float input_part[4], rate_part[4];
+                        // Those of the last four tokens are still here.
+                        if (EXACT || part < STRIP - 4) read_operands(part);
+                        if (part == 0) {
+                            States at_start = to_states(*mark_at);
+                            #pragma unroll
+                            for (int i = 0; i < 4; i++) before[0][i] = RESET && (reset_bits & 1) ? 0.f : at_start.v[i];
+                        }
                         #pragma unroll
-                        for (int i = 0; i < EACH; i++) total[i] += sum_from[parity + w * N_SUMS + i];
+                        for (int k = 3; k >= 0; k--) {
+                            int q = part + k;
+                            #pragma unroll
+                            for (int i = 0; i < 4; i++) {
+                                float by_state = fmaf(c_t[k].v[i], step[k].z, g.v[i]);
+                                products[k][i] = by_state * step[k].y;
+                                input_part[k] = i == 0 ? by_state * b_t[k].v[i] : fmaf(by_state, b_t[k].v[i], input_part[k]);
+                                g.v[i] = by_state * decay[q][i];
+                                float through_decay = g.v[i] * before[q][i];
+                                rate_part[k] = i == 0 ? through_decay * rate.v[i] : fmaf(through_decay, rate.v[i], rate_part[k]);
+                                rate_grad.v[i] = fmaf(through_decay, step[k].x, rate_grad.v[i]);
+                            }
+                        }
+                        float2 b_sums = sum_over_channels(products, ones);
+                        float4 total = make_float4(sum_over_states(input_part), sum_over_states(rate_part), GATED ? y_total[part / 4] : 0.f, 0.f);
+                        float4* at = to + part * CHANNELS;
+                        if (SLICES > 1 && slice > 0) total = make_float4(at->x + total.x, at->y + total.y, at->z + total.z, 0.f);
+                        // Other lanes have read what these sums replace.
+                        if (SLICES == 1) __syncwarp();
+                        *at = total;
+                        store_pair_f32(sums_to + parity + part * SLICE, b_sums);
                     }
-                    store_vec<EACH>(part_to, total);
+                    sync_team();
+                    if ((SUM_WARPS == WARPS || warp < SUM_WARPS) && (REREAD || sum_t < n_tokens)) {
+                        float2 total = make_float2(0.f, 0.f);
+                        #pragma unroll
+                        for (int w = 0; w < WARPS; w++) total = add(total, sum_from + parity + w * N_SUMS);
+                        if (is_last_team) {
+                            #pragma unroll
+                            for (int team = 0; team < TEAMS - 1; team++) total = add(total, left_sums(team) + strip * N_SUMS + 2 * tid);
+                            if (!REREAD) part_to[0] = total.x, part_to[1] = total.y;
+                            else if (sum_t < n_tokens) store_pair_f32(part_to, total);
+                        } else store_pair_f32(left_sums(team_of_block()) + strip * N_SUMS + 2 * tid, total);
+                    }
+                    mark_at -= THREADS, step_at -= STRIP * CHANNELS, b_at -= STRIP * 4, to -= STRIP * CHANNELS;
+                    sum_t -= STRIP, part_to -= STRIP * SLICES * 2 * SLICE;
                 }
-                mark_at -= THREADS, step_at -= STRIP * CHANNELS, b_at -= STRIP * 4, to -= STRIP * CHANNELS;
-                sum_t -= STRIP, part_to -= STRIP * SLICES * 2 * SLICE;
+                end_turn(is_last_team, handover);
             }
             if (SLICES > 1) {
                 slices[slice * THREADS + tid] = to_float4(g);
@@ -377,6 +456,7 @@ selective_scan_backward(X* dx, Dt* ddt, Z* dz, i64 dz_batch, i64 dz_token, float
             }
         }
 
+        int width = width_of_pair();
         float2 skip = load_parameters(d, pair_e, width);
         float4 part = parts[tid];
         bias = load_parameters(dt_bias, pair_e, width);
@@ -416,6 +496,7 @@ selective_scan_backward(X* dx, Dt* ddt, Z* dz, i64 dz_batch, i64 dz_token, float
         // The next chunk's steps go where this one's are still read only by the same thread; its other sums wait for a barrier.
     }
 
+    let_next_kernel_start();
     #pragma unroll
     for (int slice = 0; slice < SLICES; slice++) {
         if (SLICES > 1) {
@@ -426,8 +507,9 @@ selective_scan_backward(X* dx, Dt* ddt, Z* dz, i64 dz_batch, i64 dz_token, float
         store_states(rate_parts + border * d_inner * d_state, e, n, sequence->d_inner, d_state, rate_grad);
         if (start_grad && segment == 0) store_states(start_grad + batch * d_inner * d_state, e, n, sequence->d_inner, d_state, g);
     }
-    __syncthreads();
+    sync_team();
     if (tid < PAIRS) {
+        int width = width_of_pair();
         float4 total = parts[tid];
         for (int r = 1; r < ROWS; r++) {
             float4 other = parts[r * PAIRS + tid];
@@ -438,19 +520,18 @@ selective_scan_backward(X* dx, Dt* ddt, Z* dz, i64 dz_batch, i64 dz_token, float
     }
 }
 
-// db and dc `[batch, seq_len, d_state]` from the blocks' parts `[n_parts, batch, seq_len, SLICES, 2, SLICE]`. A thread owns four
+// db and dc `[batch, seq_len, d_state]` from the blocks' parts `[n_blocks, batch, seq_len, SLICES, 2, SLICE]`. Thread `at` owns four
 // neighbouring sums. First come the first tokens of all sequences: what was written last is still in the L2 cache, and what is read
 // once need not stay there.
-extern "C" __global__ void selective_scan_sum_states(B* db, C* dc, const float* state_parts, int n_parts, int batch, i64 seq_len,
-                                                     int d_state) {
+__device__ __forceinline__ void sum_states(B* db, C* dc, const float* parts, int n_blocks, int batch, i64 seq_len, int d_state, unsigned block) {
     constexpr int WIDTH = 2 * SLICE * SLICES;
-    i64 n_own = seq_len * WIDTH, i = 4 * ((i64)(blockIdx.x / batch) * blockDim.x + threadIdx.x);
+    i64 n_own = seq_len * WIDTH, i = 4 * ((i64)(block / batch) * blockDim.x + threadIdx.x);
     if (i >= n_own) return;
-    i += blockIdx.x % batch * n_own;
+    i += block % batch * n_own;
     float total[4] = {};
     #pragma unroll 8
-    for (int k = 0; k < n_parts; k++) {
-        float4 part = __ldcs(reinterpret_cast<const float4*>(state_parts + (i64)k * batch * n_own + i));
+    for (int k = 0; k < n_blocks; k++) {
+        float4 part = __ldcs(reinterpret_cast<const float4*>(parts + (i64)k * batch * n_own + i));
         total[0] += part.x, total[1] += part.y, total[2] += part.z, total[3] += part.w;
     }
     int n = i % WIDTH / (2 * SLICE) * SLICE + i % SLICE;
@@ -465,17 +546,29 @@ extern "C" __global__ void selective_scan_sum_states(B* db, C* dc, const float* 
     }
 }
 
-// da `[d_inner, d_state]`, dd and ddt_bias `[d_inner]` (null where not wanted) from the parts of `n_parts` segments.
-extern "C" __global__ void selective_scan_sum_channels(float* da, float* dd, float* dbias, const float* rate_parts,
-                                                       const float* channel_parts, int n_parts, int d_inner, int d_state) {
-    i64 i = (i64)blockIdx.x * blockDim.x + threadIdx.x, n_rates = (i64)d_inner * d_state;
+// da `[d_inner, d_state]`, dd and ddt_bias `[d_inner]` (null where not wanted) from the parts of `n_segments` segments of all sequences.
+__device__ __forceinline__ void sum_channels(float* da, float* dd, float* dbias, const float* rate_parts, const float* channel_parts,
+                                             int n_segments, int d_inner, int d_state, unsigned block) {
+    i64 i = (i64)block * blockDim.x + threadIdx.x, n_rates = (i64)d_inner * d_state;
     const float* parts = i < n_rates ? rate_parts + i : channel_parts + (i - n_rates);
     i64 stride = i < n_rates ? n_rates : 2 * d_inner;
     if (i >= n_rates + 2 * d_inner) return;
     float total = 0.f;
-    for (int k = 0; k < n_parts; k++) total += parts[k * stride];
+    #pragma unroll 8
+    for (int k = 0; k < n_segments; k++) total += parts[k * stride];
     if (i < n_rates) da[i] = total;
     else if (i < n_rates + d_inner) {
         if (dd) dd[i - n_rates] = total;
     } else if (dbias) dbias[i - n_rates - d_inner] = total;
+}
+
+// All sums over blocks. Its first `channel_blocks` blocks add up what belongs to channels, the others what belongs to tokens. They take
+// their places as the last blocks of selective_scan_backward end.
+extern "C" __global__ void selective_scan_sum(B* db, C* dc, const float* state_parts, int n_blocks, int batch, i64 seq_len,
+                                              float* da, float* dd, float* dbias, const float* rate_parts, const float* channel_parts,
+                                              int n_segments, int d_inner, int d_state, unsigned channel_blocks) {
+    wait_for_kernel_in_front();
+    if (blockIdx.x < channel_blocks)
+        sum_channels(da, dd, dbias, rate_parts, channel_parts, n_segments, d_inner, d_state, blockIdx.x);
+    else sum_states(db, dc, state_parts, n_blocks, batch, seq_len, d_state, blockIdx.x - channel_blocks);
 }

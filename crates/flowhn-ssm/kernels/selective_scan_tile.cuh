@@ -47,6 +47,10 @@
 #ifndef WARPS
 #define WARPS 4
 #endif
+// Teams of WARPS warps in a block, each of which works as a block of its own would.
+#ifndef TEAMS
+#define TEAMS 1
+#endif
 // Tokens between two recorded states.
 #ifndef CHUNK
 #define CHUNK 64
@@ -64,6 +68,17 @@ constexpr int THREADS = 32 * WARPS;
 // Threads take pairs of channels where they work element by element: 8 tokens at a time.
 constexpr int PAIRS = CHANNELS / 2;
 constexpr int ROWS = THREADS / PAIRS;
+
+// The place of a thread and of a team.
+__device__ __forceinline__ int thread_of_team() { return TEAMS == 1 ? threadIdx.x : threadIdx.x % THREADS; }
+__device__ __forceinline__ int team_of_block() { return TEAMS == 1 ? 0 : threadIdx.x / THREADS; }
+__device__ __forceinline__ int first_channel() { return (blockIdx.x * TEAMS + team_of_block()) * CHANNELS; }
+
+__device__ __forceinline__ void sync_team() {
+    if constexpr (TEAMS == 1) __syncthreads();
+    else named_barrier(1 + team_of_block(), THREADS);
+}
+
 // Rows of sums in shared memory are padded, so that 4 tokens times 8 channels fall into 32 banks.
 constexpr int SUM_STRIDE = CHANNELS + 8;
 
@@ -120,7 +135,7 @@ template <class T, int TOKENS> struct StateTile {
 
     // `row` is state 0 of the first token; tokens from `n_tokens` on are zero.
     __device__ __forceinline__ void load(const T* row, i64 token_stride, int n_tokens, int slice, int d_state) {
-        int t = threadIdx.x / (SLICE / 2), n = slice * SLICE + threadIdx.x % (SLICE / 2) * 2;
+        int t = thread_of_team() / (SLICE / 2), n = slice * SLICE + threadIdx.x % (SLICE / 2) * 2;
         const T* p = row + t * token_stride + n;
         #pragma unroll
         for (int k = 0; k < PER_THREAD; k++) {
@@ -133,7 +148,7 @@ template <class T, int TOKENS> struct StateTile {
     __device__ __forceinline__ void store(float* shared) const {
         #pragma unroll
         for (int k = 0; k < PER_THREAD; k++) {
-            int i = threadIdx.x + k * THREADS;
+            int i = thread_of_team() + k * THREADS;
             if (i < N_PAIRS) store_pair_f32(shared + 2 * i, pairs[k].unpack());
         }
     }

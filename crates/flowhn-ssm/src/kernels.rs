@@ -59,6 +59,17 @@ const SELECTIVE_SCAN_VARIANTS: &[Defines<'static>] = &[
     .defines(),
 ];
 
+/// The same for the backward, with blocks of three teams between them, which are used on Hopper alone.
+const SELECTIVE_SCAN_BACKWARD_VARIANTS: &[Defines<'static>] = &[
+    SELECTIVE_SCAN_VARIANTS[0],
+    &ScanVariant { n_teams: 3, ..ScanVariant::mamba(1) }.defines(),
+    &ScanVariant { n_teams: 3, ..ScanVariant::mamba(0) }.defines(),
+    &ScanVariant { n_teams: 3, reset: true, ..ScanVariant::mamba(1) }.defines(),
+    SELECTIVE_SCAN_VARIANTS[1],
+    SELECTIVE_SCAN_VARIANTS[2],
+    SELECTIVE_SCAN_VARIANTS[3],
+];
+
 /// What the kernels of SSD on the tensor cores share.
 const SSD_HEADERS: &[(&str, &str)] = &[("ssd_tile.cuh", include_str!("../kernels/ssd_tile.cuh"))];
 
@@ -117,7 +128,7 @@ pub(crate) static SSD_RECURRENT: KernelSource =
 pub const KERNELS: &[KernelSpec] = &[
     KernelSpec { source: &CAUSAL_CONV1D, variants: CAUSAL_CONV1D_VARIANTS },
     KernelSpec { source: &SELECTIVE_SCAN_FORWARD, variants: SELECTIVE_SCAN_VARIANTS },
-    KernelSpec { source: &SELECTIVE_SCAN_BACKWARD, variants: SELECTIVE_SCAN_VARIANTS },
+    KernelSpec { source: &SELECTIVE_SCAN_BACKWARD, variants: SELECTIVE_SCAN_BACKWARD_VARIANTS },
     KernelSpec {
         source: &SELECTIVE_SCAN_CARRY,
         variants: &[

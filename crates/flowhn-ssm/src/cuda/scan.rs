@@ -13,6 +13,8 @@ use crate::scan::{DtActivation, SelectiveScan, SelectiveScanOutput};
 
 /// The name in errors and on the autograd tape.
 pub(super) const OP: &str = "selective_scan";
+/// Threads of a block that adds up what the blocks of the backward kernel leave.
+const SUM_THREADS: i64 = 256;
 
 /// Runs the scan on checked arguments with at least one element.
 pub(crate) fn selective_scan(args: &SelectiveScan, carry: Carry) -> Result<SelectiveScanOutput> {
@@ -71,8 +73,8 @@ impl Function for Scan {
         operands.push_reset(&mut args);
         operands.push_sizes(&mut args, segment_len);
         kernel(&SELECTIVE_SCAN_FORWARD, "selective_scan_forward", &operands.defines(Pass::Forward)?).launch(
-            operands.grid(n_segments),
-            operands.block(),
+            operands.grid(Pass::Forward, n_segments),
+            operands.block(Pass::Forward),
             operands.shared_bytes(Pass::Forward),
             &args,
         )?;
@@ -106,8 +108,9 @@ impl Function for Scan {
         let dinitial = wanted(self.initial_state).map(like).transpose()?;
 
         let (n_segments, segment_len) = operands.segments()?;
+        let pass = operands.backward(n_segments)?;
         let n_parts = shape.batch * n_segments;
-        let state_parts = empty(&shape.state_parts(), Kind::Float)?;
+        let state_parts = empty(&shape.state_parts(pass), Kind::Float)?;
         let rate_parts = empty(&[n_parts, shape.d_inner, shape.d_state], Kind::Float)?;
         let channel_parts = empty(&[n_parts, 2, shape.d_inner], Kind::Float)?;
         let final_grad = grads[1].defined().then(|| grads[1].f_contiguous()).transpose()?;
@@ -131,19 +134,20 @@ impl Function for Scan {
         args.extend([Arg::Tensor(chunk_states), Arg::opt(end_grad.as_ref())]);
         operands.push_reset(&mut args);
         operands.push_sizes(&mut args, segment_len);
-        let defines = operands.defines(Pass::Backward)?;
+        let defines = operands.defines(pass)?;
         kernel(&SELECTIVE_SCAN_BACKWARD, "selective_scan_backward", &defines).launch(
-            operands.grid(n_segments),
-            operands.block(),
-            operands.shared_bytes(Pass::Backward),
+            operands.grid(pass, n_segments),
+            operands.block(pass),
+            operands.shared_bytes(pass),
             &args,
         )?;
 
-        let [n_blocks, batch, seq_len, width] = shape.state_parts();
-        let [blocks_of_sequence, ..] = blocks_of(256, seq_len * width / 4);
-        kernel(&SELECTIVE_SCAN_BACKWARD, "selective_scan_sum_states", &defines).launch(
-            [blocks_of_sequence * batch as u32, 1, 1],
-            256,
+        let [n_blocks, batch, seq_len, width] = shape.state_parts(pass);
+        let [blocks_of_sequence, ..] = blocks_of(SUM_THREADS, seq_len * width / 4);
+        let [channel_blocks, ..] = blocks_of(SUM_THREADS, shape.d_inner * (shape.d_state + 2));
+        kernel(&SELECTIVE_SCAN_BACKWARD, "selective_scan_sum", &defines).launch_early(
+            [channel_blocks + blocks_of_sequence * batch as u32, 1, 1],
+            SUM_THREADS as u32,
             0,
             &[
                 Arg::Tensor(&db),
@@ -152,14 +156,6 @@ impl Function for Scan {
                 Arg::I32(n_blocks as i32),
                 Arg::I32(batch as i32),
                 Arg::I64(seq_len),
-                Arg::I32(shape.d_state as i32),
-            ],
-        )?;
-        kernel(&SELECTIVE_SCAN_BACKWARD, "selective_scan_sum_channels", &defines).launch(
-            blocks_of(128, shape.d_inner * (shape.d_state + 2)),
-            128,
-            0,
-            &[
                 Arg::Tensor(&da),
                 Arg::opt(dd.as_ref()),
                 Arg::opt(ddt_bias.as_ref()),
@@ -168,6 +164,7 @@ impl Function for Scan {
                 Arg::I32(n_parts as i32),
                 Arg::I32(shape.d_inner as i32),
                 Arg::I32(shape.d_state as i32),
+                Arg::I32(channel_blocks as i32),
             ],
         )?;
 
@@ -216,8 +213,8 @@ fn carry(
     operands.push_reset(&mut args);
     operands.push_sizes(&mut args, segment_len);
     kernel(&SELECTIVE_SCAN_CARRY, "selective_scan_carry", &defines).launch(
-        operands.grid(n_segments),
-        operands.block(),
+        operands.grid(pass, n_segments),
+        operands.block(pass),
         operands.shared_bytes(pass),
         &args,
     )?;

@@ -12,9 +12,9 @@ use super::scan::OP;
 const SLICE: i64 = 16;
 /// Widest state; more would need more shared memory than a block has.
 const MAX_STATE: i64 = 256;
-/// Warps of a block, `WARPS`.
+/// Warps of a team, `WARPS`.
 const WARPS: i64 = 4;
-/// Channels of a block.
+/// Channels of a team.
 const CHANNELS: i64 = 8 * WARPS;
 /// Tokens between two recorded states, `CHUNK`: 4 bytes a state element in 64 tokens is an eighth of a bf16 input.
 const CHUNK: i64 = 64;
@@ -24,13 +24,15 @@ const TILE: i64 = 32;
 const STRIP: i64 = 8;
 /// Room for the addresses of a sequence, `Sequence`.
 const SEQUENCE_BYTES: i64 = 128;
-/// Blocks that a multiprocessor holds at once.
-const RESIDENT_BLOCKS: i64 = 3;
+/// Teams that a multiprocessor holds at once, as blocks of their own or as one block (`TEAMS`).
+const RESIDENT_TEAMS: i64 = 3;
+/// Strips after which a team hands its sums over, `HANDOVER`.
+const HANDOVER: i64 = 4;
 /// Shorter segments cost more in carries than they gain.
 const MIN_SEGMENT: i64 = 256;
 
 /// The macros of a variant.
-pub(crate) type ScanDefines = [(&'static str, i64); 15];
+pub(crate) type ScanDefines = [(&'static str, i64); 17];
 
 /// What the macros of the kernels choose.
 #[derive(Clone, Copy, Debug)]
@@ -46,6 +48,8 @@ pub(crate) struct ScanVariant {
     pub(crate) n_slices: i64,
     /// The direction of a carry.
     pub(crate) reverse: bool,
+    /// Teams of a block of the backward: 1, or as many as fill a multiprocessor (one slice, compute capability 9.0).
+    pub(crate) n_teams: i64,
 }
 
 impl ScanVariant {
@@ -60,6 +64,7 @@ impl ScanVariant {
             reset: false,
             n_slices: 1,
             reverse: false,
+            n_teams: 1,
         }
     }
 
@@ -79,8 +84,10 @@ impl ScanVariant {
             ("SLICES", self.n_slices),
             ("WARPS", WARPS),
             ("CHUNK", CHUNK),
-            ("MIN_BLOCKS", if self.n_slices == 1 { RESIDENT_BLOCKS } else { 1 }),
+            ("MIN_BLOCKS", if self.n_slices == 1 { RESIDENT_TEAMS / self.n_teams } else { 1 }),
             ("REVERSE", self.reverse as i64),
+            ("TEAMS", self.n_teams),
+            ("HANDOVER", if self.n_teams == 1 { CHUNK / STRIP } else { HANDOVER }),
         ]
     }
 }
@@ -89,9 +96,16 @@ impl ScanVariant {
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) enum Pass {
     Forward,
-    Backward,
+    Backward { n_teams: i64 },
     CarryForward,
     CarryBackward,
+}
+
+impl Pass {
+    /// Teams of a block.
+    fn n_teams(self) -> i64 {
+        if let Pass::Backward { n_teams } = self { n_teams } else { 1 }
+    }
 }
 
 /// Sizes of a scan.
@@ -118,12 +132,12 @@ impl Shape {
     }
 
     /// The parts of the gradients of B and C: `[blocks of channels, batch, seq_len, states of both]`.
-    pub(super) fn state_parts(self) -> [i64; 4] {
-        [self.n_blocks(), self.batch, self.seq_len, 2 * SLICE * self.n_slices()]
+    pub(super) fn state_parts(self, pass: Pass) -> [i64; 4] {
+        [self.n_blocks(pass.n_teams()), self.batch, self.seq_len, 2 * SLICE * self.n_slices()]
     }
 
-    fn n_blocks(self) -> i64 {
-        ceil_div(self.d_inner, CHANNELS)
+    fn n_blocks(self, n_teams: i64) -> i64 {
+        ceil_div(self.d_inner, n_teams * CHANNELS)
     }
 
     fn n_slices(self) -> i64 {
@@ -133,13 +147,21 @@ impl Shape {
     /// Number and length of the segments that fill a device of `n_multiprocessors`. Two segments would do the work of one and a
     /// half for the carries, so there are at least three or one.
     fn segments(self, n_multiprocessors: i64) -> (i64, i64) {
-        let room = n_multiprocessors * RESIDENT_BLOCKS / (self.n_blocks() * self.batch);
+        let room = n_multiprocessors * RESIDENT_TEAMS / (self.n_blocks(1) * self.batch);
         let wanted = room.min(self.seq_len / MIN_SEGMENT);
         if wanted < 3 {
             return (1, self.seq_len);
         }
         let segment_len = ceil_div(ceil_div(self.seq_len, CHUNK), wanted) * CHUNK;
         (ceil_div(self.seq_len, segment_len), segment_len)
+    }
+
+    /// Whether blocks of three teams, one a multiprocessor, leave at most a tenth of all places for teams empty at the end.
+    fn fills_multiprocessors(self, n_segments: i64, n_multiprocessors: i64) -> bool {
+        let blocks = |n_teams| self.n_blocks(n_teams) * self.batch * n_segments;
+        let places = n_multiprocessors * RESIDENT_TEAMS;
+        let n_rounds = ceil_div(blocks(RESIDENT_TEAMS), n_multiprocessors);
+        10 * (n_rounds * places - blocks(1)) <= places
     }
 }
 
@@ -211,19 +233,35 @@ impl Operands {
 
     /// Number and length of the segments.
     pub(super) fn segments(&self) -> Result<(i64, i64)> {
-        let n_multiprocessors = match self.device() {
-            Device::Cuda(device_idx) => DeviceProperties::of(device_idx)?.n_multiprocessors,
-            _ => 1,
-        };
+        let n_multiprocessors = self.properties()?.map_or(1, |device| device.n_multiprocessors);
         Ok(self.shape.segments(n_multiprocessors.into()))
     }
 
-    pub(super) fn grid(&self, n_segments: i64) -> [u32; 3] {
-        [self.shape.n_blocks() as u32, n_segments as u32, self.shape.batch as u32]
+    /// The backward with the best number of teams: a block of three leaves a third of the parts to add up.
+    pub(super) fn backward(&self, n_segments: i64) -> Result<Pass> {
+        let (one, three) = (Pass::Backward { n_teams: 1 }, Pass::Backward { n_teams: RESIDENT_TEAMS });
+        let Some(device) = self.properties()? else { return Ok(one) };
+        let has_room = device.compute_capability == 90
+            && self.shape.n_slices() == 1
+            && self.shared_bytes(three) as u64 <= device.shared_bytes_per_block;
+        let fills = self.shape.fills_multiprocessors(n_segments, device.n_multiprocessors.into());
+        Ok(if has_room && fills { three } else { one })
     }
 
-    pub(super) fn block(&self) -> u32 {
-        32 * WARPS as u32
+    /// What the device can do, if it is a CUDA device.
+    fn properties(&self) -> Result<Option<DeviceProperties>> {
+        match self.device() {
+            Device::Cuda(device_idx) => DeviceProperties::of(device_idx).map(Some),
+            _ => Ok(None),
+        }
+    }
+
+    pub(super) fn grid(&self, pass: Pass, n_segments: i64) -> [u32; 3] {
+        [self.shape.n_blocks(pass.n_teams()) as u32, n_segments as u32, self.shape.batch as u32]
+    }
+
+    pub(super) fn block(&self, pass: Pass) -> u32 {
+        (32 * WARPS * pass.n_teams()) as u32
     }
 
     /// The macros of the variant.
@@ -246,6 +284,7 @@ impl Operands {
             reset: self.reset.is_some(),
             n_slices: self.shape.n_slices(),
             reverse: pass == Pass::CarryBackward,
+            n_teams: pass.n_teams(),
         };
         Ok(variant.defines())
     }
@@ -259,15 +298,19 @@ impl Operands {
         let per_slice = |n: i64| if slices == 1 { 0 } else { states(n * slices) };
         let bytes = match pass {
             Pass::Forward => 4 * (TILE * (2 * CHANNELS + sum_stride) + 2 * TILE * SLICE) + per_slice(1),
-            Pass::Backward => {
+            Pass::Backward { n_teams } => {
                 // Steps, and where another slice still needs them, sums of their own.
                 let words = CHUNK * CHANNELS * if slices == 1 { 1 } else { 2 };
                 let warp_sums = 2 * WARPS * 2 * STRIP * SLICE;
-                16 * words
+                let team = 16 * words
                     + 4 * (2 * CHUNK * SLICE + warp_sums)
                     + states(CHUNK / STRIP + 1)
                     + SEQUENCE_BYTES
-                    + per_slice(2)
+                    + per_slice(2);
+                // What the teams but the last leave for it, and two barriers for each of four warps and each handover.
+                let left = (n_teams - 1) * 4 * CHUNK * 2 * SLICE;
+                let barriers = if n_teams == 1 { 0 } else { 2 * 8 * 4 * (CHUNK / STRIP / HANDOVER) };
+                n_teams * team + left + barriers
             }
             Pass::CarryForward | Pass::CarryBackward => 4 * (TILE * 2 * CHANNELS + TILE * SLICE + 32) + per_slice(2),
         };
@@ -335,4 +378,20 @@ fn pairs_are_aligned(t: &Tensor) -> bool {
 
 fn ceil_div(a: i64, b: i64) -> i64 {
     (a + b - 1) / b
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn blocks_of_three_teams_are_for_full_devices() {
+        let fills = |batch, d_inner, n_segments| {
+            Shape { batch, seq_len: 4096, d_inner, d_state: 16 }.fills_multiprocessors(n_segments, 132)
+        };
+        assert!(fills(8, 1536, 1) && fills(16, 1536, 1) && fills(1, 1536, 8));
+        assert!(!fills(8, 2048, 1), "a second round with a third of the places taken");
+        assert!(!fills(4, 768, 1), "less than a round");
+        assert!(!fills(132, 32, 1), "one team in each block");
+    }
 }

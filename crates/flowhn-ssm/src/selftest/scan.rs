@@ -58,11 +58,21 @@ pub(super) fn cases() -> Vec<Case> {
         ([1, 1000, 17, 16], resets(301)),
         ([2, 1100, 6, 33], With { strided: Some(Place::Aligned), ..resets(900) }),
     ];
+    // These fill a device of 132 multiprocessors: two chunks, more, less than one, and segments.
+    let filling: [(Sizes, With); 4] = [
+        ([44, 70, 280, 4], resets(30)),
+        ([44, 200, 280, 16], plain),
+        ([44, 20, 280, 16], plain),
+        ([11, 1100, 280, 16], resets(301)),
+    ];
     let mut cases = Vec::new();
     for kind in [Kind::BFloat16, Kind::Float] {
+        let name = |sizes: Sizes, with: With| format!("selective_scan: {kind:?}, sizes {sizes:?}, {with:?}");
         for (sizes, with) in shapes {
-            let name = format!("selective_scan: {kind:?}, sizes {sizes:?}, {with:?}");
-            cases.push(Case::new(name, move |device| rule(sizes, with, kind, device)));
+            cases.push(Case::new(name(sizes, with), move |device| rule(sizes, with, kind, device)));
+        }
+        for (sizes, with) in filling {
+            cases.push(Case::on_cuda(name(sizes, with), move |device| rule(sizes, with, kind, device)));
         }
     }
     cases.push(Case::new("selective_scan: steps equal the scan", steps_equal_the_scan));
