@@ -12,8 +12,11 @@ use crate::libtorch::VERSION;
 /// The oldest Python that PyTorch 2.11 has packages for.
 const OLDEST_PYTHON: (u32, u32) = (3, 10);
 
-/// Free space an installation needs: what stays (4.8 GB) and what is downloaded beside it until it is unpacked.
-const INSTALL_BYTES: u64 = 8_000_000_000;
+/// Free space an installation needs, in GB: what stays (4.8) and what is downloaded beside it until it is unpacked.
+const INSTALL_GB: f64 = 8.0;
+
+/// Asks for another amount, in GB: a package index may have PyTorch for the CPU alone, which takes under 1.
+const INSTALL_GB_VAR: &str = "FLOWHN_INSTALL_GB";
 
 /// Prints, one a line: major, minor, whether environments can be made, and where torch is (or an empty line).
 const ABOUT_PYTHON: &str = "
@@ -119,21 +122,33 @@ fn check_compiler_named(chosen: Option<OsString>) -> Result<()> {
 
 /// Refuses a disk without room for an installation in `dir`.
 pub fn check_disk(dir: &Path) -> Result<()> {
+    let need = install_gb(env::var_os(INSTALL_GB_VAR))?;
     let free = fs4::available_space(dir)
         .map_err(|error| Fail::io(format_args!("read the free space of {}", dir.display()), &error))?;
-    check_room(dir, free, INSTALL_BYTES)
+    check_room(dir, free as f64 / 1e9, need)
 }
 
-fn check_room(dir: &Path, free: u64, need: u64) -> Result<()> {
+/// What an installation needs, in GB, or what the user says that it does.
+fn install_gb(chosen: Option<OsString>) -> Result<f64> {
+    let Some(chosen) = chosen.filter(|chosen| !chosen.is_empty()) else { return Ok(INSTALL_GB) };
+    let chosen = chosen.to_string_lossy();
+    chosen.parse().ok().filter(|gb: &f64| *gb >= 0.0).ok_or_else(|| {
+        Fail::new(format!("{INSTALL_GB_VAR} is {chosen:?}, which is no number of gigabytes"))
+            .help(format!("leave it out (an installation needs {INSTALL_GB:.1}), or set a number like 1.5"))
+    })
+}
+
+fn check_room(dir: &Path, free: f64, need: f64) -> Result<()> {
     if free >= need {
         return Ok(());
     }
-    let gb = |bytes: u64| format!("{}.{} GB", bytes / 1_000_000_000, bytes / 100_000_000 % 10);
-    let what = format!("installing PyTorch needs {} free in {}, where {} are", gb(need), dir.display(), gb(free));
-    Err(Fail::new(what).help(
-        "make room, or set LIBTORCH to an unpacked libtorch 2.11.0 on another disk\n\
-         (the CPU build of it takes under 1 GB)",
-    ))
+    // Rounded down: a disk never has more than is said of it.
+    let free = (free * 10.0).floor() / 10.0;
+    let what = format!("installing PyTorch needs {need:.1} GB free in {}, where {free:.1} GB are", dir.display());
+    Err(Fail::new(what).help(format!(
+        "make room, or set LIBTORCH to an unpacked libtorch {VERSION} on another disk\n\
+         (the CPU build of it takes under 1 GB; {INSTALL_GB_VAR}=1 if your package index has that one)"
+    )))
 }
 
 #[cfg(test)]
@@ -161,10 +176,21 @@ mod tests {
     #[test]
     fn a_full_disk_is_refused_with_both_sizes() {
         let dir = Path::new("/checkout");
-        check_room(dir, 8_000_000_000, 8_000_000_000).expect("just enough");
-        let refusal = check_room(dir, 2_345_000_000, 8_000_000_000).expect_err("too little").to_string();
+        check_room(dir, 8.0, 8.0).expect("just enough");
+        let refusal = check_room(dir, 2.399, 8.0).expect_err("too little").to_string();
         assert!(refusal.contains("8.0 GB free in /checkout, where 2.3 GB are"), "{refusal}");
         check_disk(Path::new("/nonexistent-directory")).expect_err("no such directory");
+    }
+
+    #[test]
+    fn the_room_to_ask_for_is_the_users_choice() {
+        assert_eq!(install_gb(None).expect("the default"), INSTALL_GB);
+        assert_eq!(install_gb(Some("".into())).expect("the default"), INSTALL_GB);
+        assert_eq!(install_gb(Some("1.5".into())).expect("a number"), 1.5);
+        for wrong in ["plenty", "-1", "NaN"] {
+            let refusal = install_gb(Some(wrong.into())).expect_err("no amount of room").to_string();
+            assert!(refusal.contains(INSTALL_GB_VAR) && refusal.contains(wrong), "{refusal}");
+        }
     }
 
     #[test]

@@ -101,6 +101,8 @@ impl Machine {
             .env_clear()
             .env("PATH", self.path("bin"))
             .env("MACHINE", self.dir.path())
+            // What is installed here is empty files; a disk that is nearly full has room for them.
+            .env("FLOWHN_INSTALL_GB", "0")
             .env("CARGO_MANIFEST_DIR", self.path("checkout/xtask"))
             .env("LIBTORCH", self.path("checkout/.libtorch"));
         command
@@ -201,6 +203,14 @@ fn a_python_without_venv_is_refused_before_anything_is_made() {
     let machine = Machine::new();
     machine.is("no-venv");
     machine.setup().refused(&["ensurepip", "apt install python3.11-venv"]);
+    assert!(!machine.path("checkout/.venv").exists());
+}
+
+#[test]
+fn a_full_disk_is_refused_before_anything_is_made() {
+    let machine = Machine::new();
+    let run = Run::of(machine.command().env("FLOWHN_INSTALL_GB", "1e9").output().expect("xtask starts"));
+    run.refused(&["needs 1000000000.0 GB free", "make room"]);
     assert!(!machine.path("checkout/.venv").exists());
 }
 
