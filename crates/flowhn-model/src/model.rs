@@ -1,6 +1,8 @@
 //! The language model: embedding, blocks, final norm, head.
 // b batch, l seq_len, d d_model, t tokens of the batch, v vocab_size
 
+mod projections;
+
 use std::cell::{Cell, RefCell};
 use std::collections::HashMap;
 use std::ops::Range;
@@ -19,6 +21,8 @@ use crate::block::{Block, BlockCache};
 use crate::layout::Layout;
 use crate::recompute::RecomputeEvery;
 use crate::{Error, ModelConfig, Result, init};
+
+pub use projections::Linears;
 
 /// The names under which a [`timeline`] finds the parts of a model.
 pub mod parts {
@@ -45,17 +49,6 @@ pub enum Branches {
     Serial,
     /// Attention on a second stream, beside the state-space model; on CUDA only.
     Streams,
-}
-
-/// The type of the factors that the blocks' projections multiply while a model trains.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, serde::Serialize, serde::Deserialize)]
-#[serde(rename_all = "snake_case")]
-pub enum Linears {
-    /// That of activations.
-    #[default]
-    Dtype,
-    /// 8-bit floats, from bf16 activations, where both sizes of a projection are multiples of 16.
-    Fp8,
 }
 
 /// Targets with this value count nothing.
@@ -270,28 +263,6 @@ impl Model {
     /// Chooses the blocks that [`Model::backward`] recomputes: less memory for more FLOPs, and the same bits.
     pub fn set_recompute_every(&mut self, every: RecomputeEvery) {
         self.recompute_every = every;
-    }
-
-    /// Chooses the type of the factors that the blocks' projections multiply in [`Model::loss`], after the type of activations has been
-    /// chosen; to be done once. All other uses of the model compute in the type of activations: a model's scores do not depend on how
-    /// it was trained. Embedding, head, norms and convolutions stay as they are.
-    ///
-    /// # Errors
-    /// [`Error::Input`] for fp8 beside activations that are not bf16; [`Error::Tensor`] on a device without 8-bit floats.
-    pub fn set_linears(&mut self, linears: Linears) -> Result<()> {
-        if linears == Linears::Fp8 {
-            if self.compute_kind != Kind::BFloat16 {
-                let kind = self.compute_kind;
-                return Err(Error::Input(format!("projections in fp8 need bf16 activations, and those are {kind:?}")));
-            }
-            self.fp8 = self.params.use_fp8(|name| name.starts_with("layers."))?;
-        }
-        Ok(())
-    }
-
-    /// How many projections take their products in fp8.
-    pub fn fp8_projections(&self) -> Fp8Projections {
-        self.fp8
     }
 
     /// Begins a training step: where projections are in fp8, chooses the scales and rounds the weights. It belongs before the step's

@@ -9,7 +9,7 @@ use flowhn_torch::{Error, Graph, Result};
 
 use crate::Weight;
 
-/// A place for the copy of one weight, shared by the weight's handles.
+/// A place for the copy of one weight.
 ///
 /// libtorch counts how often a tensor was written in place, through whatever view. A copy remembers the count of the master that it
 /// was made from, so it is up to date exactly if the two counts agree; that is looked at whenever the copy is asked for.
@@ -33,7 +33,7 @@ struct Made {
 impl Weight {
     /// Wants a bf16 copy from the next [`Params::refresh_bf16_copies`](crate::Params::refresh_bf16_copies) on.
     pub fn want_bf16_copy(&self) {
-        self.copy.is_wanted.set(true);
+        self.beside.copy.is_wanted.set(true);
     }
 
     /// The weight rounded to bf16, without autograd: the copy, brought up to date if the master was written since, or, where
@@ -54,7 +54,7 @@ impl Weight {
     /// # Errors
     /// As [`Weight::bf16`].
     pub fn bf16_copy(&self) -> Result<Option<Tensor>> {
-        let mut made = self.copy.made.borrow_mut();
+        let mut made = self.beside.copy.made.borrow_mut();
         let Some(made) = made.as_mut() else { return Ok(None) };
         let version = self.master().f_internal_version()?;
         if made.version != version {
@@ -67,12 +67,12 @@ impl Weight {
 
     /// Makes the copy if one is wanted and there is none, and brings it up to date.
     pub(crate) fn refresh_bf16_copy(&self) -> Result<()> {
-        if self.copy.is_wanted.get() && self.copy.made.borrow().is_none() {
+        if self.beside.copy.is_wanted.get() && self.beside.copy.made.borrow().is_none() {
             refuse_in_capture("has not been made")?;
             let version = self.master().f_internal_version()?;
             let values = tch::no_grad(|| self.master().f_to_kind(Kind::BFloat16))?;
             let no_elements = no_elements(&values)?;
-            *self.copy.made.borrow_mut() = Some(Made { values, version, no_elements });
+            *self.beside.copy.made.borrow_mut() = Some(Made { values, version, no_elements });
         }
         self.bf16_copy().map(drop)
     }
@@ -99,15 +99,15 @@ pub fn mark_written<'a>(weights: impl IntoIterator<Item = (&'a Weight, Written)>
     let weights: Vec<(&Weight, Written)> = weights.into_iter().collect();
     let (mut masters, mut copies) = (Vec::with_capacity(weights.len()), Vec::with_capacity(weights.len()));
     for (weight, written) in &weights {
-        let view = match weight.copy.no_elements.get() {
+        let view = match weight.beside.copy.no_elements.get() {
             Some(view) => view.shallow_clone(),
             None => {
                 let view = no_elements(weight.master())?;
-                weight.copy.no_elements.get_or_init(|| view).shallow_clone()
+                weight.beside.copy.no_elements.get_or_init(|| view).shallow_clone()
             }
         };
         masters.push(view);
-        match (weight.copy.made.borrow().as_ref(), written) {
+        match (weight.beside.copy.made.borrow().as_ref(), written) {
             (Some(made), Written::MasterAndCopy) => copies.push(made.no_elements.shallow_clone()),
             (None, Written::MasterAndCopy) => return Err(Error::invalid("mark_written", "a weight has no bf16 copy")),
             (_, Written::Master) => {}
@@ -119,7 +119,7 @@ pub fn mark_written<'a>(weights: impl IntoIterator<Item = (&'a Weight, Written)>
         tch::no_grad(|| call("aten::_foreach_zero_", "", &[Arg::Tensors(&views)]))?;
     }
     for (weight, written) in weights {
-        if let (Some(made), Written::MasterAndCopy) = (weight.copy.made.borrow_mut().as_mut(), written) {
+        if let (Some(made), Written::MasterAndCopy) = (weight.beside.copy.made.borrow_mut().as_mut(), written) {
             made.version = weight.master().f_internal_version()?;
         }
     }

@@ -4,12 +4,14 @@
 #![deny(missing_docs)]
 
 mod bf16_copy;
+mod bf16_grad;
 mod cuda;
 mod embedding;
 mod fp8;
 mod init;
 mod kernels;
 mod linear;
+mod linear_bf16;
 mod loss;
 mod norm;
 mod params;

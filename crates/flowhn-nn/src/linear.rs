@@ -6,8 +6,8 @@ use tch::{Kind, Tensor};
 
 use flowhn_torch::{Result, apply};
 
-use crate::cuda::linear::LinearCuda;
 use crate::fp8::{Activations, Fp8Place, LinearFp8, check_activations};
+use crate::linear_bf16::LinearBf16;
 
 use crate::{Decay, Init, Path, Weight};
 
@@ -87,10 +87,10 @@ impl Linear {
     }
 }
 
-/// Returns `x W^T` in the type of `x`, which is f32, bf16 or, on the CPU, f64; the gradient of the weight is that of its master.
+/// Returns `x W^T` in the type of `x`, which is f32, bf16 or, on the CPU, f64; the gradient of the weight is [`Weight::grad`].
 ///
 /// On CUDA, bf16 activations meet the weight's bf16 copy, or the weight rounded for the call where none is kept, and the product that
-/// is the gradient of the weight is left in f32. Where the weight is used in fp8 ([`Params::use_fp8`](crate::Params::use_fp8)), all three
+/// is the gradient of the weight is left in f32, or in bf16 where [`Params::use_bf16_grads`](crate::Params::use_bf16_grads) asks for it. Where the weight is used in fp8 ([`Params::use_fp8`](crate::Params::use_fp8)), all three
 /// products take factors rounded to that.
 ///
 /// # Errors
@@ -104,16 +104,18 @@ fn product(x: Activations, weight: &Weight) -> Result<Tensor> {
     if let Some(factors) = weight.fp8()? {
         let (x, place) = x.into_parts();
         check_activations(&x, weight)?;
-        return Ok(apply(LinearFp8 { factors, place }, &[&x, weight.master()])?.swap_remove(0));
+        return Ok(apply(LinearFp8 { factors, place }, &[&x, weight.grad_leaf()])?.swap_remove(0));
     }
     let x = x.values()?;
     if meets_bf16_copy(x, weight) {
-        return Ok(apply(LinearCuda, &[x, weight.master(), &weight.bf16()?])?.swap_remove(0));
+        let function = LinearBf16 { grad_kind: weight.grad_kind() };
+        return Ok(apply(function, &[x, weight.grad_leaf(), &weight.bf16()?])?.swap_remove(0));
     }
     Ok(x.f_linear(&weight.to(x.kind()), None::<&Tensor>)?)
 }
 
 /// Whether the product takes the weight's bf16 copy instead of a cast through autograd.
 pub(crate) fn meets_bf16_copy(x: &Tensor, weight: &Weight) -> bool {
-    x.device().is_cuda() && x.kind() == Kind::BFloat16 && weight.master().kind() == Kind::Float
+    let leaves_master = x.device().is_cuda() || weight.grad_kind() == Kind::BFloat16;
+    leaves_master && x.kind() == Kind::BFloat16 && weight.master().kind() == Kind::Float
 }

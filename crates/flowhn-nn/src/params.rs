@@ -9,6 +9,7 @@ use tch::{Device, Kind, Tensor};
 use flowhn_torch::{Error, Result, cpu};
 
 use crate::bf16_copy::Bf16Copy;
+use crate::bf16_grad::Bf16Grad;
 use crate::fp8::{Fp8Copy, Fp8Scales};
 use crate::init::{Init, stream};
 
@@ -18,14 +19,21 @@ use crate::init::{Init, stream};
 #[derive(Debug)]
 pub struct Weight {
     master: Tensor,
-    pub(crate) copy: Rc<Bf16Copy>,
-    pub(crate) fp8: Rc<Fp8Copy>,
+    pub(crate) beside: Rc<Beside>,
+}
+
+/// What there is beside a master, shared by its handles.
+#[derive(Debug, Default)]
+pub(crate) struct Beside {
+    pub copy: Bf16Copy,
+    pub bf16_grad: Bf16Grad,
+    pub fp8: Fp8Copy,
 }
 
 impl Weight {
     /// A parameter of these values, which the handle shares.
     pub fn new(master: Tensor) -> Self {
-        Self { master, copy: Rc::default(), fp8: Rc::default() }
+        Self { master, beside: Rc::default() }
     }
 
     /// The master itself: a leaf of autograd, f32.
@@ -46,7 +54,7 @@ impl Weight {
 
 impl Clone for Weight {
     fn clone(&self) -> Self {
-        Self { master: self.master.shallow_clone(), copy: Rc::clone(&self.copy), fp8: Rc::clone(&self.fp8) }
+        Self { master: self.master.shallow_clone(), beside: Rc::clone(&self.beside) }
     }
 }
 
@@ -143,11 +151,12 @@ impl Params {
         self.list.iter().try_for_each(|param| param.weight.refresh_bf16_copy())
     }
 
-    /// Forgets all gradients, so that the next backward writes instead of adding.
-    pub fn zero_grad(&self) {
-        for param in &self.list {
-            param.weight.master.shallow_clone().zero_grad();
-        }
+    /// Forgets all gradients, see [`Weight::clear_grad`].
+    ///
+    /// # Errors
+    /// [`Error::Torch`] if libtorch refuses.
+    pub fn zero_grad(&self) -> Result<()> {
+        self.list.iter().try_for_each(|param| param.weight.clear_grad())
     }
 }
 

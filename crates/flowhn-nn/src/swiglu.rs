@@ -89,7 +89,7 @@ impl SwiGluMlp {
         {
             let (x, place) = x.into_parts();
             check_activations(&x, gate_up.weight())?;
-            let inputs = [&x, gate_up.weight().master(), down.weight().master()];
+            let inputs = [&x, gate_up.weight().grad_leaf(), down.weight().grad_leaf()];
             let y = apply(MlpFp8::new(gate_up_factors, down_factors, place), &inputs)?.swap_remove(0);
             return Ok(down.bias().map(|bias| y.f_add(&bias.to(y.kind()))).transpose()?.unwrap_or(y));
         }

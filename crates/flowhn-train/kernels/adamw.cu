@@ -5,7 +5,7 @@
 //   m = beta1 m + (1 - beta1) c g      v = beta2 v + (1 - beta2) (c g)^2
 //   p -= lr weight_decay p             p -= lr m / (1 - beta1^t) / (sqrt(v / (1 - beta2^t)) + eps)
 //
-// Parameters p and their gradients g are f32, each a dense run of `n` elements, and so are the means m, v, which STATE keeps between
+// Parameters p are f32 and their gradients g f32 or bf16, each a dense run of `n` elements, and so are the means m, v, which STATE keeps between
 // updates as f32 (0), bf16 (1) or 8-bit codes (2; as f32 in slots without factors); beside a parameter there may be a bf16 copy, which
 // the update writes as well. A gradient that is null counts as zeros. A table of slots, one a parameter, tells where everything is; a
 // table of items cuts the slots into chunks of CHUNK elements. One block works on one item, so a launch covers all parameters however
@@ -27,9 +27,12 @@ struct Slot {
     void *m, *v;
     bf16* copy;  // null where there is none
     i64 n;
-    i64 decays;
+    i64 flags;
     float *m_absmax, *v_absmax;  // of each block of codes; null where the slot's means are no codes
 };
+
+// The flags of a slot.
+constexpr i64 DECAYS = 1, BF16_GRAD = 2;
 
 // What all elements share in a step.
 struct Factors {
@@ -49,10 +52,10 @@ struct Settings {
 #define FOR_EACH_8(DO, a) DO(a##0) DO(a##1) DO(a##2) DO(a##3) DO(a##4) DO(a##5) DO(a##6) DO(a##7)
 #define FOR_EACH_56(DO) \
     FOR_EACH_8(DO, 0) FOR_EACH_8(DO, 1) FOR_EACH_8(DO, 2) FOR_EACH_8(DO, 3) FOR_EACH_8(DO, 4) FOR_EACH_8(DO, 5) FOR_EACH_8(DO, 6)
-#define DECLARE(k) , const float* g##k
+#define DECLARE(k) , const void* g##k
 #define WRITE(k) if (t++ < n) *out++ = g##k;
-extern "C" __global__ void adamw_addresses(const float** table, int first, int n FOR_EACH_56(DECLARE)) {
-    const float** out = table + first;
+extern "C" __global__ void adamw_addresses(const void** table, int first, int n FOR_EACH_56(DECLARE)) {
+    const void** out = table + first;
     int t = 0;
     FOR_EACH_56(WRITE)
 }
@@ -64,12 +67,14 @@ struct Chunk {
     const Slot& slot;
     i64 start;
     int n;
-    const float* g;  // its first element; null where there is no gradient
-    __device__ __forceinline__ Chunk(const float* const* grads, const Slot* slots, int2 item) : slot(slots[item.x]), start((i64)item.y * CHUNK) {
+    const void* of_slot;  // the slot's gradient; null where there is none
+    __device__ __forceinline__ Chunk(const void* const* grads, const Slot* slots, int2 item) : slot(slots[item.x]), start((i64)item.y * CHUNK) {
         i64 left = slot.n - start;
         n = left < CHUNK ? (int)left : CHUNK;
-        g = at(grads[item.x]);
+        of_slot = grads[item.x];
     }
+    // The first element of the gradient, which is of type G.
+    template <class G> __device__ __forceinline__ const G* grad() const { return at((const G*)of_slot); }
     // The chunk's first element in an array of the slot, null where there is none.
     template <class T> __device__ __forceinline__ T* at(T* array) const { return array ? array + start : nullptr; }
 };
@@ -77,12 +82,12 @@ struct Chunk {
 __device__ __forceinline__ bool is_aligned(const void* p, int n_bytes) { return ((i64)p & (n_bytes - 1)) == 0; }
 
 // Reads the first `n` of 4 elements, zeros behind them; at once where all are there and aligned.
-template <bool FAST> __device__ __forceinline__ void load(float (&x)[VEC], const float* p, int n) {
+template <bool FAST, class T> __device__ __forceinline__ void load(float (&x)[VEC], const T* p, int n) {
     if constexpr (FAST) {
         load_vec(x, p);
     } else {
         #pragma unroll
-        for (int i = 0; i < VEC; i++) x[i] = i < n ? p[i] : 0.f;
+        for (int i = 0; i < VEC; i++) x[i] = i < n ? to_f32(p[i]) : 0.f;
     }
 }
 
@@ -105,7 +110,7 @@ __device__ __forceinline__ double block_sum(double x) {
 }
 
 // The sum of squares of a chunk: thread t takes the vectors t, t + THREADS, ... and adds each place of a vector by itself.
-template <bool FAST> __device__ __forceinline__ double sum_of_squares(const float* g, int n) {
+template <bool FAST, class G> __device__ __forceinline__ double sum_of_squares(const G* g, int n) {
     double sums[VEC] = {0., 0., 0., 0.};
     g = to_device_memory(g);
     #pragma unroll 8
@@ -118,14 +123,17 @@ template <bool FAST> __device__ __forceinline__ double sum_of_squares(const floa
     return (sums[0] + sums[1]) + (sums[2] + sums[3]);
 }
 
+template <class G> __device__ __forceinline__ double sum_of_squares(const Chunk& chunk) {
+    const G* g = chunk.grad<G>();
+    if (!g) return 0.;
+    return is_aligned(g, VEC * sizeof(G)) && chunk.n % VEC == 0 ? sum_of_squares<true>(g, chunk.n) : sum_of_squares<false>(g, chunk.n);
+}
+
 // partials[i] = the sum of squares of the gradients of item i.
 extern "C" __global__ void __launch_bounds__(THREADS)
-adamw_squares(const float* const* grads, const Slot* slots, const int2* items, double* partials) {
+adamw_squares(const void* const* grads, const Slot* slots, const int2* items, double* partials) {
     Chunk chunk(grads, slots, items[blockIdx.x]);
-    const float* g = chunk.g;
-    double sum = 0.;
-    if (g) sum = is_aligned(g, 16) && chunk.n % VEC == 0 ? sum_of_squares<true>(g, chunk.n) : sum_of_squares<false>(g, chunk.n);
-    sum = block_sum(sum);
+    double sum = block_sum(chunk.slot.flags & BF16_GRAD ? sum_of_squares<bf16>(chunk) : sum_of_squares<float>(chunk));
     if (threadIdx.x == 0) partials[blockIdx.x] = sum;
 }
 
@@ -173,9 +181,9 @@ __device__ __forceinline__ void update(float& p, float& m, float& v, float g, co
     p = p - f.step_size * m * rcp(sqrt_approx(v) * f.root_scale + f.eps);
 }
 
-// A chunk of whole tiles, aligned to 16 bytes (8 in the copy), that has a gradient; S is f32 or bf16.
-template <bool COPY, class S>
-__device__ __forceinline__ void update_tiles(float* p, S* m, S* v, const float* g, bf16* copy, int n, const Factors& f, float decay, Noise noise) {
+// A chunk of whole tiles, aligned to vectors, that has a gradient; S and G are f32 or bf16.
+template <bool COPY, class S, class G>
+__device__ __forceinline__ void update_tiles(float* p, S* m, S* v, const G* g, bf16* copy, int n, const Factors& f, float decay, Noise noise) {
     p = to_device_memory(p), m = to_device_memory(m), v = to_device_memory(v), g = to_device_memory(g);
     if constexpr (COPY) copy = to_device_memory(copy);
     for (int first = threadIdx.x * VEC; first < n; first += TILE) {
@@ -197,26 +205,26 @@ __device__ __forceinline__ void update_tiles(float* p, S* m, S* v, const float* 
 }
 
 // Any other.
-template <class S>
-__device__ __forceinline__ void update_elements(float* p, S* m, S* v, const float* g, bf16* copy, int n, const Factors& f, float decay, Noise noise) {
+template <class S, class G>
+__device__ __forceinline__ void update_elements(float* p, S* m, S* v, const G* g, bf16* copy, int n, const Factors& f, float decay, Noise noise) {
     for (int i = threadIdx.x; i < n; i += THREADS) {
         float ms[1] = {to_f32(m[i])}, vs[1] = {to_f32(v[i])};
-        update(p[i], ms[0], vs[0], g ? g[i] : 0.f, f, decay);
+        update(p[i], ms[0], vs[0], g ? to_f32(g[i]) : 0.f, f, decay);
         store_means(m + i, v + i, ms, vs, noise, i);
         if (copy) copy[i] = from_f32<bf16>(p[i]);
     }
 }
 
 // A chunk whose means are f32 or bf16.
-template <class S>
+template <class S, class G>
 __device__ __forceinline__ void update_chunk(const Chunk& chunk, const Slot& slot, const Factors& f, float decay, Noise noise) {
     float* p = chunk.at(slot.p);
     S *m = chunk.at((S*)slot.m), *v = chunk.at((S*)slot.v);
-    const float* g = chunk.g;
+    const G* g = chunk.grad<G>();
     bf16* copy = chunk.at(slot.copy);
     int n = chunk.n;
     constexpr int ALIGNED = VEC * sizeof(S);
-    bool whole = g && n % TILE == 0 && is_aligned(p, 16) && is_aligned(m, ALIGNED) && is_aligned(v, ALIGNED) && is_aligned(g, 16) && is_aligned(copy, 8);
+    bool whole = g && n % TILE == 0 && is_aligned(p, 16) && is_aligned(m, ALIGNED) && is_aligned(v, ALIGNED) && is_aligned(g, VEC * sizeof(G)) && is_aligned(copy, 8);
     if (!whole) update_elements(p, m, v, g, copy, n, f, decay, noise);
     else if (copy) update_tiles<true>(p, m, v, g, copy, n, f, decay, noise);
     else update_tiles<false>(p, m, v, g, copy, n, f, decay, noise);
@@ -253,10 +261,10 @@ template <bool FAST> __device__ __forceinline__ void store_codes(unsigned char* 
 
 // A chunk whose means are codes; a warp takes a block of them at a time. FAST: all blocks are whole, there is a gradient, and everything
 // is aligned.
-template <bool FAST>
+template <bool FAST, class G>
 __device__ __forceinline__ void update_blocks(const Chunk& chunk, const Slot& slot, const Factors& f, float decay, const Maps& maps) {
     float* p = to_device_memory(chunk.at(slot.p));
-    const float* g = chunk.g;
+    const G* g = chunk.grad<G>();
     unsigned char *m = to_device_memory(chunk.at((unsigned char*)slot.m)), *v = to_device_memory(chunk.at((unsigned char*)slot.v));
     float* m_absmax = to_device_memory(slot.m_absmax + chunk.start / BLOCK);
     float* v_absmax = to_device_memory(slot.v_absmax + chunk.start / BLOCK);
@@ -305,27 +313,38 @@ __device__ __forceinline__ void update_blocks(const Chunk& chunk, const Slot& sl
         if (lane == 0) m_absmax[block] = m_new, v_absmax[block] = v_new;
     }
 }
+
+// A chunk whose means are codes.
+template <class G>
+__device__ __forceinline__ void update_codes(const Chunk& chunk, const Slot& slot, const Factors& f, float decay, const Maps& maps) {
+    const G* g = chunk.grad<G>();
+    bool whole = g && chunk.n % BLOCK == 0 && is_aligned(chunk.at(slot.p), 16) && is_aligned(g, VEC * sizeof(G)) && is_aligned(chunk.at(slot.copy), 8);
+    if (whole) update_blocks<true, G>(chunk, slot, f, decay, maps);
+    else update_blocks<false, G>(chunk, slot, f, decay, maps);
+}
 #endif
 
 // `maps`: the maps of the codes, null where there are none.
 extern "C" __global__ void __launch_bounds__(THREADS)
-adamw_update(const float* const* grads, const Slot* slots, const int2* items, const Factors* factors, int n_items, const float* maps) {
+adamw_update(const void* const* grads, const Slot* slots, const int2* items, const Factors* factors, int n_items, const float* maps) {
     int2 item = items[n_items - 1 - (int)blockIdx.x];
     Chunk chunk(grads, slots, item);
     Slot slot = chunk.slot;
     Factors f = *factors;
-    float decay = slot.decays ? f.decay : 0.f;
+    float decay = slot.flags & DECAYS ? f.decay : 0.f;
     Noise noise{mix(f.key + (unsigned)item.x), (unsigned)chunk.start};
+    bool bf16_grad = slot.flags & BF16_GRAD;
 #if STATE == 2
     __shared__ Maps shared;
     if (slot.m_absmax) {
         for (int i = threadIdx.x; i < (int)(sizeof(Maps) / 4); i += THREADS) ((float*)&shared)[i] = maps[i];
         __syncthreads();
-        bool whole = chunk.g && chunk.n % BLOCK == 0 && is_aligned(chunk.at(slot.p), 16) && is_aligned(chunk.g, 16) && is_aligned(chunk.at(slot.copy), 8);
-        if (whole) update_blocks<true>(chunk, slot, f, decay, shared);
-        else update_blocks<false>(chunk, slot, f, decay, shared);
+        if (bf16_grad) update_codes<bf16>(chunk, slot, f, decay, shared);
+        else update_codes<float>(chunk, slot, f, decay, shared);
         return;
     }
 #endif
-    update_chunk<DtypeOf<STATE == 1>::type>(chunk, slot, f, decay, noise);
+    typedef DtypeOf<STATE == 1>::type State;
+    if (bf16_grad) update_chunk<State, bf16>(chunk, slot, f, decay, noise);
+    else update_chunk<State, float>(chunk, slot, f, decay, noise);
 }

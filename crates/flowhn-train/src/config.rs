@@ -17,6 +17,7 @@
 //! deterministic = true         # on a GPU: equal runs give equal bits; false lets attention use faster kernels that do not
 //! cuda_graph = true            # on a GPU: the step is captured once and replayed; false launches its operators one by one
 //! branches = "serial"          # "streams" on a GPU: attention runs on a stream of its own, beside the state-space branch
+//! grads = "fp32"               # type of projections' gradients until the update; "bf16" with dtype = "bf16" takes 2 bytes an element, not 4
 //! recompute_every = 0          # 1 computes every block's activations anew in the backward pass, 2 every second's; 0 keeps all
 //! seed = 0                     # initial weights and the order of the text
 //! lr = 1e-3                    # peak learning rate
@@ -147,6 +148,8 @@ pub struct TrainConfig {
     pub cuda_graph: bool,
     /// Whether a block's branches run one after the other or, on a GPU, beside each other.
     pub branches: Branches,
+    /// The type of projections' gradients between the backward pass and the update.
+    pub grads: Dtype,
     /// Which blocks' activations are not kept for the backward pass but computed anew.
     pub recompute_every: RecomputeEvery,
     /// Seed of initial weights and of the order of the text.
@@ -198,6 +201,7 @@ impl Default for TrainConfig {
             deterministic: true,
             cuda_graph: true,
             branches: Branches::Serial,
+            grads: Dtype::Fp32,
             recompute_every: RecomputeEvery(0),
             seed: 0,
             lr: 1e-3,
@@ -386,6 +390,20 @@ impl TrainConfig {
             let want =
                 "8-bit floats are made of bf16 activations: set train.dtype = \"bf16\", or train.linears = \"dtype\"";
             return Err(Error::setting("train.linears", "fp8", want));
+        }
+        if self.grads == Dtype::Bf16 {
+            let want = match (self.dtype, self.grad_accum) {
+                (Dtype::Fp32, _) => {
+                    Some("they come from bf16 activations: set train.dtype = \"bf16\", or train.grads = \"fp32\"")
+                }
+                (_, 2..) => Some(
+                    "sums over micro-batches would be rounded each time: set train.grad_accum = 1, or train.grads = \"fp32\"",
+                ),
+                _ => None,
+            };
+            if let Some(want) = want {
+                return Err(Error::setting("train.grads", self.grads, want));
+            }
         }
         for (key, value) in [("train.beta1", self.beta1), ("train.beta2", self.beta2)] {
             if !(0. ..1.).contains(&value) {

@@ -39,13 +39,13 @@ pub struct Estimate {
 pub struct MemoryEstimate {
     /// fp32 parameters, and their bf16 copies where the step computes in bf16.
     pub parameters_bytes: u64,
-    /// fp32 gradients.
+    /// Gradients: fp32, or bf16 in the blocks where `train.grads` asks for it, whose norms and vectors are not counted apart.
     pub gradients_bytes: u64,
     /// AdamW's two means, in the type of the state; small tensors that stay fp32 are not counted apart.
     pub optimizer_bytes: u64,
     /// What a micro-batch's forward pass keeps for the backward pass, and the largest block that is recomputed.
     pub activations_bytes: u64,
-    /// The sum. libtorch itself, token shards and workspaces come on top.
+    /// The sum: gradients come while activations go, so not all of it is there at once. libtorch itself, token shards and workspaces come on top.
     pub total_bytes: u64,
 }
 
@@ -122,12 +122,14 @@ impl MemoryEstimate {
         let plan = routing.plan(model.seq_len + model.options.n_meta).map_err(|error| Error::Model(error.into()))?;
         let shape = model.shape();
         let stream = element.size_bytes() * (plan.seq_len() * model.d_model) as u64;
-        let (mut kept, mut largest) = (0, 0);
+        let (mut kept, mut largest, mut in_blocks) = (0, 0, 0);
         for (block_idx, ((shape, route), plan)) in
             shape.blocks.iter().zip(routing.blocks()).zip(plan.blocks()).enumerate()
         {
             let sharing: Sharing = route.sharing();
-            let weights = element.size_bytes() * shape.params(sharing).total;
+            let params = shape.params(sharing).total;
+            in_blocks += params;
+            let weights = element.size_bytes() * params;
             let block = shape.bytes(sharing, plan, element).total.saturating_sub(weights) / 2;
             let is_recomputed = train.recompute_every.takes(block_idx);
             kept += if is_recomputed { stream } else { block };
@@ -136,8 +138,9 @@ impl MemoryEstimate {
         // The embedding's output, the final norm's, and the head's input kept in its type.
         let outer = 3 * element.size_bytes() * (model.seq_len * model.d_model) as u64;
         let activations_bytes = train.batch_size as u64 * (kept + largest + outer);
+        let in_bf16 = if train.grads == Dtype::Bf16 { in_blocks } else { 0 };
         let (parameters_bytes, gradients_bytes, optimizer_bytes) =
-            ((4 + copies) * parameters, 4 * parameters, train.optim_state.n_bytes(parameters));
+            ((4 + copies) * parameters, 4 * parameters - 2 * in_bf16, train.optim_state.n_bytes(parameters));
         let total_bytes = parameters_bytes + gradients_bytes + optimizer_bytes + activations_bytes;
         Ok(Self { parameters_bytes, gradients_bytes, optimizer_bytes, activations_bytes, total_bytes })
     }

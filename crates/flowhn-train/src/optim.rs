@@ -7,7 +7,7 @@ mod state;
 
 use flowhn_nn::{Decay, Param, Params, Weight, Written, mark_written};
 use flowhn_torch::op::{Arg, call};
-use flowhn_torch::{Error as TensorError, catch, clear_grad};
+use flowhn_torch::{Error as TensorError, catch};
 use tch::{Device, Kind, Tensor};
 
 pub use state::StateType;
@@ -45,7 +45,7 @@ pub struct AdamWOptions {
 ///
 /// On the CPU that is libtorch's fused operator where the means are kept as f32. On CUDA kernels of our own do it in one pass for the norm
 /// and one for the rest, which scales the gradient where it is read and writes the bf16 copy of the weight ([`Weight::bf16`]) where one
-/// is kept; parameters are f32 there.
+/// is kept; parameters are f32 there, and gradients f32 or bf16 ([`Weight::grad_kind`]).
 ///
 /// Between updates the means may be kept in fewer bytes ([`StateType`]); the update computes in f32 and from what was kept.
 ///
@@ -143,7 +143,8 @@ impl AdamW {
     }
 
     /// Clips the gradients, updates the parameters with learning rate `lr`, and returns the global L2 norm that the gradients
-    /// had before clipping, as an f32 scalar on the device. Afterwards the gradients are clipped on the CPU, and on CUDA what they were.
+    /// had before clipping, as an f32 scalar on the device. Afterwards gradients of the parameters' type are clipped on the CPU; all others
+    /// are what they were.
     ///
     /// # Errors
     /// [`crate::Error::Tensor`] if libtorch refuses.
@@ -200,7 +201,7 @@ impl AdamW {
     /// [`crate::Error::Tensor`] if libtorch refuses.
     pub fn zero_grad(&mut self) -> Result<()> {
         for weight in self.groups.iter().flat_map(|group| &group.weights) {
-            clear_grad(weight.master())?;
+            weight.clear_grad()?;
         }
         Ok(())
     }
@@ -321,18 +322,18 @@ impl AdamW {
 
 impl Group {
     /// The gradients as they are now, where there are any.
-    fn grads(&self) -> impl Iterator<Item = Option<Tensor>> {
-        self.weights.iter().map(|weight| Some(weight.master().grad()).filter(Tensor::defined))
+    fn grads(&self) -> impl Iterator<Item = flowhn_torch::Result<Option<Tensor>>> {
+        self.weights.iter().map(Weight::grad)
     }
 
-    /// The gradients as they are now, zeros where there is none.
+    /// The gradients in the type of the parameters, zeros where there is none.
     fn defined_grads(&self) -> Result<Vec<Tensor>> {
         let grads = self.weights.iter().zip(self.grads());
-        let grad = |(weight, grad): (&Weight, Option<Tensor>)| match grad {
-            Some(grad) => Ok(grad),
-            None => Ok(catch(|| Ok(weight.master().detach().zeros_like()))?),
+        let grad = |(weight, grad): (&Weight, flowhn_torch::Result<Option<Tensor>>)| match grad? {
+            Some(grad) => Ok(grad.f_to_kind(weight.master().kind())?),
+            None => Ok(weight.master().detach().f_zeros_like()?),
         };
-        grads.map(grad).collect()
+        Ok(grads.map(grad).collect::<flowhn_torch::Result<_>>()?)
     }
 
     /// Handles of the masters.

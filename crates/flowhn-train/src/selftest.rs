@@ -18,9 +18,15 @@ pub fn cases() -> Vec<Case> {
     let mut cases = vec![Case::on_cuda("train: losses are those of the CPU", |device| told(losses_of_the_cpu(device)))];
     // On a checkpoint; between checkpoints; between two readings of losses; right after a validation; after the first step.
     const PLACES: &[u64] = &[20, 17, 23, 15, 1];
-    let variants: [(&str, &'static [&'static str], &'static [u64]); 4] = [
+    let variants: [(&str, &'static [&'static str], &'static [u64]); 6] = [
         ("fp32", &["train.dtype=fp32"], PLACES),
         ("bf16", &["train.dtype=bf16"], &[17]),
+        ("gradients in bf16", &["train.dtype=bf16", "train.grads=bf16", "train.grad_accum=1"], &[17]),
+        (
+            "fp8, gradients in bf16",
+            &["train.dtype=bf16", "train.linears=fp8", "train.grads=bf16", "train.grad_accum=1"],
+            &[17],
+        ),
         ("state in bf16", &["train.optim_state=bf16"], &[17]),
         ("state in int8", &["train.optim_state=int8"], &[17]),
     ];

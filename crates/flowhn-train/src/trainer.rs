@@ -2,7 +2,7 @@
 
 mod setup;
 
-pub(crate) use setup::{fp8_scales, prepare_device, set_linears};
+pub(crate) use setup::{fp8_scales, model, prepare_device};
 
 use std::path::{Path, PathBuf};
 use std::sync::Arc;

@@ -83,6 +83,9 @@ fn impossible_values_are_refused_by_name() {
         ("[data]\nvalid_frac = 1.0", "data.valid_frac = 1"),
         ("[data]\nvalid = [\"v.txt\"]\nvalid_frac = 0.1", "data.valid_frac = 0.1"),
         ("[train]\ndtype = \"fp16\"", "train.dtype"),
+        ("[train]\nlinears = \"fp8\"", "train.linears = fp8"),
+        ("[train]\ngrads = \"bf16\"", "train.grads = bf16: they come from bf16 activations"),
+        ("[train]\ndtype = \"bf16\"\ngrads = \"bf16\"\ngrad_accum = 2", "train.grads = bf16: sums over micro-batches"),
         ("[train]\nsteps = -4", "train.steps"),
     ] {
         let error = read(text).unwrap_err();

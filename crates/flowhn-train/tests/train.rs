@@ -278,6 +278,10 @@ fn kept_types_and_recomputed_blocks_show_in_the_estimate() {
     let int8 = of(&["train.optim_state=int8"]).0;
     assert_eq!(int8.optimizer_bytes, 2 * (1_000_000 + 4 * 3907));
     assert_eq!(kept.total_bytes - int8.total_bytes, kept.optimizer_bytes - int8.optimizer_bytes);
+    let (fp32, bf16) =
+        (of(&["train.dtype=bf16"]).0, of(&["train.dtype=bf16", "train.grads=bf16", "train.grad_accum=1"]).0);
+    let saved = fp32.gradients_bytes - bf16.gradients_bytes;
+    assert!(saved > 0 && saved < fp32.gradients_bytes / 2 && fp32.total_bytes - bf16.total_bytes == saved, "{saved}");
 
     // The first of two blocks; both; and the same model FLOPs each time.
     let (half, all) = (of(&["train.recompute_every=2"]), of(&["train.recompute_every=1"]));

@@ -45,7 +45,7 @@ fn there(runs: &[usize], d: i64, device: Device) -> Result<String> {
         let mut results = Vec::new();
         for step in 0..3 {
             params.begin_fp8_step()?;
-            params.zero_grad();
+            params.zero_grad()?;
             let leaves = [10, 20].map(|seed| bf16(attn.seq_len(), seed + step, 3.).set_requires_grad(true));
             let [x, delta] = [part(&leaves[0], d), part(&leaves[1], d)];
             let readers = if are_named { [Some(&a_proj), Some(&s_proj)] } else { [None, None] };

@@ -19,7 +19,7 @@ pub(super) const FAST_INPUT_GRAD: bool = false;
 /// The gradient of the weight: sums over all tokens.
 pub(super) const FAST_WEIGHT_GRAD: bool = false;
 
-/// `y = x W^T` in bf16. Its inputs are x, bf16 or what stands in for it, and the master of W, which the gradient goes to.
+/// `y = x W^T` in bf16. Its inputs are x, bf16 or what stands in for it, and the leaf that the gradient of W goes to.
 pub(crate) struct LinearFp8 {
     pub(crate) factors: Fp8Factors,
     /// x, where it has been rounded already.
@@ -54,7 +54,7 @@ impl Function for LinearFp8 {
         };
         let dweight = || -> Result<Tensor> {
             let x_it = x_it.first().ok_or_else(|| Error::invalid(Self::NAME, "the activation was not saved"))?;
-            product(&grad.transposed, slot, x_it, x_slot, Kind::Float, FAST_WEIGHT_GRAD)
+            product(&grad.transposed, slot, x_it, x_slot, self.factors.grad_kind, FAST_WEIGHT_GRAD)
         };
         Ok(vec![wants_dx.then(dx).transpose()?, wants_dweight.then(dweight).transpose()?])
     }

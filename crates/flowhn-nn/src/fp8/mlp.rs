@@ -15,8 +15,8 @@ use crate::kernels::SWIGLU_FP8;
 use crate::rows::no_kernel;
 use crate::swiglu::{swiglu, swiglu_grad};
 
-/// `y = (silu(gate) up) W_down^T` with `[gate, up] = x W_gate_up^T`. Its inputs are x, bf16 or what stands in for it, and the masters of both weights, which the
-/// gradients go to. The bits are those of the three operations one after the other.
+/// `y = (silu(gate) up) W_down^T` with `[gate, up] = x W_gate_up^T`. Its inputs are x, bf16 or what stands in for it, and the leaves that the
+/// gradients of both weights go to. The bits are those of the three operations one after the other.
 pub(crate) struct MlpFp8 {
     gate_up: Fp8Factors,
     down: Fp8Factors,
@@ -64,7 +64,7 @@ impl Function for MlpFp8 {
 
         let dy = rounded(&grads[0], dy_slot, wants_dx || wants_dgate_up, wants_ddown)?;
         let ddown = h_ft
-            .map(|h_ft| product(&dy.transposed, dy_slot, h_ft, h_slot, Kind::Float, FAST_WEIGHT_GRAD))
+            .map(|h_ft| product(&dy.transposed, dy_slot, h_ft, h_slot, down.grad_kind, FAST_WEIGHT_GRAD))
             .transpose()?;
         if !(wants_dx || wants_dgate_up) {
             return Ok(vec![None, None, ddown]);
@@ -76,8 +76,9 @@ impl Function for MlpFp8 {
             let dx_ti = product(&d.plain, slot, weight_ig, gate_up_slot, Kind::BFloat16, FAST_INPUT_GRAD)?;
             like(&dx_ti, &grads[0])
         };
-        let dgate_up =
-            x_it.map(|x_it| product(&d.transposed, slot, x_it, x_slot, Kind::Float, FAST_WEIGHT_GRAD)).transpose()?;
+        let dgate_up = x_it
+            .map(|x_it| product(&d.transposed, slot, x_it, x_slot, gate_up.grad_kind, FAST_WEIGHT_GRAD))
+            .transpose()?;
         Ok(vec![wants_dx.then(dx).transpose()?, dgate_up, ddown])
     }
 }

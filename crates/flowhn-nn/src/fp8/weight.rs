@@ -17,7 +17,7 @@ use super::scales::{Scales, Slot};
 use crate::bf16_copy::no_elements;
 use crate::{Params, Weight};
 
-/// A place for what fp8 needs of one weight, shared by the weight's handles.
+/// A place for what fp8 needs of one weight.
 #[derive(Debug, Default)]
 pub(crate) struct Fp8Copy {
     is_projection: Cell<bool>,
@@ -48,6 +48,8 @@ pub(crate) struct Fp8Factors {
     pub(crate) transposed: Tensor,
     /// Those of the activation, the weight and the gradient.
     pub(crate) slots: [Slot; 3],
+    /// The type that the gradient of the weight leaves its product in.
+    pub(crate) grad_kind: Kind,
     /// Counts the changes of scales; how many there had been.
     generation: (Arc<AtomicU64>, u64),
 }
@@ -85,12 +87,17 @@ impl Drop for Fp8Paused {
 impl Weight {
     /// Tells that a [`Linear`](crate::Linear) multiplies with it.
     pub(crate) fn mark_projection(&self) {
-        self.fp8.is_projection.set(true);
+        self.beside.fp8.is_projection.set(true);
+    }
+
+    /// Whether a [`Linear`](crate::Linear) multiplies with it.
+    pub(crate) fn is_projection(&self) -> bool {
+        self.beside.fp8.is_projection.get()
     }
 
     /// Whether products with it are to be taken in fp8.
     pub(crate) fn takes_fp8(&self) -> bool {
-        self.fp8.used.borrow().as_ref().is_some_and(|used| !used.scales.is_paused())
+        self.beside.fp8.used.borrow().as_ref().is_some_and(|used| !used.scales.is_paused())
     }
 
     /// The weight in fp8 as it is now, if products are to be taken so.
@@ -98,7 +105,7 @@ impl Weight {
     /// # Errors
     /// [`Error::Invalid`] where it is out of date while a CUDA graph is captured; [`Error::Torch`] if libtorch refuses.
     pub(crate) fn fp8(&self) -> Result<Option<Fp8Factors>> {
-        let mut used = self.fp8.used.borrow_mut();
+        let mut used = self.beside.fp8.used.borrow_mut();
         let Some(used) = used.as_mut().filter(|used| !used.scales.is_paused()) else { return Ok(None) };
         let version = self.master().f_internal_version()?;
         if used.made.as_ref().is_none_or(|made| made.version != version) {
@@ -116,6 +123,7 @@ impl Weight {
             plain: plain.shallow_clone(),
             transposed: transposed.shallow_clone(),
             slots: used.slots.clone(),
+            grad_kind: self.grad_kind(),
             generation: used.scales.generation(),
         }))
     }
@@ -123,7 +131,7 @@ impl Weight {
     /// Where to leave activations of this shape and type that only products with this weight read; nowhere if those take them in bf16, or if their
     /// scale has not been chosen yet, which asks for the values.
     pub(crate) fn fp8_place(&self, shape: &[i64], kind: Kind) -> Result<Option<Fp8Place>> {
-        let used = self.fp8.used.borrow();
+        let used = self.beside.fp8.used.borrow();
         let Some(Used { scales, slots: [slot, ..], .. }) = used.as_ref().filter(|used| !used.scales.is_paused()) else {
             return Ok(None);
         };
@@ -161,14 +169,14 @@ impl Params {
     /// [`Error::Device`] for a CUDA device without 8-bit floats; [`Error::Torch`] if there is no memory.
     pub fn use_fp8(&mut self, is_meant: impl Fn(&str) -> bool) -> Result<Fp8Projections> {
         check_device(self.device())?;
-        let is_meant = |param: &&crate::Param| param.weight.fp8.is_projection.get() && is_meant(&param.name);
+        let is_meant = |param: &&crate::Param| param.weight.is_projection() && is_meant(&param.name);
         let meant: Vec<&Weight> = self.iter().filter(is_meant).map(|param| &param.weight).collect();
         let fits = |weight: &&&Weight| weight.size().iter().all(|size| size % MULTIPLE == 0);
         let fitting: Vec<&Weight> = meant.iter().filter(fits).copied().collect();
         let scales = Rc::new(Scales::new(fitting.len(), self.device())?);
         for (projection_idx, weight) in fitting.iter().enumerate() {
             let slots = scales.slots(projection_idx)?;
-            *weight.fp8.used.borrow_mut() = Some(Used { scales: Rc::clone(&scales), slots, made: None });
+            *weight.beside.fp8.used.borrow_mut() = Some(Used { scales: Rc::clone(&scales), slots, made: None });
         }
         let counts = Fp8Projections { n_fp8: fitting.len(), n_meant: meant.len() };
         self.fp8 = Some(scales);
@@ -183,7 +191,7 @@ impl Params {
     pub fn begin_fp8_step(&self) -> Result<()> {
         let Some(scales) = &self.fp8 else { return Ok(()) };
         scales.next()?;
-        self.iter().try_for_each(|param| match param.weight.fp8.used.borrow_mut().as_mut() {
+        self.iter().try_for_each(|param| match param.weight.beside.fp8.used.borrow_mut().as_mut() {
             Some(used) => param.weight.round_to_fp8(used),
             None => Ok(()),
         })

@@ -154,7 +154,7 @@ fn linear(n_tokens: i64, d_in: i64, d_out: i64, bias: Bias, device: Device) -> R
     let bf16 = |shape: &[i64], seed, size: f64| (noise(shape, seed) * size).to_kind(Kind::BFloat16).to_device(device);
     let (x, dy) = (bf16(&[n_tokens, 1, d_in], 1, 3.), bf16(&[n_tokens, 1, d_out], 2, 1e-5));
     let run = || -> Result<[Tensor; 3]> {
-        params.zero_grad();
+        params.zero_grad()?;
         let x = x.detach().set_requires_grad(true);
         let y = projection.forward(&x)?;
         (&y * &dy).sum(Kind::Float).f_backward()?;
@@ -212,7 +212,7 @@ fn mlp(n_tokens: i64, d_model: i64, d_ff: i64, device: Device) -> Result<String>
         let mut results = Vec::new();
         for step in 0..2 {
             params.begin_fp8_step()?;
-            params.zero_grad();
+            params.zero_grad()?;
             let x = bf16(1 + step, 3.).set_requires_grad(true);
             let y = match fused {
                 true => mlp.forward(&x)?,

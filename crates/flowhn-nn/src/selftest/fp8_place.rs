@@ -61,7 +61,7 @@ fn norms(n: i64, d: i64, n_groups: i64, offset: i64, device: Device) -> Result<S
         let mut results = Vec::new();
         for step in 0..3 {
             params.begin_fp8_step()?;
-            params.zero_grad();
+            params.zero_grad()?;
             let leaves = [wide(10 + step), wide(20 + step)].map(|x| x.detach().set_requires_grad(true));
             let [x, other] = [&leaves[0], &leaves[1]];
             let outputs = match (n_groups, is_rounded_there) {

@@ -5,7 +5,7 @@ mod decode;
 use std::path::Path;
 use std::time::Instant;
 
-use flowhn_model::{Branches, Model};
+use flowhn_model::Branches;
 use flowhn_split::ScoreCount;
 use flowhn_torch::timeline::Timeline;
 use flowhn_torch::{Event, MemoryStats, Stream};
@@ -20,7 +20,7 @@ use crate::estimate::StepFlops;
 use crate::optim::AdamW;
 use crate::peak::{MatmulRate, device_name, max_memory_bytes};
 use crate::step::{CapturedStep, Stepper};
-use crate::trainer::{SideStream, prepare_device, set_linears};
+use crate::trainer::{SideStream, model, prepare_device};
 use crate::{Error, Result};
 
 pub use decode::{DecodeRow, DecodeSpeed, time_decoding};
@@ -201,11 +201,7 @@ fn stepper(config: &RunConfig, device: Device, folder: &Path, steps: u64) -> Res
     let dataset = random_text(config, folder, WARM_UP + steps + PROFILED)?;
     let options =
         LoaderOptions { seq_len: config.model.seq_len, batch_size: train.batch_size, seed: train.seed, prefetch: 4 };
-    let mut model = Model::new(&config.model, device, train.seed)?;
-    model.set_compute_kind(train.dtype.kind());
-    model.set_branches(train.branches)?;
-    model.set_recompute_every(train.recompute_every);
-    set_linears(&mut model, train.linears)?;
+    let model = model(config, device)?;
     let optimizer = AdamW::of_params(model.params(), train.optimizer())?;
     Ok(Stepper {
         optimizer,

@@ -22,11 +22,14 @@ const fn defines(state: usize) -> [(&'static str, i64); 4] {
 
 /// Addresses that one launch of `adamw_addresses` takes.
 const N_ADDRESSES: usize = 56;
-/// Numbers of a slot, `Slot` of `adamw.cu`: the addresses of parameter, two means and copy, the length, whether the parameter decays, and
-/// the addresses of the factors of codes.
+/// Numbers of a slot, `Slot` of `adamw.cu`: the addresses of parameter, two means and copy, the length, flags, and the addresses of the
+/// factors of codes.
 const SLOT_LEN: usize = 8;
 /// The place of the copy's address in a slot.
 const COPY: usize = 3;
+/// The flags of a slot: the parameter decays; its gradient is bf16.
+const DECAYS: i64 = 1;
+const BF16_GRAD: i64 = 2;
 /// Numbers of 4 bytes in `Factors`.
 const N_FACTORS: i64 = 10;
 
@@ -101,7 +104,7 @@ impl Engine {
     pub(super) fn clip_and_update(&mut self, groups: &[Group; 2], step: &Tensor) -> Result<Tensor> {
         let copies = self.write_slots(groups)?;
         // Held to the end: a dense copy of a gradient belongs to nobody else.
-        let held = groups.iter().flat_map(Group::grads).map(dense).collect::<Result<Vec<_>>>()?;
+        let held = groups.iter().flat_map(Group::grads).map(|grad| dense(grad?)).collect::<Result<Vec<_>>>()?;
         self.write_addresses(&held)?;
         let norm = catch(|| Ok(Tensor::f_empty([], (Kind::Float, self.lr.device()))?))?;
         let reached: Vec<&Tensor> = held.iter().flatten().collect();
@@ -144,7 +147,7 @@ impl Engine {
     fn write_slots(&mut self, groups: &[Group; 2]) -> Result<Vec<Tensor>> {
         let mut slots = Vec::with_capacity(self.written.len());
         let mut copies = Vec::new();
-        for (group, decays) in groups.iter().zip([1, 0]) {
+        for (group, decays) in groups.iter().zip([DECAYS, 0]) {
             for ((weight, mean), mean_sq) in group.weights.iter().zip(&group.exp_avg).zip(&group.exp_avg_sq) {
                 // Brought up to date also where this step overwrites it: in a capture, it is as fresh afterwards as it was before.
                 let copy = weight.bf16_copy()?;
@@ -152,7 +155,8 @@ impl Engine {
                 copies.extend(copy);
                 let [param, m, v] =
                     [weight.master(), &mean.values, &mean_sq.values].map(|tensor| tensor.data_ptr() as i64);
-                slots.extend([param, m, v, copy_address, weight.master().numel() as i64, decays]);
+                let flags = decays | if weight.grad_kind() == Kind::BFloat16 { BF16_GRAD } else { 0 };
+                slots.extend([param, m, v, copy_address, weight.master().numel() as i64, flags]);
                 slots.extend([mean, mean_sq].map(|mean| mean.absmax.as_ref().map_or(0, |x| x.data_ptr() as i64)));
             }
         }

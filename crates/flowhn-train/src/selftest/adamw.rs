@@ -35,14 +35,18 @@ fn options_with(clip_norm: f64, state: StateType) -> AdamWOptions {
     AdamWOptions { beta1: 0.9, beta2: 0.95, eps: 1e-8, weight_decay: 0.1, clip_norm, state }
 }
 
-/// Parameters of odd lengths; every third begins in the middle of an aligned vector.
+/// Parameters of odd lengths; every third begins in the middle of an aligned vector, and every fifth takes bf16 gradients.
 fn params(device: Device) -> Result<Vec<Param>> {
     let param = |idx: usize| -> Result<Param> {
         let (n, offset) = (LENGTHS[idx % LENGTHS.len()], if idx % 3 == 2 { 1 + idx as i64 % 4 } else { 0 });
         let values = noise(&[n + offset], idx as i64).to_kind(Kind::Float).to_device(device);
         let leaf = values.narrow(0, offset, n).set_requires_grad(true);
         let decay = if idx % 2 == 1 { Decay::No } else { Decay::Yes };
-        Ok(Param { name: format!("p{idx}"), weight: Weight::new(leaf), decay })
+        let weight = Weight::new(leaf);
+        if idx % 5 == 2 {
+            weight.use_bf16_grad()?;
+        }
+        Ok(Param { name: format!("p{idx}"), weight, decay })
     };
     (0..N_PARAMS).map(param).collect()
 }
@@ -51,7 +55,7 @@ fn params(device: Device) -> Result<Vec<Param>> {
 fn gradient(param: &Param, idx: usize, step: i64) -> Option<Tensor> {
     let size = 10f64.powi((idx % 5) as i32 - 3) * if step % 3 == 0 { 1e-3 } else { 1. };
     let values = noise(&param.weight.size(), 1000 * (1 + step) + idx as i64) * size;
-    let values = values.to_kind(Kind::Float).to_device(param.weight.master().device());
+    let values = values.to_kind(param.weight.grad_kind()).to_device(param.weight.master().device());
     (idx != 3 && (idx as i64 + step) % 11 != 0).then_some(values)
 }
 
@@ -59,7 +63,7 @@ fn gradient(param: &Param, idx: usize, step: i64) -> Option<Tensor> {
 fn backward(params: &[Param], gradients: &[Option<Tensor>]) -> Result<()> {
     let products = params.iter().zip(gradients).filter_map(|(param, gradient)| {
         let gradient = gradient.as_ref()?;
-        Some((param.weight.master() * gradient).sum(Kind::Float))
+        Some((param.weight.grad_leaf() * gradient).sum(Kind::Float))
     });
     let total = products.reduce(|a, b| a + b);
     Ok(catch(|| Ok(total.map_or(Ok(()), |total| total.f_backward())?))?)

@@ -3,13 +3,13 @@
 use std::fs;
 use std::sync::Mutex;
 
-use flowhn_model::{Linears, Model};
+use flowhn_model::Model;
 use flowhn_torch::Flag;
 use tch::{Device, Tensor};
 
 use super::{Clock, TrainOptions, Trainer};
 use crate::checkpoint::{self, Checkpoint, CheckpointProblem, FP8_SCALES, OPTIMIZER_FILE};
-use crate::config::RunConfig;
+use crate::config::{Dtype, RunConfig};
 use crate::data::{
     self, Dataset, LoaderOptions, PrepareOptions, ReadOptions, Tokenizer, TrainLoader, ValidationSet, prepare,
 };
@@ -39,11 +39,7 @@ impl Trainer {
         let checkpoint = find_checkpoint(&run, options.start, config, &tokenizer, observer)?;
         let (train_data, valid) = load_data(config, &tokenizer, observer)?;
 
-        let mut model = Model::new(&config.model, options.device, config.train.seed)?;
-        model.set_compute_kind(config.train.dtype.kind());
-        model.set_branches(config.train.branches)?;
-        model.set_recompute_every(config.train.recompute_every);
-        set_linears(&mut model, config.train.linears)?;
+        let model = model(config, options.device)?;
         let mut optimizer = AdamW::of_params(model.params(), config.train.optimizer())?;
         let loader = loader(config, options, &train_data, checkpoint.as_ref())?;
         if let Some(checkpoint) = &checkpoint {
@@ -109,12 +105,21 @@ pub(crate) fn prepare_device(device: Device, deterministic: bool) -> Result<()> 
     Ok(())
 }
 
-/// Chooses the type of the factors of projections.
-pub(crate) fn set_linears(model: &mut Model, linears: Linears) -> Result<()> {
-    model.set_linears(linears).map_err(|error| {
+/// The model of a run with its initial weights, as its section `[train]` has it compute.
+pub(crate) fn model(config: &RunConfig, device: Device) -> Result<Model> {
+    let train = &config.train;
+    let mut model = Model::new(&config.model, device, train.seed)?;
+    model.set_compute_kind(train.dtype.kind());
+    model.set_branches(train.branches)?;
+    model.set_recompute_every(train.recompute_every);
+    model.set_linears(train.linears).map_err(|error| {
         let want = format!("{error}; train.linears = \"dtype\" computes in the type of activations");
         Error::setting("train.linears", "fp8", want)
-    })
+    })?;
+    if train.grads == Dtype::Bf16 {
+        model.use_bf16_grads()?;
+    }
+    Ok(model)
 }
 
 /// The scales of fp8 by the name that they have in a checkpoint, beside the optimiser's state; they share storage with the model's.
