@@ -4,6 +4,7 @@
 #include <ATen/cuda/CUDAContext.h>
 #include <ATen/cuda/CUDAGraph.h>
 
+#include <cstdio>
 #include <cstring>
 
 using at::cuda::CUDAGraph;
@@ -59,7 +60,8 @@ extern "C" int flowhn_graph_pool(CUDAGraph* graph, uint64_t* a, uint64_t* b) {
 }
 
 extern "C" int flowhn_cuda_properties(int64_t index, char* name, size_t capacity, int64_t* n_multiprocessors,
-                                      int64_t* compute_capability, int64_t* total_bytes, int64_t* shared_bytes) {
+                                      int64_t* compute_capability, int64_t* total_bytes, int64_t* shared_bytes,
+                                      char* pci_bus_id, size_t pci_capacity) {
   FLOWHN_TRY({
     const int64_t n_devices = at::cuda::device_count();
     TORCH_CHECK(index >= 0 && index < n_devices, "there is no CUDA device ", index, ": this machine has ", n_devices);
@@ -69,5 +71,7 @@ extern "C" int flowhn_cuda_properties(int64_t index, char* name, size_t capacity
     *compute_capability = properties->major * 10 + properties->minor;
     *total_bytes = static_cast<int64_t>(properties->totalGlobalMem);
     *shared_bytes = static_cast<int64_t>(properties->sharedMemPerBlockOptin);
+    snprintf(pci_bus_id, pci_capacity, "%08x:%02x:%02x.0", properties->pciDomainID, properties->pciBusID,
+             properties->pciDeviceID);
   });
 }

@@ -136,6 +136,8 @@ unsafe extern "C" {
         compute_capability: *mut i64,
         total_bytes: *mut i64,
         shared_bytes: *mut i64,
+        pci_bus_id: *mut c_char,
+        pci_capacity: usize,
     ) -> c_int;
 }
 

@@ -96,6 +96,8 @@ pub struct DeviceProperties {
     pub total_bytes: u64,
     /// Shared memory that one block may opt in to, in bytes.
     pub shared_bytes_per_block: u64,
+    /// Domain, bus, device and function, in hexadecimal: `00000000:19:00.0`. Other libraries number devices differently.
+    pub pci_bus_id: String,
 }
 
 impl DeviceProperties {
@@ -106,10 +108,11 @@ impl DeviceProperties {
     #[cfg(flowhn_cuda)]
     pub fn of(device_idx: usize) -> Result<Self> {
         let mut name = [0 as std::ffi::c_char; 256];
+        let mut pci_bus_id = [0 as std::ffi::c_char; 32];
         let (mut n_multiprocessors, mut capability, mut total, mut shared) = (0, 0, 0, 0);
         // SAFETY: each pointer is a place for what the shim writes; the name's buffer is zeroed and one byte longer than what
-        // the shim copies, so it ends in NUL.
-        let name = unsafe {
+        // the shim copies, so it ends in NUL, and the shim ends the other text itself.
+        let (name, pci_bus_id) = unsafe {
             ffi::status(ffi::flowhn_cuda_properties(
                 ffi::index(device_idx),
                 name.as_mut_ptr(),
@@ -118,8 +121,10 @@ impl DeviceProperties {
                 &mut capability,
                 &mut total,
                 &mut shared,
+                pci_bus_id.as_mut_ptr(),
+                pci_bus_id.len(),
             ))?;
-            std::ffi::CStr::from_ptr(name.as_ptr())
+            (std::ffi::CStr::from_ptr(name.as_ptr()), std::ffi::CStr::from_ptr(pci_bus_id.as_ptr()))
         };
         Ok(Self {
             name: name.to_string_lossy().into_owned(),
@@ -127,6 +132,7 @@ impl DeviceProperties {
             compute_capability: capability as u32,
             total_bytes: total as u64,
             shared_bytes_per_block: shared as u64,
+            pci_bus_id: pci_bus_id.to_string_lossy().into_owned(),
         })
     }
 

@@ -17,11 +17,13 @@ use tch::Device;
 use crate::console;
 use crate::device::DeviceArgs;
 use crate::threads;
+use jobs::Jobs;
 use report::{Report, Row};
 
 const AFTER_HELP: &str = "\
 On a CUDA device libtorch fills new memory with NaN first, so that what a kernel leaves unwritten shows. An error of the device
-ends the test: nothing runs there any more. With --jobs it ends the cases of its process.
+ends the test: nothing runs there any more. With --jobs it ends the cases of its process. Where FLOWHN_KERNEL_TRACE=DIR asks for a record
+of launches, the processes of --jobs write theirs to DIR.1, DIR.2 and so on.
 
 --json prints one object: `device`; `cases`, a list of {name, outcome: passed, failed or not_run, detail or error, seconds};
 `passed`; `failed`; `not_run`, cases that say why they cannot run here and those that a lost device left.";
@@ -88,7 +90,7 @@ pub fn run(args: &Args) -> Result<ExitCode> {
     if args.jobs.get() > 1 {
         let together: Vec<&str> =
             cases.iter().filter(|(_, case)| !case.is_alone()).map(|(name, _)| name.as_str()).collect();
-        jobs::run(&together, args.jobs.get(), device, &mut |row| report.add(row, args.json))?;
+        Jobs::new(args.jobs.get(), device)?.run(&together, &mut |row| report.add(row, args.json))?;
         cases.retain(|(_, case)| case.is_alone());
     }
     let lost = run_here(&cases, device, &mut |row| report.add(row, args.json))?;

@@ -21,11 +21,12 @@ fn describes_itself(device_idx: usize) -> Result<String> {
     let plausible = properties.n_multiprocessors > 0
         && properties.compute_capability >= 50
         && properties.shared_bytes_per_block >= 48 << 10
-        && !properties.name.is_empty();
+        && !properties.name.is_empty()
+        && properties.pci_bus_id.split([':', '.']).all(|part| u32::from_str_radix(part, 16).is_ok());
     ensure(plausible, || format!("{properties:?}"))?;
     let total_bytes = MemoryStats::of(device_idx)?.total_bytes;
     ensure(properties.total_bytes == total_bytes, || format!("{properties:?}, but {total_bytes} bytes of memory"))?;
-    Ok(format!("{}, {} multiprocessors", properties.name, properties.n_multiprocessors))
+    Ok(format!("{} at {}, {} multiprocessors", properties.name, properties.pci_bus_id, properties.n_multiprocessors))
 }
 
 fn guards(device_idx: usize) -> Result<String> {

@@ -1,6 +1,7 @@
 //! The speed of the training step, measured as a run executes it.
 
 mod decode;
+mod power;
 
 use std::path::Path;
 use std::time::Instant;
@@ -24,11 +25,14 @@ use crate::trainer::{SideStream, model, prepare_device};
 use crate::{Error, Result};
 
 pub use decode::{DecodeRow, DecodeSpeed, time_decoding};
+pub use power::Power;
 
 /// Steps before the first that counts: compilation, plans, capture.
 const WARM_UP: u64 = 5;
 /// Steps with marks, the last of which is read: the first are not captured yet.
 const PROFILED: u64 = 6;
+/// How long steps run on, at least, while the device's power is read: the driver renews its counters slowly.
+const POWER_SECONDS: f64 = 1.5;
 /// Tokens of a document of the random text.
 const DOCUMENT_TOKENS: usize = 8192;
 
@@ -70,6 +74,8 @@ pub struct StepSpeed {
     pub parts: Vec<PartTime>,
     /// Share of the time from the begin of one step to that of the next in which the device works on the step.
     pub busy_frac: Option<f64>,
+    /// What the device draws, from steps of their own, or why that could not be read. Absent on the CPU.
+    pub power: Option<std::result::Result<Power, String>>,
 }
 
 /// The time of one part of a step, forward and backward.
@@ -111,6 +117,11 @@ pub fn time_steps(config: &RunConfig, device: Device, steps: u64) -> Result<Step
     };
     let last_loss = stepper.read()?.last().map_or(f32::NAN, |step| step.loss);
     let max_memory_bytes = max_memory_bytes(device);
+    let median_ms = median(&step_ms);
+    let power = match device {
+        Device::Cuda(device_idx) => Some(power(&mut stepper, device_idx, median_ms)?),
+        _ => None,
+    };
     let (parts, busy_frac) = match config.train.branches {
         Branches::Serial => parts(&mut stepper).map(|(parts, busy_frac)| (parts, Some(busy_frac)))?,
         Branches::Streams => (Vec::new(), None),
@@ -123,7 +134,6 @@ pub fn time_steps(config: &RunConfig, device: Device, steps: u64) -> Result<Step
 
     let StepFlops { model: flops_per_step, recomputed } = StepFlops::new(config, ScoreCount::Causal)?;
     let tokens_per_step = stepper.tokens_per_step(config.train.batch_size);
-    let median_ms = median(&step_ms);
     let fp8 = stepper.model.fp8_projections();
     Ok(StepSpeed {
         device: device_name(device),
@@ -143,6 +153,7 @@ pub fn time_steps(config: &RunConfig, device: Device, steps: u64) -> Result<Step
         last_loss,
         parts,
         busy_frac,
+        power,
     })
 }
 
@@ -165,6 +176,17 @@ fn on_device(stepper: &mut Stepper, steps: u64, device_idx: usize) -> Result<(Ve
     stream.synchronize()?;
     let times = marks.windows(2).map(|pair| Ok(pair[0].elapsed_ms(&pair[1])?)).collect::<Result<Vec<f64>>>()?;
     Ok((times, host_ms))
+}
+
+/// What the device draws over steps like those that were measured.
+fn power(stepper: &mut Stepper, device_idx: usize, step_ms: f64) -> Result<std::result::Result<Power, String>> {
+    let n_steps = (POWER_SECONDS * 1e3 / step_ms).ceil().max(1.) as u64;
+    power::while_running(device_idx, || {
+        for _ in 0..n_steps {
+            stepper.train_step()?;
+        }
+        stepper.read().map(drop)
+    })
 }
 
 /// Where the time of a step goes. A captured step is captured anew, with marks in it.

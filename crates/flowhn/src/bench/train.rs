@@ -5,7 +5,7 @@ use std::process::ExitCode;
 
 use anyhow::Result;
 use clap::builder::RangedU64ValueParser;
-use flowhn_train::bench::{PartTime, StepSpeed, time_steps};
+use flowhn_train::bench::{PartTime, Power, StepSpeed, time_steps};
 use flowhn_train::config::Dtype;
 use serde::{Deserialize, Serialize};
 use tch::Device;
@@ -24,9 +24,11 @@ half (mfu) or as the whole square (mfu_full_scores). mfu is a fraction of the pe
 
 --json prints one object: `definition`, `device`, `peak` {name, flops_per_s}, `rows`: a list of {model, policy, parameters, tokens_per_step,
 tokens_per_s, step_ms {median, min, max, all}, mfu, mfu_full_scores, matmul_frac, matmul {flops_per_s, name}, max_memory_bytes, host_ms,
-last_loss, busy_frac, fp8_projections {in_fp8, of}, parts: a list of {name, ms}}. With train.linears = \"fp8\", MFU stays a fraction of the bf16
+last_loss, busy_frac, fp8_projections {in_fp8, of}, parts: a list of {name, ms}, power {watts, limit_watts, held_back_frac, clock_mhz,
+max_clock_mhz}, joules_per_token}. With train.linears = \"fp8\", MFU stays a fraction of the bf16
 peak. Parts come from steps of their own with marks between them; `gaps` lies between two
-steps, and busy_frac is the rest's share.
+steps, and busy_frac is the rest's share. Power is what NVML tells of a GPU during further steps; held_back_frac is the share of that time in
+which power or heat held its clock back.
 
 --out also writes train.json (the same object), train.csv and train.svg (bars of tokens/s and MFU). --beside FILE puts another program's
 speeds into the figure and the CSV: a JSON object {name, rows: a list of {model, policy, tokens_per_s, mfu}}, mfu a fraction. --from FILE
@@ -107,6 +109,11 @@ pub(super) struct Row {
     pub(super) busy_frac: Option<f64>,
     fp8_projections: Option<InFp8>,
     parts: Vec<PartTime>,
+    /// Absent on the CPU, where it could not be read, and from reports of earlier versions.
+    #[serde(default)]
+    pub(super) power: Option<Power>,
+    #[serde(default)]
+    pub(super) joules_per_token: Option<f64>,
 }
 
 /// How many of the blocks' projections are in fp8.
@@ -143,6 +150,9 @@ pub fn run(args: &Args) -> Result<ExitCode> {
         let speed = time_steps(&config, device, args.steps)?;
         let peak = peak(&speed, config.train.dtype, device);
         report.device.clone_from(&speed.device);
+        if let Some(Err(message)) = &speed.power {
+            console.line(format!("{model} {policy}: the GPU's power cannot be read: {message}"));
+        }
         let row = Row::new(model, policy, speed, &peak);
         if !args.json {
             if report.rows.is_empty() {
@@ -200,6 +210,7 @@ impl Row {
         let full = speed.flops_per_step_full_scores as f64 / speed.flops_per_step as f64;
         let mfu = speed.flops_per_s / peak.flops_per_s;
         let [in_fp8, of] = speed.fp8_projections;
+        let power = speed.power.and_then(std::result::Result::ok);
         Self {
             model,
             policy,
@@ -223,6 +234,8 @@ impl Row {
             busy_frac: speed.busy_frac,
             fp8_projections: (of > 0).then_some(InFp8 { in_fp8, of }),
             parts: speed.parts,
+            joules_per_token: power.map(|power| power.watts / speed.tokens_per_s),
+            power,
         }
     }
 
@@ -252,6 +265,21 @@ impl Row {
             self.host_ms,
         ) + &self.fp8_line()
             + &self.parts_line()
+            + &self.power_line()
+    }
+
+    /// What the device draws, below the row.
+    fn power_line(&self) -> String {
+        let (Some(power), Some(joules)) = (self.power, self.joules_per_token) else { return String::new() };
+        format!(
+            "       power: {:.0} of {:.0} W, {:.2} mJ a token; clock {:.0} of {:.0} MHz, held back {:.0} % of the time\n",
+            power.watts,
+            power.limit_watts,
+            1e3 * joules,
+            power.clock_mhz,
+            power.max_clock_mhz,
+            100. * power.held_back_frac,
+        )
     }
 
     /// What of the model is in fp8, below the row.

@@ -62,7 +62,7 @@ pub(super) fn write(dir: &Path, report: &Report, beside: Option<&Beside>) -> Res
 fn csv(report: &Report, beside: Option<&Beside>) -> String {
     let mut text =
         "model,policy,parameters,tokens_per_step,tokens_per_s,ms_median,ms_min,ms_max,mfu,mfu_full_scores,matmul_frac,\
-                    max_memory_bytes,busy_frac,beside_tokens_per_s,beside_mfu\n"
+                    max_memory_bytes,busy_frac,watts,joules_per_token,beside_tokens_per_s,beside_mfu\n"
             .to_owned();
     for row in &report.rows {
         let other = beside.and_then(|beside| beside.of(row));
@@ -81,6 +81,8 @@ fn csv(report: &Report, beside: Option<&Beside>) -> String {
             row.matmul_frac.to_string(),
             row.max_memory_bytes.to_string(),
             opt(row.busy_frac),
+            opt(row.power.map(|power| power.watts)),
+            opt(row.joules_per_token),
             opt(other.map(|other| other.tokens_per_s)),
             opt(other.map(|other| other.mfu)),
         ];

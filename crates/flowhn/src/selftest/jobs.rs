@@ -1,8 +1,11 @@
 //! Cases in several processes side by side: a device that one of them loses is not lost to the others.
 
 use std::env;
+use std::ffi::OsString;
 use std::io::Write;
+use std::path::PathBuf;
 use std::process::{Command, Stdio};
+use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::{Mutex, PoisonError, mpsc};
 use std::thread;
 
@@ -17,67 +20,98 @@ const SHARE: usize = 24;
 /// The variables that tell libtorch and rayon how many cores are theirs.
 const THREADS: [&str; 2] = ["OMP_NUM_THREADS", "RAYON_NUM_THREADS"];
 
-/// Runs the cases of these names, neighbours in one process, `n_jobs` processes at a time; `take` gets what came of each, as it comes.
-///
-/// # Errors
-/// Those of `take`, and where this program cannot be started again.
-pub(super) fn run(
-    names: &[&str],
-    n_jobs: usize,
+/// Where launches of kernels are recorded, one process a folder.
+const TRACE: &str = "FLOWHN_KERNEL_TRACE";
+
+/// How cases run in processes of their own.
+pub(super) struct Jobs {
+    program: PathBuf,
     device: Device,
-    take: &mut dyn FnMut(Row) -> Result<()>,
-) -> Result<()> {
-    let shares = Mutex::new(names.chunks(SHARE));
-    let next = || shares.lock().unwrap_or_else(PoisonError::into_inner).next();
-    let n_threads = thread::available_parallelism().map_or(1, |n| (n.get() / n_jobs).max(1));
-    thread::scope(|scope| {
-        let (sender, rows) = mpsc::channel();
-        for _ in 0..n_jobs {
-            let sender = sender.clone();
-            scope.spawn(move || {
-                while let Some(names) = next() {
-                    // Nobody listens where the others' results could not be told.
-                    if sender.send(share(names, device, n_threads)).is_err() {
-                        break;
-                    }
-                }
-            });
-        }
-        drop(sender);
-        for rows in rows {
-            rows?.into_iter().try_for_each(&mut *take)?;
-        }
-        Ok(())
-    })
+    n_jobs: usize,
+    /// Cores of each process.
+    n_threads: usize,
+    /// The folder in which this process records launches. The others take its name with their number.
+    trace: Option<OsString>,
+    n_started: AtomicUsize,
 }
 
-/// Runs cases in a process of their own.
-fn share(names: &[&str], device: Device, n_threads: usize) -> Result<Vec<Row>> {
-    let program = env::current_exe().context("this program does not know its own path")?;
-    let mut command = Command::new(program);
-    command.args(["selftest", "--json", "--names-from-stdin", "--device"]).arg(name_of(device));
-    for name in THREADS.into_iter().filter(|name| env::var_os(name).is_none()) {
-        command.env(name, n_threads.to_string());
+impl Jobs {
+    /// This program again, `n_jobs` processes at a time.
+    ///
+    /// # Errors
+    /// Where this program does not know where it is.
+    pub fn new(n_jobs: usize, device: Device) -> Result<Self> {
+        let program = env::current_exe().context("this program does not know its own path")?;
+        let n_threads = thread::available_parallelism().map_or(1, |n| (n.get() / n_jobs).max(1));
+        let trace = env::var_os(TRACE).filter(|dir| !dir.is_empty());
+        Ok(Self { program, device, n_jobs, n_threads, trace, n_started: AtomicUsize::new(0) })
     }
-    let mut process = command.stdin(Stdio::piped()).stdout(Stdio::piped()).spawn().context("cannot start a process")?;
-    // It ends early where it refuses the names, and says why.
-    let _ = process.stdin.take().map(|mut stdin| stdin.write_all(names.join("\n").as_bytes()));
-    let output = process.wait_with_output().context("cannot wait for a process")?;
-    let Ok(Report { mut cases, .. }) = serde_json::from_slice(&output.stdout) else {
-        return match names {
-            [name] => Ok(vec![Row::new(name, Err(format!("its process ended with {}", output.status)), 0.)]),
-            // One of them ended it, and took what was known of the others along.
-            _ => names.iter().try_fold(Vec::new(), |mut rows, name| {
-                rows.extend(share(&[name], device, n_threads)?);
-                Ok(rows)
-            }),
+
+    /// Runs the cases of these names, neighbours in one process; `take` gets what came of each, as it comes.
+    ///
+    /// # Errors
+    /// Those of `take`, and where the program cannot be started.
+    pub fn run(&self, names: &[&str], take: &mut dyn FnMut(Row) -> Result<()>) -> Result<()> {
+        let shares = Mutex::new(names.chunks(SHARE));
+        let next = || shares.lock().unwrap_or_else(PoisonError::into_inner).next();
+        thread::scope(|scope| {
+            let (sender, rows) = mpsc::channel();
+            for _ in 0..self.n_jobs {
+                let sender = sender.clone();
+                scope.spawn(move || {
+                    while let Some(names) = next() {
+                        // Nobody listens where the others' results could not be told.
+                        if sender.send(self.share(names)).is_err() {
+                            break;
+                        }
+                    }
+                });
+            }
+            drop(sender);
+            for rows in rows {
+                rows?.into_iter().try_for_each(&mut *take)?;
+            }
+            Ok(())
+        })
+    }
+
+    /// Runs cases in a process of their own.
+    fn share(&self, names: &[&str]) -> Result<Vec<Row>> {
+        let mut process = self.command().spawn().context("cannot start a process")?;
+        // It ends early where it refuses the names, and says why.
+        let _ = process.stdin.take().map(|mut stdin| stdin.write_all(names.join("\n").as_bytes()));
+        let output = process.wait_with_output().context("cannot wait for a process")?;
+        let Ok(Report { mut cases, .. }) = serde_json::from_slice(&output.stdout) else {
+            return match names {
+                [name] => Ok(vec![Row::new(name, Err(format!("its process ended with {}", output.status)), 0.)]),
+                // One of them ended it, and took what was known of the others along.
+                _ => names.iter().try_fold(Vec::new(), |mut rows, name| {
+                    rows.extend(self.share(&[name])?);
+                    Ok(rows)
+                }),
+            };
         };
-    };
-    let is_left = |name: &&&str| !cases.iter().any(|row: &Row| row.is_of(name));
-    let left = names.iter().filter(is_left).copied().collect::<Vec<_>>();
-    let reason = || Ok(Outcome::NotRun("its process lost the device before".to_owned()));
-    cases.extend(left.into_iter().map(|name| Row::new(name, reason(), 0.)));
-    Ok(cases)
+        let is_left = |name: &&&str| !cases.iter().any(|row: &Row| row.is_of(name));
+        let left = names.iter().filter(is_left).copied().collect::<Vec<_>>();
+        let reason = || Ok(Outcome::NotRun("its process lost the device before".to_owned()));
+        cases.extend(left.into_iter().map(|name| Row::new(name, reason(), 0.)));
+        Ok(cases)
+    }
+
+    fn command(&self) -> Command {
+        let mut command = Command::new(&self.program);
+        command.args(["selftest", "--json", "--names-from-stdin", "--device"]).arg(name_of(self.device));
+        for name in THREADS.into_iter().filter(|name| env::var_os(name).is_none()) {
+            command.env(name, self.n_threads.to_string());
+        }
+        if let Some(trace) = &self.trace {
+            let mut dir = trace.clone();
+            dir.push(format!(".{}", 1 + self.n_started.fetch_add(1, Ordering::Relaxed)));
+            command.env(TRACE, dir);
+        }
+        command.stdin(Stdio::piped()).stdout(Stdio::piped());
+        command
+    }
 }
 
 /// A device as `--device` takes it.
@@ -85,5 +119,68 @@ fn name_of(device: Device) -> String {
     match device {
         Device::Cuda(idx) => format!("cuda:{idx}"),
         _ => "cpu".to_owned(),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::fs;
+    use std::os::unix::fs::PermissionsExt;
+
+    use super::*;
+
+    /// Passes each case but `a5`, which kills it, and ends before `a7` as if the device were lost. It notes where it would record.
+    const PROGRAM: &str = r#"#!/bin/sh
+echo "$FLOWHN_KERNEL_TRACE" >> "$(dirname "$0")/traces"
+cases= n=0
+while read -r name || [ -n "$name" ]; do
+    case "$name" in
+        a5) kill -KILL $$ ;;
+        a7) break ;;
+    esac
+    cases="$cases${cases:+,}{\"name\":\"$name\",\"outcome\":\"passed\",\"seconds\":1}"
+done
+echo "{\"device\":\"Cpu\",\"cases\":[$cases],\"passed\":0,\"failed\":0,\"not_run\":0}"
+"#;
+
+    #[test]
+    fn a_case_that_ends_its_process_takes_no_other_along() {
+        let dir = tempfile::tempdir().unwrap();
+        let program = dir.path().join("flowhn");
+        fs::write(&program, PROGRAM).unwrap();
+        fs::set_permissions(&program, fs::Permissions::from_mode(0o755)).unwrap();
+        let trace = Some("there/trace".into());
+        let jobs =
+            Jobs { program, device: Device::Cpu, n_jobs: 2, n_threads: 1, trace, n_started: AtomicUsize::new(0) };
+
+        let names: Vec<String> = (0..2 * SHARE).map(|n| format!("a{n}")).collect();
+        let names: Vec<&str> = names.iter().map(String::as_str).collect();
+        let mut rows = Vec::new();
+        jobs.run(&names, &mut |row| {
+            rows.push(serde_json::to_value(row)?);
+            Ok(())
+        })
+        .unwrap();
+
+        rows.sort_by_key(|row| row["name"].as_str().map(|name| name[1..].parse::<usize>().unwrap()));
+        let told: Vec<&str> = rows.iter().map(|row| row["name"].as_str().unwrap()).collect();
+        assert_eq!(told, names, "each case is told of once");
+        for row in &rows {
+            let want = match row["name"].as_str().unwrap() {
+                "a5" => "failed",
+                "a7" => "not_run",
+                _ => "passed",
+            };
+            assert_eq!(row["outcome"], want, "{row}");
+        }
+        assert!(rows[5]["error"].as_str().unwrap().contains("signal: 9"), "{}", rows[5]);
+
+        // The first share, each of its cases, the second share.
+        let traces = fs::read_to_string(dir.path().join("traces")).unwrap();
+        let mut traces: Vec<&str> = traces.lines().collect();
+        traces.sort_unstable();
+        traces.dedup();
+        assert_eq!(traces.len(), 2 + SHARE, "every process records into a folder of its own: {traces:?}");
+        assert!(traces.iter().all(|dir| dir.starts_with("there/trace.")), "{traces:?}");
     }
 }
