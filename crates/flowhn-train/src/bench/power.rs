@@ -141,7 +141,7 @@ mod tests {
             seconds: n as f64 * 0.005,
             millijoules: 7_000_000 + n / 4 * 8_000,
             clock_mhz: 1500 + 100 * (n % 2) as u32,
-            is_held_back: n % 4 != 0,
+            is_held_back: !n.is_multiple_of(4),
         };
         (0..n).map(sample).collect()
     }
