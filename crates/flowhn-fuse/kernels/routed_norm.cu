@@ -26,7 +26,7 @@
 //
 // X_KIND: dtype of all but weights and rstd; BRANCH_GRADS: whether there is ds_k; VECS: vectors a thread; MAX_THREADS, MIN_BLOCKS:
 // bounds of the block and of the blocks of a multiprocessor; FP8_ROWS: the rows of a block of the forward pass alone, or 0.
-#include "rows.cuh"
+#include "norm.cuh"
 #include "smem.cuh"
 #if FP8_ROWS
 #include "fp8_rows.cuh"
@@ -97,42 +97,14 @@ routed_norm_forward(const X* x, i64 x_batch, i64 x_token, const i64* positions0,
             if (change) {
                 Pack<X> moved[VECS];
                 load_row(moved, change + change_strides.start(token.b, change_of_branch ? token.j : token.p), team, width);
-                #pragma unroll
-                for (int v = 0; v < VECS; v++) {
-                    float a[VEC], b[VEC];
-                    s[v].get(a), moved[v].get(b);
-                    #pragma unroll
-                    for (int i = 0; i < VEC; i++) a[i] += b[i];
-                    s[v].set(a);
-                    store_vector(s[v], sum + place * d, v, team, width);
-                }
+                add_row(s, moved, sum + place * d, team, width);
             }
-            if (branch_sum) {
-                #pragma unroll
-                for (int v = 0; v < VECS; v++) store_vector(s[v], branch_sum + row * d, v, team, width);
-            }
-            float squares = 0.f;
-            #pragma unroll
-            for (int v = 0; v < VECS; v++) {
-                float a[VEC];
-                s[v].get(a);
-                #pragma unroll
-                for (int i = 0; i < VEC; i++) squares += a[i] * a[i];
-            }
-            float r = 1.f / sqrtf(team_sum(squares, team) / d + eps);
+            if (branch_sum) store_row(s, branch_sum + row * d, team, width);
+            float r = 1.f / sqrtf(team_sum(sum_of_squares(s), team) / d + eps);
             if (rstd && team.t == 0) rstd[place] = r;
             #pragma unroll
             for (int v = 0; v < VECS; v++) {
-                float a[VEC];
-                Pack<X> out;
-                s[v].get(a);
-                #pragma unroll
-                for (int i = 0; i < VEC; i++) a[i] *= r;
-                // The normalised value has the dtype of x before the weight multiplies it.
-                out.set(a), out.get(a);
-                #pragma unroll
-                for (int i = 0; i < VEC; i++) a[i] *= w[v][i];
-                out.set(a);
+                Pack<X> out = normed_vector(s[v], r, w[v]);
 #if FP8_ROWS
                 y.put(out, (int)row, team.column(v));
 #else
@@ -199,31 +171,14 @@ routed_norm_backward(const X* s, i64 s_batch, i64 s_token, const i64* positions0
         for (; current < share.n_rows; current += share.n_teams) {
             row = ahead;
             if (current + share.n_teams < share.n_rows) fetch((int)(current + share.n_teams));
-            float inner_product = 0.f;
+            float r = row.r, slope = team_sum(weighted_product(row.s, row.dy, w), team) * r * r * r / d;
             #pragma unroll
             for (int v = 0; v < VECS; v++) {
-                float a[VEC], b[VEC];
-                row.s[v].get(a), row.dy[v].get(b);
-                #pragma unroll
-                for (int i = 0; i < VEC; i++) inner_product += b[i] * w[v][i] * a[i];
-            }
-            float r = row.r, slope = team_sum(inner_product, team) * r * r * r / d;
-            #pragma unroll
-            for (int v = 0; v < VECS; v++) {
-                float a[VEC], b[VEC];
-                row.s[v].get(a), row.dy[v].get(b);
-                #pragma unroll
-                for (int i = 0; i < VEC; i++) {
-                    dw[v][i] += b[i] * (a[i] * r);
-                    a[i] = r * (b[i] * w[v][i]) - a[i] * slope;
-                }
-                row.ds[v].get(b);
-                #pragma unroll
-                for (int i = 0; i < VEC; i++) a[i] += b[i];
+                float a[VEC];
+                norm_gradient(a, dw[v], row.s[v], row.dy[v], w[v], r, slope);
+                add_vector(a, row.ds[v]);
 #if BRANCH_GRADS
-                row.branch_ds[v].get(b);
-                #pragma unroll
-                for (int i = 0; i < VEC; i++) a[i] += b[i];
+                add_vector(a, row.branch_ds[v]);
 #endif
                 Pack<X> out;
                 out.set(a);

@@ -21,7 +21,7 @@
 //
 // X_KIND: dtype of all but weight and rstd; VECS: vectors a thread; MAX_THREADS, MIN_BLOCKS:
 // bounds of the block and of the blocks of a multiprocessor; FP8_ROWS: the rows of a block of the forward pass alone, or 0.
-#include "rows.cuh"
+#include "norm.cuh"
 #include "smem.cuh"
 #if FP8_ROWS
 #include "fp8_rows.cuh"
@@ -57,38 +57,13 @@ rms_norm_forward(const X* x, const X* delta, const float* weight, X* sum, X* y, 
             if (delta) {
                 Pack<X> change[VECS];
                 load_row(change, delta + RowStrides{delta_outer, delta_inner}.start(outer_idx, inner_idx), team, width);
-                #pragma unroll
-                for (int v = 0; v < VECS; v++) {
-                    float a[VEC], b[VEC];
-                    s[v].get(a), change[v].get(b);
-                    #pragma unroll
-                    for (int i = 0; i < VEC; i++) a[i] += b[i];
-                    s[v].set(a);
-                    store_vector(s[v], sum + (i64)row * d, v, team, width);
-                }
+                add_row(s, change, sum + (i64)row * d, team, width);
             }
-            float squares = 0.f;
-            #pragma unroll
-            for (int v = 0; v < VECS; v++) {
-                float a[VEC];
-                s[v].get(a);
-                #pragma unroll
-                for (int i = 0; i < VEC; i++) squares += a[i] * a[i];
-            }
-            float r = 1.f / sqrtf(team_sum(squares, team) / d + eps);
+            float r = 1.f / sqrtf(team_sum(sum_of_squares(s), team) / d + eps);
             if (rstd && team.t == 0) rstd[row] = r;
             #pragma unroll
             for (int v = 0; v < VECS; v++) {
-                float a[VEC];
-                Pack<X> normed;
-                s[v].get(a);
-                #pragma unroll
-                for (int i = 0; i < VEC; i++) a[i] *= r;
-                // The normalised value has the dtype of x before the weight multiplies it.
-                normed.set(a), normed.get(a);
-                #pragma unroll
-                for (int i = 0; i < VEC; i++) a[i] *= w[v][i];
-                normed.set(a);
+                Pack<X> normed = normed_vector(s[v], r, w[v]);
 #if FP8_ROWS
                 out.put(normed, row, team.column(v));
 #else
@@ -148,29 +123,12 @@ __device__ __forceinline__ void backward(const Backward& args) {
     for (; current < n_rows; current += step) {
         row = ahead;
         if (current + step < n_rows) fetch((int)(current + step));
-        float inner_product = 0.f;
+        float r = row.r, slope = team_sum(weighted_product(row.s, row.dy, w), team) * r * r * r / d;
         #pragma unroll
         for (int v = 0; v < VECS; v++) {
-            float a[VEC], b[VEC];
-            row.s[v].get(a), row.dy[v].get(b);
-            #pragma unroll
-            for (int i = 0; i < VEC; i++) inner_product += b[i] * w[v][i] * a[i];
-        }
-        float r = row.r, slope = team_sum(inner_product, team) * r * r * r / d;
-        #pragma unroll
-        for (int v = 0; v < VECS; v++) {
-            float a[VEC], b[VEC];
-            row.s[v].get(a), row.dy[v].get(b);
-            #pragma unroll
-            for (int i = 0; i < VEC; i++) {
-                dw[v][i] += b[i] * (a[i] * r);
-                a[i] = r * (b[i] * w[v][i]) - a[i] * slope;
-            }
-            if constexpr (RESIDUAL) {
-                row.ds[v].get(b);
-                #pragma unroll
-                for (int i = 0; i < VEC; i++) a[i] += b[i];
-            }
+            float a[VEC];
+            norm_gradient(a, dw[v], row.s[v], row.dy[v], w[v], r, slope);
+            if constexpr (RESIDUAL) add_vector(a, row.ds[v]);
             Pack<X> out;
             out.set(a);
             store_vector(out, args.dx + current * d, v, team, width);

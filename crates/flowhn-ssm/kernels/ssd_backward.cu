@@ -19,7 +19,7 @@
 // sums over heads stay in registers, so that the products with b and c are made once a block and db, dc leave it once; x, dy, h, dh
 // are read once, those of the next head under the products of this one; one barrier a head, and one warp closes the
 // books of a head while the others are at the next.
-#include "ssd_tile.cuh"
+#include "ssd_backward.cuh"
 
 typedef DtypeOf<DT_KIND>::type DT;
 constexpr int P = P_TILE, N = N_TILE, THREADS = 512;
@@ -45,18 +45,6 @@ struct Findings {
     float u[2][CHUNK];  // by halves of d_head: 2^(s_end - s_j) x_j . dh b_j
     float states[8], skips[8];
 };
-
-__device__ __forceinline__ float sum_quad(float x) {
-    x += __shfl_xor_sync(FULL_WARP, x, 1);
-    return x + __shfl_xor_sync(FULL_WARP, x, 2);
-}
-
-// The sum over lanes with the same place in their quad.
-__device__ __forceinline__ float sum_rows(float x) {
-    x += __shfl_xor_sync(FULL_WARP, x, 4);
-    x += __shfl_xor_sync(FULL_WARP, x, 8);
-    return x + __shfl_xor_sync(FULL_WARP, x, 16);
-}
 
 // A warp that owns 16 rows i: dc for one half of d_state, dg for the blocks of tokens j of one parity.
 struct RowWarp {
@@ -420,69 +408,28 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) ssd_backward(
     __syncthreads();
 
     // Closes the books of a turn; a head in several turns is written at its last.
-    float dt_sum[2] = {0.f, 0.f}, a_sum = 0.f, skip_sum = 0.f, bias_sum = 0.f;
+    Books books;
+    books.open();
     auto close = [&](int turn) {
         int own = turn / p_blocks, head = first_head + own;
         const Findings& found = findings[turn % 2];
-        const Steps& steps = head_steps[own];
-        if (turn % p_blocks == 0) dt_sum[0] = dt_sum[1] = a_sum = skip_sum = bias_sum = 0.f;
-        float q[2], net[2], added = 0.f;
+        if (turn % p_blocks == 0) books.open();
+        Books::Found in{};
         #pragma unroll
         for (int k = 0; k < 2; k++) {
             int t = 2 * lane + k;
-            float u = found.u[0][t] + found.u[1][t];
-            q[k] = u;
+            in.u[k] = found.u[0][t] + found.u[1][t], in.q[k] = in.u[k], in.r[k] = found.r[0][t] + found.r[1][t];
             #pragma unroll
             for (int block = 0; block < 4; block++)
-                if (block >= t / 16) q[k] += found.q[block][t];
-            net[k] = found.r[0][t] + found.r[1][t] - steps.dt[t] * q[k];
-            added += steps.dt[t] * u;
+                if (block >= t / 16) in.q[k] += found.q[block][t];
         }
-        float all = warp_sum(added), states_product = 0.f, skips = 0.f;
         #pragma unroll
-        for (int k = 0; k < 8; k++) states_product += found.states[k], skips += found.skips[k];
-        float keep = steps.from_start[CHUNK - 1];
-        if (keep != 0.f) all += keep * states_product;
-        // Sums from each token to the last that sees it.
-        const unsigned char* ends = steps.end;
-        bool stop[2] = {ends[2 * lane] == 2 * lane + 1, ends[2 * lane + 1] == 2 * lane + 2};
-        float later = net[0] + (stop[0] ? 0.f : net[1]);
-        bool stopped = stop[0] || stop[1];
-        #pragma unroll
-        for (int offset = 1; offset < 32; offset *= 2) {
-            float after = __shfl_down_sync(FULL_WARP, later, offset);
-            int after_stopped = __shfl_down_sync(FULL_WARP, (int)stopped, offset);
-            if (lane + offset < 32) {
-                if (!stopped) later += after;
-                stopped = stopped || after_stopped;
-            }
-        }
-        float after = __shfl_down_sync(FULL_WARP, later, 1);
-        float by_step[2] = {later, net[1] + (stop[1] || lane == 31 ? 0.f : after)};
-        #pragma unroll
-        for (int k = 0; k < 2; k++)
-            if (ends[2 * lane + k] == CHUNK) by_step[k] += all;
-        float rate = a[head], a_part = 0.f, bias_part = 0.f;
-        #pragma unroll
-        for (int k = 0; k < 2; k++) {
-            int t = 2 * lane + k;
-            // A step that was cut off has no derivative, nor has one at a reset.
-            bool cut = steps.dt[t] * (rate * LOG2_E) <= MIN_STEP || (t > 0 ? steps.begin[t] == t : steps.from_start[0] == 0.f);
-            float step = cut ? 0.f : by_step[k];
-            // With dt = softplus(z), the derivative by z is sigmoid(z) = 1 - exp(-dt).
-            float grad = (rate * step + q[k]) * (activate ? -expm1f(-steps.dt[t]) : 1.f);
-            if (t >= n_rows) grad = 0.f;
-            a_part += steps.dt[t] * step, bias_part += grad, dt_sum[k] += grad;
-        }
-        a_sum += warp_sum(a_part), bias_sum += warp_sum(bias_part), skip_sum += skips;
+        for (int k = 0; k < 8; k++) in.states += found.states[k], in.skips += found.skips[k];
+        books.add(head_steps[own], in, a[head], n_rows, activate);
         if (turn % p_blocks < p_blocks - 1) return;
-        #pragma unroll
-        for (int k = 0; k < 2; k++) {
-            int t = 2 * lane + k;
-            if (t < n_rows) d_dt[((i64)batch * seq_len + first + t) * n_heads + head] = from_f32<DT>(dt_sum[k]);
-        }
         i64 all_chunks = (i64)batches * n_chunks;
-        if (lane < 3) sums[(lane * all_chunks + batch_chunk) * n_heads + head] = lane == 0 ? a_sum : lane == 1 ? skip_sum : bias_sum;
+        books.write(d_dt + ((i64)batch * seq_len + first) * n_heads + head, n_heads, n_rows, sums + batch_chunk * n_heads + head,
+                    all_chunks * n_heads);
     };
 
     // Each kind of warp has its own walk over the heads, so that neither holds registers for the other; their barriers are the same.

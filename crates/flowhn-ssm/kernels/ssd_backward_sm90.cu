@@ -7,6 +7,7 @@
 //
 // What the exponents of the decays get through the state is dy . (c h^T) here, one more small product, so that dc adds up inside the
 // products.
+#include "ssd_backward.cuh"
 #include "ssd_panels.cuh"
 
 #ifdef __CUDA_ARCH_FEAT_SM90_ALL
@@ -22,17 +23,6 @@ struct Findings {
     float u[CHUNK];     // 2^(s_end - s_j) x_j . dh b_j
     float states[4], skips[4];
 };
-
-__device__ __forceinline__ float sum_quad(float x) {
-    x += __shfl_xor_sync(FULL_WARP, x, 1);
-    return x + __shfl_xor_sync(FULL_WARP, x, 2);
-}
-
-__device__ __forceinline__ float sum_rows(float x) {
-    x += __shfl_xor_sync(FULL_WARP, x, 4);
-    x += __shfl_xor_sync(FULL_WARP, x, 8);
-    return x + __shfl_xor_sync(FULL_WARP, x, 16);
-}
 
 // The pair at columns 8 tile + 2 t of a panel of 64 columns.
 __device__ __forceinline__ unsigned pair_at(const char* panel, int row, int tile) {
@@ -263,68 +253,28 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) ssd_backward_sm90(
     wgmma_hold(scores);
 
     // Closes the books of a turn; a head in several turns is written at its last.
-    float dt_sum[2] = {0.f, 0.f}, a_sum = 0.f, skip_sum = 0.f, bias_sum = 0.f;
+    Books books;
+    books.open();
     auto close = [&](int turn) {
-        int own_idx = turn / p_blocks, head = first_head + own_idx;
+        int own = turn / p_blocks, head = first_head + own;
         const Findings& found = findings[turn % 2];
-        const Steps& own = head_steps[own_idx];
-        if (turn % p_blocks == 0) dt_sum[0] = dt_sum[1] = a_sum = skip_sum = bias_sum = 0.f;
-        float q[2], net[2], added = 0.f;
+        if (turn % p_blocks == 0) books.open();
+        Books::Found in{};
         #pragma unroll
         for (int k = 0; k < 2; k++) {
-            int i = 2 * lane + k;
-            q[k] = found.u[i];
+            int t = 2 * lane + k;
+            in.u[k] = in.q[k] = found.u[t], in.r[k] = found.r[t];
             #pragma unroll
             for (int block = 0; block < 4; block++)
-                if (block >= i / 16) q[k] += found.q[block][i];
-            net[k] = found.r[i] - own.dt[i] * q[k];
-            added += own.dt[i] * found.u[i];
+                if (block >= t / 16) in.q[k] += found.q[block][t];
         }
-        float all = warp_sum(added), product = 0.f, skips = 0.f;
         #pragma unroll
-        for (int k = 0; k < 4; k++) product += found.states[k], skips += found.skips[k];
-        float keep = own.from_start[CHUNK - 1];
-        if (keep != 0.f) all += keep * product;
-        // Sums from each token to the last that sees it.
-        const unsigned char* ends = own.end;
-        bool stop[2] = {ends[2 * lane] == 2 * lane + 1, ends[2 * lane + 1] == 2 * lane + 2};
-        float later = net[0] + (stop[0] ? 0.f : net[1]);
-        bool stopped = stop[0] || stop[1];
-        #pragma unroll
-        for (int offset = 1; offset < 32; offset *= 2) {
-            float after = __shfl_down_sync(FULL_WARP, later, offset);
-            int after_stopped = __shfl_down_sync(FULL_WARP, (int)stopped, offset);
-            if (lane + offset < 32) {
-                if (!stopped) later += after;
-                stopped = stopped || after_stopped;
-            }
-        }
-        float after = __shfl_down_sync(FULL_WARP, later, 1);
-        float by_step[2] = {later, net[1] + (stop[1] || lane == 31 ? 0.f : after)};
-        #pragma unroll
-        for (int k = 0; k < 2; k++)
-            if (ends[2 * lane + k] == CHUNK) by_step[k] += all;
-        float rate = a[head], a_part = 0.f, bias_part = 0.f;
-        #pragma unroll
-        for (int k = 0; k < 2; k++) {
-            int i = 2 * lane + k;
-            // A step that was cut off has no derivative, nor has one at a reset.
-            bool cut = own.dt[i] * (rate * LOG2_E) <= MIN_STEP || (i > 0 ? own.begin[i] == i : own.from_start[0] == 0.f);
-            float step = cut ? 0.f : by_step[k];
-            // With dt = softplus(z), the derivative by z is sigmoid(z) = 1 - exp(-dt).
-            float grad = (rate * step + q[k]) * (activate ? -expm1f(-own.dt[i]) : 1.f);
-            if (i >= n_rows) grad = 0.f;
-            a_part += own.dt[i] * step, bias_part += grad, dt_sum[k] += grad;
-        }
-        a_sum += warp_sum(a_part), bias_sum += warp_sum(bias_part), skip_sum += skips;
+        for (int k = 0; k < 4; k++) in.states += found.states[k], in.skips += found.skips[k];
+        books.add(head_steps[own], in, a[head], n_rows, activate);
         if (turn % p_blocks < p_blocks - 1) return;
-        #pragma unroll
-        for (int k = 0; k < 2; k++) {
-            int i = 2 * lane + k;
-            if (i < n_rows) d_dt[((i64)batch * seq_len + first + i) * n_heads + head] = from_f32<DT>(dt_sum[k]);
-        }
         i64 all_chunks = (i64)batches * n_chunks;
-        if (lane < 3) sums[(lane * all_chunks + batch_chunk) * n_heads + head] = lane == 0 ? a_sum : lane == 1 ? skip_sum : bias_sum;
+        books.write(d_dt + ((i64)batch * seq_len + first) * n_heads + head, n_heads, n_rows, sums + batch_chunk * n_heads + head,
+                    all_chunks * n_heads);
     };
 
     constexpr int CLOSER = 3;  // the warp with the fewest blocks of m

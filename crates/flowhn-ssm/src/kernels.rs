@@ -105,15 +105,25 @@ pub(crate) static SSD_STATE_SM90: KernelSource = KernelSource {
 pub(crate) static SSD_STATE: KernelSource =
     KernelSource { name: "ssd_state.cu", text: include_str!("../kernels/ssd_state.cu"), headers: SSD_HEADERS };
 
+/// What both forms of its backward share.
+const SSD_BACKWARD_HEADERS: &[(&str, &str)] = &[
+    ("ssd_tile.cuh", include_str!("../kernels/ssd_tile.cuh")),
+    ("ssd_panels.cuh", include_str!("../kernels/ssd_panels.cuh")),
+    ("ssd_backward.cuh", include_str!("../kernels/ssd_backward.cuh")),
+];
+
 /// Its backward inside the chunks.
-pub(crate) static SSD_BACKWARD: KernelSource =
-    KernelSource { name: "ssd_backward.cu", text: include_str!("../kernels/ssd_backward.cu"), headers: SSD_HEADERS };
+pub(crate) static SSD_BACKWARD: KernelSource = KernelSource {
+    name: "ssd_backward.cu",
+    text: include_str!("../kernels/ssd_backward.cu"),
+    headers: SSD_BACKWARD_HEADERS,
+};
 
 /// [`SSD_BACKWARD`] for Hopper.
 pub(crate) static SSD_BACKWARD_SM90: KernelSource = KernelSource {
     name: "ssd_backward_sm90.cu",
     text: include_str!("../kernels/ssd_backward_sm90.cu"),
-    headers: SSD_SM90_HEADERS,
+    headers: SSD_BACKWARD_HEADERS,
 };
 
 /// The sums that close its backward.

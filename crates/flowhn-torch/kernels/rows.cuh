@@ -103,6 +103,27 @@ __device__ __forceinline__ void store_vector(const Pack<T>& pack, T* p, int v, c
     else if (column < width.d) pack.store(p + column);
 }
 
+template <int N, class T, bool ALIGNED>
+__device__ __forceinline__ void store_row(const Pack<T> (&row)[N], T* p, const Team& team, const Width<ALIGNED>& width) {
+    #pragma unroll
+    for (int v = 0; v < N; v++) store_vector(row[v], p, v, team, width);
+}
+
+// row += change, rounded to their dtype, which `sum` gets as well.
+template <int N, class T, bool ALIGNED>
+__device__ __forceinline__ void add_row(Pack<T> (&row)[N], const Pack<T> (&change)[N], T* sum, const Team& team,
+                                        const Width<ALIGNED>& width) {
+    #pragma unroll
+    for (int v = 0; v < N; v++) {
+        float a[VEC], b[VEC];
+        row[v].get(a), change[v].get(b);
+        #pragma unroll
+        for (int i = 0; i < VEC; i++) a[i] += b[i];
+        row[v].set(a);
+        store_vector(row[v], sum, v, team, width);
+    }
+}
+
 // Reads a vector of parameters, which all rows share, as f32; zeros past the end.
 template <int N, class T, bool ALIGNED>
 __device__ __forceinline__ void load_weight(float (&w)[N][VEC], const T* weight, const Team& team, const Width<ALIGNED>& width) {

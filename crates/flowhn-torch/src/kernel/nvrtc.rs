@@ -11,11 +11,12 @@ use super::{Defines, KernelSource, cache};
 use crate::{Error, Result};
 
 /// The headers that every kernel may include.
-const HEADERS: [(&str, &str); 7] = [
+const HEADERS: [(&str, &str); 8] = [
     ("flowhn.cuh", include_str!("../../kernels/flowhn.cuh")),
     ("fp8.cuh", include_str!("../../kernels/fp8.cuh")),
     ("fp8_rows.cuh", include_str!("../../kernels/fp8_rows.cuh")),
     ("fp8_tile.cuh", include_str!("../../kernels/fp8_tile.cuh")),
+    ("norm.cuh", include_str!("../../kernels/norm.cuh")),
     ("ptx.cuh", include_str!("../../kernels/ptx.cuh")),
     ("rows.cuh", include_str!("../../kernels/rows.cuh")),
     ("smem.cuh", include_str!("../../kernels/smem.cuh")),

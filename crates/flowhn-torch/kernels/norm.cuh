@@ -1,0 +1,67 @@
+// RMSNorm of a row that a team holds (rows.cuh), forward and backward:
+//
+//   y = round(x r) w,   g = r dy w - x r^3 mean(dy w x),   dw += dy x r,   where r = 1 / sqrt(mean(x^2) + eps)
+#pragma once
+#include "rows.cuh"
+
+// This thread's part of the sum of a row's squares.
+template <int N, class T> __device__ __forceinline__ float sum_of_squares(const Pack<T> (&row)[N]) {
+    float sum = 0.f;
+    #pragma unroll
+    for (int v = 0; v < N; v++) {
+        float a[VEC];
+        row[v].get(a);
+        #pragma unroll
+        for (int i = 0; i < VEC; i++) sum += a[i] * a[i];
+    }
+    return sum;
+}
+
+// x r w, where x r is rounded to the dtype of x before the weight multiplies it.
+template <class T> __device__ __forceinline__ Pack<T> normed_vector(const Pack<T>& x, float r, const float (&w)[VEC]) {
+    float a[VEC];
+    Pack<T> normed;
+    x.get(a);
+    #pragma unroll
+    for (int i = 0; i < VEC; i++) a[i] *= r;
+    normed.set(a), normed.get(a);
+    #pragma unroll
+    for (int i = 0; i < VEC; i++) a[i] *= w[i];
+    normed.set(a);
+    return normed;
+}
+
+// This thread's part of the sum of dy w x over a row, of which r^3 / d is the slope below.
+template <int N, class T>
+__device__ __forceinline__ float weighted_product(const Pack<T> (&x)[N], const Pack<T> (&dy)[N], const float (&w)[N][VEC]) {
+    float sum = 0.f;
+    #pragma unroll
+    for (int v = 0; v < N; v++) {
+        float a[VEC], b[VEC];
+        x[v].get(a), dy[v].get(b);
+        #pragma unroll
+        for (int i = 0; i < VEC; i++) sum += b[i] * w[v][i] * a[i];
+    }
+    return sum;
+}
+
+// g = r dy w - x slope; adds to dw.
+template <class T>
+__device__ __forceinline__ void norm_gradient(float (&g)[VEC], float (&dw)[VEC], const Pack<T>& x, const Pack<T>& dy, const float (&w)[VEC],
+                                              float r, float slope) {
+    float b[VEC];
+    x.get(g), dy.get(b);
+    #pragma unroll
+    for (int i = 0; i < VEC; i++) {
+        dw[i] += b[i] * (g[i] * r);
+        g[i] = r * (b[i] * w[i]) - g[i] * slope;
+    }
+}
+
+// a += x.
+template <class T> __device__ __forceinline__ void add_vector(float (&a)[VEC], const Pack<T>& x) {
+    float b[VEC];
+    x.get(b);
+    #pragma unroll
+    for (int i = 0; i < VEC; i++) a[i] += b[i];
+}
