@@ -253,7 +253,10 @@ impl Model {
             (Branches::Serial, _) => None,
             (Branches::Streams, Device::Cuda(device_idx)) => Some(Stream::from_pool(device_idx, Priority::Normal)?),
             (Branches::Streams, device) => {
-                let message = format!("branches on two streams need a CUDA device, and the model is on {device:?}");
+                let message = format!(
+                    "branches on two streams need a CUDA device, and the model is on {device:?}: run them one after the other \
+                     (train.branches = \"serial\")"
+                );
                 return Err(Error::Input(message));
             }
         };

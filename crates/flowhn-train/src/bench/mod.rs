@@ -69,11 +69,11 @@ pub struct StepSpeed {
     pub max_memory_bytes: u64,
     /// The loss of the last step, in nats a token.
     pub last_loss: f32,
-    /// Where the time of a step goes, from steps of their own with marks between the parts, and what lies between two steps. Empty
-    /// where branches run beside each other.
+    /// Where the time of a step goes, from steps of their own with marks between the parts and branches one after the other, and what
+    /// lies between two steps.
     pub parts: Vec<PartTime>,
-    /// Share of the time from the begin of one step to that of the next in which the device works on the step.
-    pub busy_frac: Option<f64>,
+    /// Share of the time from the begin of one such step to that of the next in which the device works on the step.
+    pub busy_frac: f64,
     /// What the device draws, from steps of their own, or why that could not be read. Absent on the CPU.
     pub power: Option<std::result::Result<Power, String>>,
 }
@@ -122,10 +122,9 @@ pub fn time_steps(config: &RunConfig, device: Device, steps: u64) -> Result<Step
         Device::Cuda(device_idx) => Some(power(&mut stepper, device_idx, median_ms)?),
         _ => None,
     };
-    let (parts, busy_frac) = match config.train.branches {
-        Branches::Serial => parts(&mut stepper).map(|(parts, busy_frac)| (parts, Some(busy_frac)))?,
-        Branches::Streams => (Vec::new(), None),
-    };
+    // Parts that overlap have no time of their own.
+    stepper.model.set_branches(Branches::Serial)?;
+    let (parts, busy_frac) = parts(&mut stepper)?;
     drop(stream);
     if !last_loss.is_finite() {
         let message = format!("the loss after {} steps is {last_loss}: its speed means nothing", WARM_UP + steps);

@@ -26,8 +26,8 @@ half (mfu) or as the whole square (mfu_full_scores). mfu is a fraction of the pe
 tokens_per_s, step_ms {median, min, max, all}, mfu, mfu_full_scores, matmul_frac, matmul {flops_per_s, name}, max_memory_bytes, host_ms,
 last_loss, busy_frac, fp8_projections {in_fp8, of}, parts: a list of {name, ms}, power {watts, limit_watts, held_back_frac, clock_mhz,
 max_clock_mhz}, joules_per_token}. With train.linears = \"fp8\", MFU stays a fraction of the bf16
-peak. Parts come from steps of their own with marks between them; `gaps` lies between two
-steps, and busy_frac is the rest's share. Power is what NVML tells of a GPU during further steps; held_back_frac is the share of that time in
+peak. Parts come from steps of their own with marks between them and branches one after the other; `gaps` lies
+between two steps, and busy_frac is the rest's share. Power is what NVML tells of a GPU during further steps; held_back_frac is the share of that time in
 which power or heat held its clock back.
 
 --out also writes train.json (the same object), train.csv and train.svg (bars of tokens/s and MFU). --beside FILE puts another program's
@@ -106,6 +106,7 @@ pub(super) struct Row {
     pub(super) max_memory_bytes: u64,
     host_ms: f64,
     last_loss: f32,
+    /// Absent from reports of earlier versions that had branches beside each other.
     pub(super) busy_frac: Option<f64>,
     fp8_projections: Option<InFp8>,
     parts: Vec<PartTime>,
@@ -231,7 +232,7 @@ impl Row {
             max_memory_bytes: speed.max_memory_bytes,
             host_ms: speed.host_ms,
             last_loss: speed.last_loss,
-            busy_frac: speed.busy_frac,
+            busy_frac: Some(speed.busy_frac),
             fp8_projections: (of > 0).then_some(InFp8 { in_fp8, of }),
             parts: speed.parts,
             joules_per_token: power.map(|power| power.watts / speed.tokens_per_s),
