@@ -7,19 +7,16 @@ use crate::fail::{Fail, Result};
 use crate::repo::Repo;
 use crate::{cargo, forward, setup};
 
-const HELP: &str = "cargo xtask bench kernels --device cuda\ncargo xtask bench train --device cuda\n\
-                    cargo xtask bench paper --size tiny\ncargo xtask bench --cpu [arguments of `cargo bench`]";
-
-/// What `flowhn bench` measures.
-const MEASURED: [&str; 3] = ["kernels", "train", "paper"];
+const HELP: &str = "cargo xtask bench kernels\ncargo xtask bench train --size 135m\ncargo xtask bench context --size 1b\n\
+                    cargo xtask bench decode --size 135m\ncargo xtask bench paper --size tiny\ncargo xtask bench --cpu [arguments of `cargo bench`]";
 
 /// Runs criterion's benchmarks, or has `flowhn bench` measure on a device.
 pub fn command(repo: &Repo, mut args: Vec<OsString>) -> Result<ExitCode> {
-    if args.first().is_some_and(|arg| MEASURED.iter().any(|name| arg == name)) {
-        return forward::exec(repo, "bench", args);
+    if args.is_empty() {
+        return Err(Fail::usage("which benchmarks?").help(HELP));
     }
     let Some(place) = args.iter().position(|arg| arg == "--cpu") else {
-        return Err(Fail::usage("which benchmarks?").help(HELP));
+        return forward::exec(repo, "bench", args);
     };
     args.remove(place);
     setup::run(repo)?;

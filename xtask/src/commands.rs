@@ -56,7 +56,7 @@ pub const COMMANDS: &[Command] = &[
     Command::chore(
         "bench",
         "[what] [args]",
-        "kernels, train, paper: on a device; --cpu: criterion's benchmarks",
+        "kernels, train, context, decode, paper; --cpu: criterion's benchmarks",
         bench::command,
     ),
 ];
@@ -112,6 +112,7 @@ pub fn help() -> String {
         "\n\
          Whatever needs libtorch runs `setup` first. Setup looks at LIBTORCH, .libtorch, .venv, VIRTUAL_ENV,\n\
          CONDA_PREFIX and python3, in this order, for a PyTorch 2.11.0, and else installs one into .venv.\n\
+         FLOWHN_INSTALL_GB: the free space that this asks for, 8 unless set.\n\
          Exit codes: 0 done, 1 failed, 2 the command line makes no sense.\n",
     );
     text

@@ -132,7 +132,7 @@ pub fn check_disk(dir: &Path) -> Result<()> {
 fn install_gb(chosen: Option<OsString>) -> Result<f64> {
     let Some(chosen) = chosen.filter(|chosen| !chosen.is_empty()) else { return Ok(INSTALL_GB) };
     let chosen = chosen.to_string_lossy();
-    chosen.parse().ok().filter(|gb: &f64| *gb >= 0.0).ok_or_else(|| {
+    chosen.parse().ok().filter(|gb: &f64| gb.is_finite() && *gb >= 0.0).ok_or_else(|| {
         Fail::new(format!("{INSTALL_GB_VAR} is {chosen:?}, which is no number of gigabytes"))
             .help(format!("leave it out (an installation needs {INSTALL_GB:.1}), or set a number like 1.5"))
     })
@@ -142,8 +142,8 @@ fn check_room(dir: &Path, free: f64, need: f64) -> Result<()> {
     if free >= need {
         return Ok(());
     }
-    // Rounded down: a disk never has more than is said of it.
-    let free = (free * 10.0).floor() / 10.0;
+    // Away from each other, so that the two are never told as equal.
+    let (free, need) = ((free * 10.0).floor() / 10.0, (need * 10.0).ceil() / 10.0);
     let what = format!("installing PyTorch needs {need:.1} GB free in {}, where {free:.1} GB are", dir.display());
     Err(Fail::new(what).help(format!(
         "make room, or set LIBTORCH to an unpacked libtorch {VERSION} on another disk\n\
@@ -179,6 +179,8 @@ mod tests {
         check_room(dir, 8.0, 8.0).expect("just enough");
         let refusal = check_room(dir, 2.399, 8.0).expect_err("too little").to_string();
         assert!(refusal.contains("8.0 GB free in /checkout, where 2.3 GB are"), "{refusal}");
+        let refusal = check_room(dir, 1.21, 1.24).expect_err("too little").to_string();
+        assert!(refusal.contains("1.3 GB free in /checkout, where 1.2 GB are"), "{refusal}");
         check_disk(Path::new("/nonexistent-directory")).expect_err("no such directory");
     }
 
@@ -187,7 +189,7 @@ mod tests {
         assert_eq!(install_gb(None).expect("the default"), INSTALL_GB);
         assert_eq!(install_gb(Some("".into())).expect("the default"), INSTALL_GB);
         assert_eq!(install_gb(Some("1.5".into())).expect("a number"), 1.5);
-        for wrong in ["plenty", "-1", "NaN"] {
+        for wrong in ["plenty", "-1", "NaN", "inf"] {
             let refusal = install_gb(Some(wrong.into())).expect_err("no amount of room").to_string();
             assert!(refusal.contains(INSTALL_GB_VAR) && refusal.contains(wrong), "{refusal}");
         }

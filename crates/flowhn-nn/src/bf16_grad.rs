@@ -44,13 +44,13 @@ impl Weight {
     /// The gradient as the backward passes have left it since it was last forgotten; `None` if none has reached the weight.
     ///
     /// # Errors
-    /// [`Error::Invalid`] where gradients are bf16 and one came in the master's type, from activations of another type.
+    /// [`Error::Invalid`] where gradients are bf16 and one reached the master, from activations of another type or by [`Weight::to`].
     pub fn grad(&self) -> Result<Option<Tensor>> {
         let of = |leaf: &Tensor| Some(leaf.grad()).filter(Tensor::defined);
         let grad = of(self.grad_leaf());
         if self.beside.bf16_grad.0.get().is_some() && of(self.master()).is_some() {
-            let message =
-                "the gradient of a projection is f32 where bf16 was asked for: its activations have to be bf16";
+            let message = "a gradient has reached the f32 weight where bf16 was asked for: its products have to be those of Linear \
+                           (or hand it to Weight::grad_leaf), and their activations bf16";
             return Err(Error::invalid("grad", message));
         }
         Ok(grad)
@@ -69,7 +69,8 @@ impl Weight {
 impl Params {
     /// From now on gradients of projections ([`Linear`](crate::Linear)) whose weights have names that are meant leave their products in
     /// bf16, and stay so until the update. Sums over tokens are f32, but where cuBLAS splits one it may add the parts in bf16, as in all
-    /// products whose results are bf16. Their activations have to be bf16.
+    /// products whose results are bf16. Their activations have to be bf16, and every gradient has to come through
+    /// [`linear`](crate::linear): one by [`Weight::to`], or of the head's matrix, goes to the master and is refused by [`Weight::grad`].
     ///
     /// Gradients that are added up over several backward passes are rounded each time; f32 gradients are not.
     ///

@@ -90,8 +90,8 @@ impl Linear {
 /// Returns `x W^T` in the type of `x`, which is f32, bf16 or, on the CPU, f64; the gradient of the weight is [`Weight::grad`].
 ///
 /// On CUDA, bf16 activations meet the weight's bf16 copy, or the weight rounded for the call where none is kept, and the product that
-/// is the gradient of the weight is left in f32, or in bf16 where [`Params::use_bf16_grads`](crate::Params::use_bf16_grads) asks for it. Where the weight is used in fp8 ([`Params::use_fp8`](crate::Params::use_fp8)), all three
-/// products take factors rounded to that.
+/// is the gradient of the weight is left in f32, or in bf16 where [`Params::use_bf16_grads`](crate::Params::use_bf16_grads) asks for it.
+/// Where the weight is used in fp8 ([`Params::use_fp8`](crate::Params::use_fp8)), all three products take factors rounded to that.
 ///
 /// # Errors
 /// [`flowhn_torch::Error::Torch`] if the last axis of `x` is not that of the weight; in fp8 [`flowhn_torch::Error::Shape`], and

@@ -13,6 +13,14 @@ pub struct DeviceArgs {
     device: DeviceName,
 }
 
+/// Where to measure.
+#[derive(Debug, clap::Args)]
+pub struct BenchDeviceArgs {
+    /// Where to compute: cpu, cuda, or cuda:N; the first GPU unless told otherwise, the CPU where there is none
+    #[arg(long, value_name = "DEVICE")]
+    device: Option<DeviceName>,
+}
+
 /// A device as it is written.
 #[derive(Clone, Copy, Debug, PartialEq)]
 struct DeviceName(Device);
@@ -37,7 +45,23 @@ impl DeviceArgs {
     /// # Errors
     /// Where it is not.
     pub fn device(&self) -> Result<Device> {
-        let DeviceName(device) = self.device;
+        self.device.checked()
+    }
+}
+
+impl BenchDeviceArgs {
+    /// The device, which is there.
+    ///
+    /// # Errors
+    /// Where the one that was named is not.
+    pub fn device(&self) -> Result<Device> {
+        self.device.map_or_else(|| Ok(Device::cuda_if_available()), DeviceName::checked)
+    }
+}
+
+impl DeviceName {
+    fn checked(self) -> Result<Device> {
+        let Self(device) = self;
         if let Device::Cuda(idx) = device {
             let n_devices = if tch::Cuda::is_available() { tch::Cuda::device_count() } else { 0 };
             if n_devices == 0 {

@@ -169,3 +169,20 @@ fn check(name: &str, case: &Case, device: Device) -> (Row, Result<(), String>) {
     let seconds = began.elapsed().as_secs_f64();
     (Row::new(name, outcome, seconds), alive)
 }
+
+#[cfg(test)]
+mod tests {
+    use std::collections::HashSet;
+
+    use super::*;
+
+    #[test]
+    fn a_name_is_that_of_one_case() {
+        let mut names = HashSet::new();
+        for (krate, cases) in CRATES {
+            for case in cases() {
+                assert!(names.insert(format!("{krate}/{}", case.name)), "{krate}/{} stands there twice", case.name);
+            }
+        }
+    }
+}

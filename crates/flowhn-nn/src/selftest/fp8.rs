@@ -5,7 +5,7 @@ use flowhn_torch::{Error, Result};
 use tch::{Device, Kind, Tensor};
 
 use crate::fp8::{Fp8Scales as Scales, Role, Rounded, cast, next_scales};
-use crate::{Bias, Init, Linear, Params, SwiGluMlp, swiglu};
+use crate::{Bias, Init, Linear, Params, SwiGluMlp, Weight, swiglu};
 
 /// Rows, and columns in multiples of 16.
 const MATRICES: [[i64; 2]; 8] =
@@ -35,13 +35,22 @@ pub(super) fn cases() -> Vec<Case> {
     cases.push(Case::new("fp8: the scales of the next step", next_step));
     for [n_tokens, d_in, d_out] in LINEARS {
         let name = format!("fp8: linear of {n_tokens} tokens, {d_in} to {d_out}");
-        cases.push(Case::new(name, move |device| linear(n_tokens, d_in, d_out, Bias::None, device)));
+        cases.push(Case::new(name, move |device| linear([n_tokens, d_in, d_out], Bias::None, Kind::Float, device)));
     }
-    cases.push(Case::new("fp8: linear with a bias", |device| linear(40, 64, 32, Bias::Init(Init::Ones), device)));
+    cases.push(Case::new("fp8: linear with a bias", |device| {
+        linear([40, 64, 32], Bias::Init(Init::Ones), Kind::Float, device)
+    }));
     for [n_tokens, d_model, d_ff] in [[1, 16, 16], [37, 48, 144], [300, 128, 272]] {
         let name = format!("fp8: MLP of {n_tokens} tokens, {d_model} through {d_ff}");
-        cases.push(Case::new(name, move |device| mlp(n_tokens, d_model, d_ff, device)));
+        cases.push(Case::new(name, move |device| mlp([n_tokens, d_model, d_ff], Kind::Float, device)));
     }
+    for shape @ [n_tokens, d_in, d_out] in [[31, 208, 64], [250, 272, 544]] {
+        let name = format!("fp8: linear of {n_tokens} tokens, {d_in} to {d_out}, gradients in bf16");
+        cases.push(Case::new(name, move |device| linear(shape, Bias::Init(Init::Ones), Kind::BFloat16, device)));
+    }
+    cases.push(Case::new("fp8: MLP of 37 tokens, 48 through 144, gradients in bf16", |device| {
+        mlp([37, 48, 144], Kind::BFloat16, device)
+    }));
     cases.push(Case::new("fp8: what is not finite comes out", not_finite));
     cases.push(Case::new("fp8: zeros stay zeros", zeros));
     cases.push(Case::new("fp8: weights are rounded anew where they change", weights_change));
@@ -149,8 +158,9 @@ fn projection(d_in: i64, d_out: i64, bias: Bias, device: Device) -> Result<(Para
 /// Output and gradients against exact sums of the bf16 values, with bounds on the error of each element: a factor is off by at most half a
 /// step of its format, `2^-4` or `2^-3` of itself, or half the smallest number over the scale; sums in the hardware keep at least 13 bits
 /// of the largest addend; and results are rounded once.
-fn linear(n_tokens: i64, d_in: i64, d_out: i64, bias: Bias, device: Device) -> Result<String> {
+fn linear([n_tokens, d_in, d_out]: [i64; 3], bias: Bias, grad_kind: Kind, device: Device) -> Result<String> {
     let (params, projection) = projection(d_in, d_out, bias, device)?;
+    params.use_bf16_grads(|_| grad_kind == Kind::BFloat16)?;
     let bf16 = |shape: &[i64], seed, size: f64| (noise(shape, seed) * size).to_kind(Kind::BFloat16).to_device(device);
     let (x, dy) = (bf16(&[n_tokens, 1, d_in], 1, 3.), bf16(&[n_tokens, 1, d_out], 2, 1e-5));
     let run = || -> Result<[Tensor; 3]> {
@@ -158,7 +168,7 @@ fn linear(n_tokens: i64, d_in: i64, d_out: i64, bias: Bias, device: Device) -> R
         let x = x.detach().set_requires_grad(true);
         let y = projection.forward(&x)?;
         (&y * &dy).sum(Kind::Float).f_backward()?;
-        Ok([y.detach(), x.grad(), projection.weight().master().grad().copy()])
+        Ok([y.detach(), x.grad(), grad_of(projection.weight(), grad_kind)?])
     };
     // The second step has scales of its own, from what the first saw.
     let (got, same) = (run()?, run()?);
@@ -199,8 +209,14 @@ fn linear(n_tokens: i64, d_in: i64, d_out: i64, bias: Bias, device: Device) -> R
     Ok(format!("{:.0} % of the bound", 100. * worst))
 }
 
+/// A copy of the gradient that has reached a weight, which has to be of this type.
+pub(super) fn grad_of(weight: &Weight, kind: Kind) -> Result<Tensor> {
+    let grad = weight.grad()?.filter(|grad| grad.kind() == kind);
+    Ok(grad.ok_or_else(|| Error::invalid("grad", format!("there is no gradient in {kind:?}")))?.copy())
+}
+
 /// The MLP without its values in memory, against its three operations: the same bits, also of the scales.
-fn mlp(n_tokens: i64, d_model: i64, d_ff: i64, device: Device) -> Result<String> {
+fn mlp([n_tokens, d_model, d_ff]: [i64; 3], grad_kind: Kind, device: Device) -> Result<String> {
     let bf16 = |seed, size: f64| (noise(&[n_tokens, d_model], seed) * size).to_kind(Kind::BFloat16).to_device(device);
     let run = |fused: bool| -> Result<Vec<Tensor>> {
         let mut params = Params::new(device, 0);
@@ -209,6 +225,7 @@ fn mlp(n_tokens: i64, d_model: i64, d_ff: i64, device: Device) -> Result<String>
         params.assign("down_proj.weight", &(noise(&[d_model, d_ff], 4) * 0.1))?;
         params.refresh_bf16_copies()?;
         params.use_fp8(|_| true)?;
+        params.use_bf16_grads(|_| grad_kind == Kind::BFloat16)?;
         let mut results = Vec::new();
         for step in 0..2 {
             params.begin_fp8_step()?;
@@ -220,7 +237,9 @@ fn mlp(n_tokens: i64, d_model: i64, d_ff: i64, device: Device) -> Result<String>
             };
             (&y * bf16(5, 1e-4)).sum(Kind::Float).f_backward()?;
             results.extend([y.detach(), x.grad()]);
-            results.extend(params.iter().map(|param| param.weight.master().grad().copy()));
+            for param in params.iter() {
+                results.push(grad_of(&param.weight, grad_kind)?);
+            }
             results.extend(params.fp8_scales().map(|scales| scales.copy()));
         }
         Ok(results)

@@ -74,7 +74,7 @@ pub struct StepSpeed {
     pub parts: Vec<PartTime>,
     /// Share of the time from the begin of one such step to that of the next in which the device works on the step.
     pub busy_frac: f64,
-    /// What the device draws, from steps of their own, or why that could not be read. Absent on the CPU.
+    /// What the device draws, from steps of their own, or why that could not be read. Absent on the CPU, and where nobody asked.
     pub power: Option<std::result::Result<Power, String>>,
 }
 
@@ -87,14 +87,24 @@ pub struct PartTime {
     pub ms: f64,
 }
 
-/// Trains `steps` steps of a configuration on random tokens, and measures them.
+/// What is measured.
+#[derive(Clone, Copy, Debug)]
+pub struct Timing {
+    /// Steps, at least one.
+    pub steps: u64,
+    /// Whether further steps tell what a GPU draws.
+    pub power: bool,
+}
+
+/// Trains some steps of a configuration on random tokens, and measures them.
 ///
 /// They are the steps of a run: batches from token shards through the prefetching loader, forward, backward, clipping, AdamW with its
 /// schedule, one CUDA graph where the configuration says so. Nothing is validated, logged or saved.
 ///
 /// # Errors
 /// Those of the model and the data; [`Error::Setting`] for no steps.
-pub fn time_steps(config: &RunConfig, device: Device, steps: u64) -> Result<StepSpeed> {
+pub fn time_steps(config: &RunConfig, device: Device, timing: Timing) -> Result<StepSpeed> {
+    let steps = timing.steps;
     if steps == 0 {
         return Err(Error::setting("steps", steps, "at least one step must be measured"));
     }
@@ -119,7 +129,7 @@ pub fn time_steps(config: &RunConfig, device: Device, steps: u64) -> Result<Step
     let max_memory_bytes = max_memory_bytes(device);
     let median_ms = median(&step_ms);
     let power = match device {
-        Device::Cuda(device_idx) => Some(power(&mut stepper, device_idx, median_ms)?),
+        Device::Cuda(device_idx) if timing.power => Some(power(&mut stepper, device_idx, median_ms)?),
         _ => None,
     };
     // Parts that overlap have no time of their own.

@@ -43,7 +43,8 @@ struct Sample {
     is_held_back: bool,
 }
 
-/// Runs `work`, which ends with the device idle, and reads the device beside it. `Err` inside tells why nothing could be read.
+/// Runs `work`, which ends with the device idle, and reads the device beside it. `Err` inside tells why nothing could be read; where
+/// there is no NVML, `work` is left out.
 ///
 /// # Errors
 /// Those of `work`.
@@ -58,11 +59,22 @@ pub(super) fn while_running(
     let is_done = AtomicBool::new(false);
     thread::scope(|scope| {
         let reader = scope.spawn(|| read_until(&nvml, &is_done));
-        let worked = work();
-        is_done.store(true, Ordering::Release);
+        let worked = {
+            let _done = Done(&is_done);
+            work()
+        };
         let read = reader.join().unwrap_or_else(|_| Err("its reader panicked".to_owned()));
         worked.map(|()| read)
     })
+}
+
+/// Says that the work is done when it goes, after a panic as well: the scope waits for the reader.
+struct Done<'a>(&'a AtomicBool);
+
+impl Drop for Done<'_> {
+    fn drop(&mut self) {
+        self.0.store(true, Ordering::Release);
+    }
 }
 
 /// NVML, and how it calls the device.

@@ -6,13 +6,13 @@ use std::process::ExitCode;
 use anyhow::{Context, Result};
 use clap::builder::RangedU64ValueParser;
 use flowhn_split::Branch;
-use flowhn_train::bench::time_steps;
+use flowhn_train::bench::{Timing, time_steps};
 use flowhn_train::plot::{Axes, Curve, curves_svg};
 use serde::Serialize;
 
 use crate::config_args::{self, SetArgs};
 use crate::console::{self, Console};
-use crate::device::DeviceArgs;
+use crate::device::BenchDeviceArgs;
 use crate::units;
 
 const AFTER_HELP: &str = "\
@@ -45,7 +45,7 @@ pub struct Args {
     #[command(flatten)]
     sets: SetArgs,
     #[command(flatten)]
-    device: DeviceArgs,
+    device: BenchDeviceArgs,
     /// Print one JSON object
     #[arg(long)]
     json: bool,
@@ -83,7 +83,7 @@ pub fn run(args: &Args) -> Result<ExitCode> {
             let file = PathBuf::from(format!("configs/bench/{}/fac_split.toml", args.size));
             let config = config_args::load(&file, &sets)?;
             console.line(format!("{seq_len} tokens, attn_frac = {attn_frac}: {} steps", args.steps));
-            let speed = time_steps(&config, device, args.steps)?;
+            let speed = time_steps(&config, device, Timing { steps: args.steps, power: false })?;
             report.device = speed.device;
             let plan = config.model.routing()?.plan(seq_len)?;
             Ok((speed.tokens_per_s, plan.blocks()[0].tokens(Branch::Attn) as f64 / seq_len as f64))

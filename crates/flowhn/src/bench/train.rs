@@ -5,14 +5,14 @@ use std::process::ExitCode;
 
 use anyhow::Result;
 use clap::builder::RangedU64ValueParser;
-use flowhn_train::bench::{PartTime, Power, StepSpeed, time_steps};
+use flowhn_train::bench::{PartTime, Power, StepSpeed, Timing, time_steps};
 use flowhn_train::config::Dtype;
 use serde::{Deserialize, Serialize};
 use tch::Device;
 
 use crate::config_args::{self, SetArgs};
 use crate::console::{self, Console};
-use crate::device::DeviceArgs;
+use crate::device::BenchDeviceArgs;
 use crate::units;
 
 use super::train_files::{self, Beside};
@@ -53,7 +53,7 @@ pub struct Args {
     #[command(flatten)]
     sets: SetArgs,
     #[command(flatten)]
-    device: DeviceArgs,
+    device: BenchDeviceArgs,
     /// Whether a block's branches run one after the other or beside each other; `train.branches`
     #[arg(long, value_parser = ["serial", "streams"])]
     branches: Option<String>,
@@ -111,9 +111,7 @@ pub(super) struct Row {
     fp8_projections: Option<InFp8>,
     parts: Vec<PartTime>,
     /// Absent on the CPU, where it could not be read, and from reports of earlier versions.
-    #[serde(default)]
     pub(super) power: Option<Power>,
-    #[serde(default)]
     pub(super) joules_per_token: Option<f64>,
 }
 
@@ -148,7 +146,7 @@ pub fn run(args: &Args) -> Result<ExitCode> {
     for (model, policy, file) in files(args) {
         let config = config_args::load(&file, &sets)?;
         console.line(format!("{model} {policy}: {} steps", args.steps));
-        let speed = time_steps(&config, device, args.steps)?;
+        let speed = time_steps(&config, device, Timing { steps: args.steps, power: true })?;
         let peak = peak(&speed, config.train.dtype, device);
         report.device.clone_from(&speed.device);
         if let Some(Err(message)) = &speed.power {

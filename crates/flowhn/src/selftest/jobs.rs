@@ -9,14 +9,16 @@ use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::{Mutex, PoisonError, mpsc};
 use std::thread;
 
-use anyhow::{Context, Result};
+use anyhow::{Context, Result, bail};
 use flowhn_torch::testing::Outcome;
 use tch::Device;
 
 use super::report::{Report, Row};
 
-/// Cases of a process. It begins with some seconds for libtorch and the device.
+/// Cases of a process at most. It begins with some seconds for libtorch and the device.
 const SHARE: usize = 24;
+/// Processes that follow each other at least, where there are enough cases: some cases take long, and so would a last large share.
+const ROUNDS: usize = 3;
 /// The variables that tell libtorch and rayon how many cores are theirs.
 const THREADS: [&str; 2] = ["OMP_NUM_THREADS", "RAYON_NUM_THREADS"];
 
@@ -50,9 +52,9 @@ impl Jobs {
     /// Runs the cases of these names, neighbours in one process; `take` gets what came of each, as it comes.
     ///
     /// # Errors
-    /// Those of `take`, and where the program cannot be started.
+    /// Those of `take`, and where the program cannot be started or refuses to run.
     pub fn run(&self, names: &[&str], take: &mut dyn FnMut(Row) -> Result<()>) -> Result<()> {
-        let shares = Mutex::new(names.chunks(SHARE));
+        let shares = Mutex::new(names.chunks(names.len().div_ceil(ROUNDS * self.n_jobs).clamp(1, SHARE)));
         let next = || shares.lock().unwrap_or_else(PoisonError::into_inner).next();
         thread::scope(|scope| {
             let (sender, rows) = mpsc::channel();
@@ -82,8 +84,16 @@ impl Jobs {
         let _ = process.stdin.take().map(|mut stdin| stdin.write_all(names.join("\n").as_bytes()));
         let output = process.wait_with_output().context("cannot wait for a process")?;
         let Ok(Report { mut cases, .. }) = serde_json::from_slice(&output.stdout) else {
+            // What it said of itself is on standard error, which it shares.
+            if output.status.code().is_some() && output.stdout.is_empty() {
+                bail!("a process for {} cases ended with {} and told of none", names.len(), output.status);
+            }
             return match names {
-                [name] => Ok(vec![Row::new(name, Err(format!("its process ended with {}", output.status)), 0.)]),
+                [name] => {
+                    let error =
+                        format!("its process ended with {}; `flowhn selftest --filter` runs it alone", output.status);
+                    Ok(vec![Row::new(name, Err(error), 0.)])
+                }
                 // One of them ended it, and took what was known of the others along.
                 _ => names.iter().try_fold(Vec::new(), |mut rows, name| {
                     rows.extend(self.share(&[name])?);
@@ -129,58 +139,72 @@ mod tests {
 
     use super::*;
 
-    /// Passes each case but `a5`, which kills it, and ends before `a7` as if the device were lost. It notes where it would record.
+    /// Passes each case but `a5`, which kills it, and ends before `a13` as if the device were lost. It notes where it would record.
     const PROGRAM: &str = r#"#!/bin/sh
 echo "$FLOWHN_KERNEL_TRACE" >> "$(dirname "$0")/traces"
-cases= n=0
+cases=
 while read -r name || [ -n "$name" ]; do
     case "$name" in
         a5) kill -KILL $$ ;;
-        a7) break ;;
+        a13) break ;;
     esac
     cases="$cases${cases:+,}{\"name\":\"$name\",\"outcome\":\"passed\",\"seconds\":1}"
 done
 echo "{\"device\":\"Cpu\",\"cases\":[$cases],\"passed\":0,\"failed\":0,\"not_run\":0}"
 "#;
 
+    /// Refuses to run.
+    const REFUSES: &str = "#!/bin/sh\necho 'error: no device' >&2\nexit 1\n";
+
+    /// Two jobs of a program that stands for this one.
+    fn jobs(dir: &tempfile::TempDir, text: &str) -> Jobs {
+        let program = dir.path().join("flowhn");
+        fs::write(&program, text).unwrap();
+        fs::set_permissions(&program, fs::Permissions::from_mode(0o755)).unwrap();
+        let trace = Some("there/trace".into());
+        Jobs { program, device: Device::Cpu, n_jobs: 2, n_threads: 1, trace, n_started: AtomicUsize::new(0) }
+    }
+
     #[test]
     fn a_case_that_ends_its_process_takes_no_other_along() {
         let dir = tempfile::tempdir().unwrap();
-        let program = dir.path().join("flowhn");
-        fs::write(&program, PROGRAM).unwrap();
-        fs::set_permissions(&program, fs::Permissions::from_mode(0o755)).unwrap();
-        let trace = Some("there/trace".into());
-        let jobs =
-            Jobs { program, device: Device::Cpu, n_jobs: 2, n_threads: 1, trace, n_started: AtomicUsize::new(0) };
-
-        let names: Vec<String> = (0..2 * SHARE).map(|n| format!("a{n}")).collect();
+        // Six processes of eight cases.
+        let names: Vec<String> = (0..48).map(|n| format!("a{n}")).collect();
         let names: Vec<&str> = names.iter().map(String::as_str).collect();
         let mut rows = Vec::new();
-        jobs.run(&names, &mut |row| {
+        let mut take = |row| {
             rows.push(serde_json::to_value(row)?);
             Ok(())
-        })
-        .unwrap();
+        };
+        jobs(&dir, PROGRAM).run(&names, &mut take).unwrap();
 
         rows.sort_by_key(|row| row["name"].as_str().map(|name| name[1..].parse::<usize>().unwrap()));
         let told: Vec<&str> = rows.iter().map(|row| row["name"].as_str().unwrap()).collect();
         assert_eq!(told, names, "each case is told of once");
-        for row in &rows {
-            let want = match row["name"].as_str().unwrap() {
-                "a5" => "failed",
-                "a7" => "not_run",
+        for (idx, row) in rows.iter().enumerate() {
+            let want = match idx {
+                5 => "failed",
+                13..16 => "not_run",
                 _ => "passed",
             };
             assert_eq!(row["outcome"], want, "{row}");
         }
         assert!(rows[5]["error"].as_str().unwrap().contains("signal: 9"), "{}", rows[5]);
 
-        // The first share, each of its cases, the second share.
         let traces = fs::read_to_string(dir.path().join("traces")).unwrap();
         let mut traces: Vec<&str> = traces.lines().collect();
         traces.sort_unstable();
         traces.dedup();
-        assert_eq!(traces.len(), 2 + SHARE, "every process records into a folder of its own: {traces:?}");
+        assert_eq!(traces.len(), 6 + 8, "every process records into a folder of its own: {traces:?}");
         assert!(traces.iter().all(|dir| dir.starts_with("there/trace.")), "{traces:?}");
+    }
+
+    #[test]
+    fn a_program_that_refuses_to_run_is_not_started_for_every_case() {
+        let dir = tempfile::tempdir().unwrap();
+        let jobs = jobs(&dir, REFUSES);
+        let refusal = jobs.run(&["a0", "a1", "a2"], &mut |_| Ok(())).unwrap_err().to_string();
+        assert!(refusal.contains("exit status: 1"), "{refusal}");
+        assert!(jobs.n_started.into_inner() <= 3);
     }
 }

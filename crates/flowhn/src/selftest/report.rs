@@ -69,7 +69,7 @@ impl Report {
         match json {
             true => console::print_json(self)?,
             false => console::print(&format!(
-                "{device}: {passed} passed, {failed} failed, {not_run} not run; {seconds:.1} s\n"
+                "{device}: {passed} passed, {failed} failed, {not_run} not run; {seconds:.1} s of cases\n"
             ))?,
         }
         if let Some(error) = lost {

@@ -131,7 +131,8 @@ fn ended_amid_operators_it_ends_cleanly() {
     let told = dir().join("ended.txt");
     for delay in [0, 150, 300, 450] {
         let out = dir().join(format!("ended-{delay}")).display().to_string();
-        let mut command = command(&["bench", "paper", "--size", "tiny", "--rows", "no_split", "--out", &out]);
+        let mut command =
+            command(&["bench", "paper", "--device", "cpu", "--size", "tiny", "--rows", "no_split", "--out", &out]);
         // As many threads as there are, so that some are inside of libtorch.
         command.current_dir(repo()).env_remove("OMP_NUM_THREADS").env_remove("RAYON_NUM_THREADS");
         let mut child = command.stdout(Stdio::null()).stderr(fs::File::create(&told).unwrap()).spawn().unwrap();

@@ -12,7 +12,7 @@ fn a_kept_report_is_written_again_beside_another_programs_speeds() {
     let at = |name: &str| dir().join(name).display().to_string();
     let (first, again, other) = (at("speeds"), at("speeds-again"), at("speeds-other.json"));
     let small = ["--set", "train.batch_size=1", "--set", "model.seq_len=64"];
-    let measure = ["bench", "train", "--config", &config, "--steps", "1", "--out", &first];
+    let measure = ["bench", "train", "--device", "cpu", "--config", &config, "--steps", "1", "--out", &first];
     flowhn(&[&measure[..], &small].concat()).done();
     let theirs =
         json!({"name": "Other", "rows": [{"model": config, "policy": "tiny", "tokens_per_s": 1.5, "mfu": 0.25}]});

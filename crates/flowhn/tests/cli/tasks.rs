@@ -74,6 +74,8 @@ fn table(more: &[&str]) -> Out {
     let args = [
         "bench",
         "paper",
+        "--device",
+        "cpu",
         "--size",
         "tiny",
         "--rows",

@@ -19,7 +19,7 @@ use serde::Serialize;
 use tch::Device;
 
 use crate::console::{self, Console};
-use crate::device::DeviceArgs;
+use crate::device::BenchDeviceArgs;
 use operation::{Call, Direction, Operation, Pass};
 use peers::Peers;
 use row::{Ceilings, Multiple, Peer, Row, Time};
@@ -44,7 +44,7 @@ max_us, wall_us, n, speedup}.";
 #[command(after_help = AFTER_HELP)]
 pub struct Args {
     #[command(flatten)]
-    device: DeviceArgs,
+    device: BenchDeviceArgs,
     /// Only operations whose name and shape contain this text; may be repeated
     #[arg(long, value_name = "TEXT")]
     filter: Vec<String>,
@@ -97,14 +97,13 @@ pub fn run(args: &Args) -> Result<ExitCode> {
         }
         return Ok(ExitCode::SUCCESS);
     }
-    let device = match args.device.device()? {
-        // Nobody wants these shapes on a CPU.
-        Device::Cpu if !args.tiny && tch::Cuda::is_available() => Device::Cuda(0),
-        Device::Cpu if !args.tiny => {
-            bail!("libtorch finds no CUDA device on this machine, and these shapes are for one")
-        }
-        device => device,
-    };
+    let device = args.device.device()?;
+    // Nobody wants these shapes on a CPU.
+    if !device.is_cuda() && !args.tiny {
+        bail!(
+            "these shapes are for a CUDA device, of which libtorch finds none here or --device names none; --tiny tries the command on a CPU"
+        );
+    }
     Bench::new(args, device)?.run(&operations)
 }
 

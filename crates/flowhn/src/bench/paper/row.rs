@@ -5,7 +5,7 @@ use std::fs;
 use std::path::{Path, PathBuf};
 
 use anyhow::{Context, Result};
-use flowhn_train::bench::time_steps;
+use flowhn_train::bench::{Timing, time_steps};
 use flowhn_train::config::DataConfig;
 use flowhn_train::peak::device_name;
 use flowhn_train::run_dir::{CONFIG, Start};
@@ -121,7 +121,7 @@ impl RowContext<'_> {
         if row.speed.is_none() && wanted {
             forget_memory(self.device)?;
             self.console.line(format_args!("timing {} steps", self.steps));
-            let found = time_steps(&timed, self.device, self.steps)?;
+            let found = time_steps(&timed, self.device, Timing { steps: self.steps, power: false })?;
             let peak = peak(&found, config.train.dtype, self.device);
             let full = found.flops_per_step_full_scores as f64 / found.flops_per_step as f64;
             let speed = Speed {
