@@ -520,7 +520,7 @@ selective_scan_backward(X* dx, Dt* ddt, Z* dz, i64 dz_batch, i64 dz_token, float
     }
 }
 
-// db and dc `[batch, seq_len, d_state]` from the blocks' parts `[n_blocks, batch, seq_len, SLICES, 2, SLICE]`. Thread `at` owns four
+// db and dc `[batch, seq_len, d_state]` from the blocks' parts `[n_blocks, batch, seq_len, SLICES, 2, SLICE]`. A thread owns four
 // neighbouring sums. First come the first tokens of all sequences: what was written last is still in the L2 cache, and what is read
 // once need not stay there.
 __device__ __forceinline__ void sum_states(B* db, C* dc, const float* parts, int n_blocks, int batch, i64 seq_len, int d_state, unsigned block) {
@@ -546,16 +546,16 @@ __device__ __forceinline__ void sum_states(B* db, C* dc, const float* parts, int
     }
 }
 
-// da `[d_inner, d_state]`, dd and ddt_bias `[d_inner]` (null where not wanted) from the parts of `n_segments` segments of all sequences.
+// da `[d_inner, d_state]`, dd and ddt_bias `[d_inner]` (null where not wanted) from `n_parts` parts: those of all segments of all sequences.
 __device__ __forceinline__ void sum_channels(float* da, float* dd, float* dbias, const float* rate_parts, const float* channel_parts,
-                                             int n_segments, int d_inner, int d_state, unsigned block) {
+                                             int n_parts, int d_inner, int d_state, unsigned block) {
     i64 i = (i64)block * blockDim.x + threadIdx.x, n_rates = (i64)d_inner * d_state;
     const float* parts = i < n_rates ? rate_parts + i : channel_parts + (i - n_rates);
     i64 stride = i < n_rates ? n_rates : 2 * d_inner;
     if (i >= n_rates + 2 * d_inner) return;
     float total = 0.f;
     #pragma unroll 8
-    for (int k = 0; k < n_segments; k++) total += parts[k * stride];
+    for (int k = 0; k < n_parts; k++) total += parts[k * stride];
     if (i < n_rates) da[i] = total;
     else if (i < n_rates + d_inner) {
         if (dd) dd[i - n_rates] = total;
@@ -566,9 +566,9 @@ __device__ __forceinline__ void sum_channels(float* da, float* dd, float* dbias,
 // their places as the last blocks of selective_scan_backward end.
 extern "C" __global__ void selective_scan_sum(B* db, C* dc, const float* state_parts, int n_blocks, int batch, i64 seq_len,
                                               float* da, float* dd, float* dbias, const float* rate_parts, const float* channel_parts,
-                                              int n_segments, int d_inner, int d_state, unsigned channel_blocks) {
+                                              int n_parts, int d_inner, int d_state, unsigned channel_blocks) {
     wait_for_kernel_in_front();
     if (blockIdx.x < channel_blocks)
-        sum_channels(da, dd, dbias, rate_parts, channel_parts, n_segments, d_inner, d_state, blockIdx.x);
+        sum_channels(da, dd, dbias, rate_parts, channel_parts, n_parts, d_inner, d_state, blockIdx.x);
     else sum_states(db, dc, state_parts, n_blocks, batch, seq_len, d_state, blockIdx.x - channel_blocks);
 }

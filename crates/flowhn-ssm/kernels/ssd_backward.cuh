@@ -16,13 +16,14 @@ __device__ __forceinline__ float sum_rows(float x) {
 
 // What the steps of a head's tokens in a chunk get, and the chunk's share of the gradients of a, d and dt_bias.
 struct Books {
-    // What the warps have found out, of this lane's tokens 2 lane and 2 lane + 1.
+    // What the warps have found out, of this lane's tokens 2 lane and 2 lane + 1: r and q of the formulas in ssd_backward.cu.
     struct Found {
         float r[2], q[2];
-        float u[2];           // 2^(s_end - s_j) x_j . dh b_j
+        float u[2];           // the second part of q, 2^(s_end - s_j) x_j . dh b_j
         float states, skips;  // of the whole chunk: <dh, h> and the sum of dy . x
     };
 
+    // Gradients of this lane's steps; the chunk's share of those of a, d and dt_bias.
     float dt[2], a, skip, bias;
 
     __device__ __forceinline__ void open() { dt[0] = dt[1] = a = skip = bias = 0.f; }

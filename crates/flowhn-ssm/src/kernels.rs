@@ -65,6 +65,15 @@ const SELECTIVE_SCAN_BACKWARD_VARIANTS: &[Defines<'static>] = &[
     &ScanVariant { n_teams: 3, ..ScanVariant::mamba(1) }.defines(),
     &ScanVariant { n_teams: 3, ..ScanVariant::mamba(0) }.defines(),
     &ScanVariant { n_teams: 3, reset: true, ..ScanVariant::mamba(1) }.defines(),
+    &ScanVariant {
+        n_teams: 3,
+        paired_channels: false,
+        paired_states: false,
+        softplus: false,
+        gated: false,
+        ..ScanVariant::mamba(1)
+    }
+    .defines(),
     SELECTIVE_SCAN_VARIANTS[1],
     SELECTIVE_SCAN_VARIANTS[2],
     SELECTIVE_SCAN_VARIANTS[3],
@@ -105,7 +114,7 @@ pub(crate) static SSD_STATE_SM90: KernelSource = KernelSource {
 pub(crate) static SSD_STATE: KernelSource =
     KernelSource { name: "ssd_state.cu", text: include_str!("../kernels/ssd_state.cu"), headers: SSD_HEADERS };
 
-/// What both forms of its backward share.
+/// What the two forms of its backward include, panels in the one for Hopper alone.
 const SSD_BACKWARD_HEADERS: &[(&str, &str)] = &[
     ("ssd_tile.cuh", include_str!("../kernels/ssd_tile.cuh")),
     ("ssd_panels.cuh", include_str!("../kernels/ssd_panels.cuh")),

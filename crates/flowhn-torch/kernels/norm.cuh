@@ -31,7 +31,7 @@ template <class T> __device__ __forceinline__ Pack<T> normed_vector(const Pack<T
     return normed;
 }
 
-// This thread's part of the sum of dy w x over a row, of which r^3 / d is the slope below.
+// This thread's part of the sum of dy w x over a row; times r^3 / d the sum is the slope that norm_gradient takes.
 template <int N, class T>
 __device__ __forceinline__ float weighted_product(const Pack<T> (&x)[N], const Pack<T> (&dy)[N], const float (&w)[N][VEC]) {
     float sum = 0.f;

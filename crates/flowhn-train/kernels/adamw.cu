@@ -67,14 +67,14 @@ struct Chunk {
     const Slot& slot;
     i64 start;
     int n;
-    const void* of_slot;  // the slot's gradient; null where there is none
+    const void* slot_grad;  // the slot's gradient; null where there is none
     __device__ __forceinline__ Chunk(const void* const* grads, const Slot* slots, int2 item) : slot(slots[item.x]), start((i64)item.y * CHUNK) {
         i64 left = slot.n - start;
         n = left < CHUNK ? (int)left : CHUNK;
-        of_slot = grads[item.x];
+        slot_grad = grads[item.x];
     }
     // The first element of the gradient, which is of type G.
-    template <class G> __device__ __forceinline__ const G* grad() const { return at((const G*)of_slot); }
+    template <class G> __device__ __forceinline__ const G* grad() const { return at((const G*)slot_grad); }
     // The chunk's first element in an array of the slot, null where there is none.
     template <class T> __device__ __forceinline__ T* at(T* array) const { return array ? array + start : nullptr; }
 };

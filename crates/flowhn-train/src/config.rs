@@ -98,7 +98,7 @@ impl Default for DataConfig {
     }
 }
 
-/// The type in which a step computes. Weights and gradients are fp32 in either.
+/// The type in which a step computes. Weights are fp32 in either; for gradients see `grads`.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "lowercase")]
 pub enum Dtype {

@@ -1,7 +1,7 @@
 //! Blocks that are recomputed change no bit of loss and gradients, and save memory.
 
+use flowhn_torch::MemoryStats;
 use flowhn_torch::testing::{Case, same_bits};
-use flowhn_torch::{MemoryStats, clear_grad};
 use tch::{Device, Kind, Tensor};
 
 use super::small::{POLICIES, SEQ_LEN, VARIANTS, ids};
@@ -40,7 +40,7 @@ pub(super) fn cases() -> Vec<Case> {
 fn gradients(model: &mut Model, every: usize) -> Result<Vec<(String, Tensor)>> {
     model.set_recompute_every(RecomputeEvery(every));
     let device = model.device();
-    model.params().iter().try_for_each(|param| clear_grad(param.weight.master()))?;
+    model.params().zero_grad()?;
     // Learned tokens go with one document a sequence.
     let segments = Tensor::arange(SEQ_LEN as i64, (Kind::Int64, device)).floor_divide_scalar(19).repeat([2, 1]);
     let segments = (model.config().options.n_meta == 0).then_some(segments);

@@ -60,7 +60,7 @@ impl Function for Scan {
         let final_state = self.carry.place(OP, ctx, inputs, self.initial_state, state)?;
         let chunk_states = ctx.is_recorded().then(|| empty(&shape.chunk_states(), Kind::Float)).transpose()?;
 
-        let (n_segments, segment_len) = operands.segments()?;
+        let (n_segments, segment_len) = operands.segments();
         let initial = self.initial_state.map(|idx| inputs[idx].f_contiguous()).transpose()?;
         let start = match n_segments {
             1 => initial,
@@ -107,8 +107,8 @@ impl Function for Scan {
         let ddt_bias = wanted(self.dt_bias).map(like).transpose()?;
         let dinitial = wanted(self.initial_state).map(like).transpose()?;
 
-        let (n_segments, segment_len) = operands.segments()?;
-        let pass = operands.backward(n_segments)?;
+        let (n_segments, segment_len) = operands.segments();
+        let pass = operands.backward_pass(n_segments);
         let n_parts = shape.batch * n_segments;
         let state_parts = empty(&shape.state_parts(pass), Kind::Float)?;
         let rate_parts = empty(&[n_parts, shape.d_inner, shape.d_state], Kind::Float)?;

@@ -156,7 +156,7 @@ impl Shape {
         (ceil_div(self.seq_len, segment_len), segment_len)
     }
 
-    /// Whether blocks of three teams, one a multiprocessor, leave at most a tenth of all places for teams empty at the end.
+    /// Whether blocks of three teams, one a multiprocessor, leave at most a tenth of the places of one round empty in the last.
     fn fills_multiprocessors(self, n_segments: i64, n_multiprocessors: i64) -> bool {
         let blocks = |n_teams| self.n_blocks(n_teams) * self.batch * n_segments;
         let places = n_multiprocessors * RESIDENT_TEAMS;
@@ -177,6 +177,8 @@ pub(super) struct Operands {
     parameters: [Option<Tensor>; 3],
     reset: Option<Tensor>,
     softplus: bool,
+    /// What the device can do, if it is a CUDA device.
+    properties: Option<DeviceProperties>,
 }
 
 impl Operands {
@@ -204,6 +206,10 @@ impl Operands {
                 return Err(Error::invalid(OP, message));
             }
         }
+        let properties = match activations[0].device() {
+            Device::Cuda(device_idx) => Some(DeviceProperties::of(device_idx)?),
+            _ => None,
+        };
         let [x, dt, b, c] = activations.map(with_near_rows);
         let contiguous = |t: Option<&Tensor>| t.map(Tensor::f_contiguous).transpose();
         let [a, d, dt_bias] = parameters.map(contiguous);
@@ -215,6 +221,7 @@ impl Operands {
             parameters: [a?, d?, dt_bias?],
             reset: reset.map(Tensor::shallow_clone),
             softplus,
+            properties,
         })
     }
 
@@ -232,28 +239,20 @@ impl Operands {
     }
 
     /// Number and length of the segments.
-    pub(super) fn segments(&self) -> Result<(i64, i64)> {
-        let n_multiprocessors = self.properties()?.map_or(1, |device| device.n_multiprocessors);
-        Ok(self.shape.segments(n_multiprocessors.into()))
+    pub(super) fn segments(&self) -> (i64, i64) {
+        let n_multiprocessors = self.properties.as_ref().map_or(1, |device| device.n_multiprocessors);
+        self.shape.segments(n_multiprocessors.into())
     }
 
     /// The backward with the best number of teams: a block of three leaves a third of the parts to add up.
-    pub(super) fn backward(&self, n_segments: i64) -> Result<Pass> {
+    pub(super) fn backward_pass(&self, n_segments: i64) -> Pass {
         let (one, three) = (Pass::Backward { n_teams: 1 }, Pass::Backward { n_teams: RESIDENT_TEAMS });
-        let Some(device) = self.properties()? else { return Ok(one) };
+        let Some(device) = &self.properties else { return one };
         let has_room = device.compute_capability == 90
             && self.shape.n_slices() == 1
             && self.shared_bytes(three) as u64 <= device.shared_bytes_per_block;
         let fills = self.shape.fills_multiprocessors(n_segments, device.n_multiprocessors.into());
-        Ok(if has_room && fills { three } else { one })
-    }
-
-    /// What the device can do, if it is a CUDA device.
-    fn properties(&self) -> Result<Option<DeviceProperties>> {
-        match self.device() {
-            Device::Cuda(device_idx) => DeviceProperties::of(device_idx).map(Some),
-            _ => Ok(None),
-        }
+        if has_room && fills { three } else { one }
     }
 
     pub(super) fn grid(&self, pass: Pass, n_segments: i64) -> [u32; 3] {

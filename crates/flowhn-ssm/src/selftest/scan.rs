@@ -59,9 +59,10 @@ pub(super) fn cases() -> Vec<Case> {
         ([2, 1100, 6, 33], With { strided: Some(Place::Aligned), ..resets(900) }),
     ];
     // These fill a device of 132 multiprocessors: two chunks, more, less than one, and segments.
-    let filling: [(Sizes, With); 4] = [
+    let filling: [(Sizes, With); 5] = [
         ([44, 70, 280, 4], resets(30)),
-        ([44, 200, 280, 16], plain),
+        ([44, 232, 280, 16], plain),
+        ([44, 100, 279, 16], With { bare: true, strided: Some(Place::Odd), ..plain }),
         ([44, 20, 280, 16], plain),
         ([11, 1100, 280, 16], resets(301)),
     ];
