@@ -16,7 +16,7 @@ pub fn set_up() {
     flowhn_torch::keep_freed_host_memory();
 }
 
-/// The small released model whose speed the README reports, with `n_layers` blocks and a vocabulary of `vocab_size`.
+/// The small released model of the CPU benchmarks, with `n_layers` blocks and a vocabulary of `vocab_size`.
 ///
 /// # Panics
 /// If the configuration in this file is wrong.

@@ -323,7 +323,11 @@ impl AdamW {
 impl Group {
     /// The gradients as they are now, where there are any.
     fn grads(&self) -> impl Iterator<Item = flowhn_torch::Result<Option<Tensor>>> {
-        self.weights.iter().map(Weight::grad)
+        let named = |name: &str, error| flowhn_torch::Error::invalid("adamw", format!("{name}: {error}"));
+        self.names
+            .iter()
+            .zip(&self.weights)
+            .map(move |(name, weight)| weight.grad().map_err(|error| named(name, error)))
     }
 
     /// The gradients in the type of the parameters, zeros where there is none.
