@@ -1,4 +1,4 @@
-//! Checks of normalisation, SwiGLU, the product of one token, the embedding and the loss that run on any device.
+//! Checks of normalisation, SwiGLU, the linear map, the embedding and the loss that run on any device.
 
 mod embedding;
 mod fp8;
@@ -9,6 +9,10 @@ mod norm;
 mod swiglu;
 
 use flowhn_torch::testing::Case;
+use flowhn_torch::{Error, Result};
+use tch::{Kind, Tensor};
+
+use crate::{Linear, Params, Weight};
 
 /// Every check of this crate.
 pub fn cases() -> Vec<Case> {
@@ -20,4 +24,23 @@ pub fn cases() -> Vec<Case> {
     cases.extend(norm::cases());
     cases.extend(swiglu::cases());
     cases
+}
+
+fn ensure(holds: bool, message: impl FnOnce() -> String) -> Result<()> {
+    if holds { Ok(()) } else { Err(Error::invalid("selftest", message())) }
+}
+
+/// Output, gradient of x and gradient of the weight, which has to be of this type, where `dy` comes back.
+fn results(params: &Params, projection: &Linear, [x, dy]: [&Tensor; 2], grad_kind: Kind) -> Result<[Tensor; 3]> {
+    params.zero_grad()?;
+    let x = x.detach().set_requires_grad(true);
+    let y = projection.forward(&x)?;
+    (&y * dy).sum(Kind::Float).f_backward()?;
+    Ok([y.detach(), x.grad(), grad_of(projection.weight(), grad_kind)?])
+}
+
+/// A copy of the gradient that has reached a weight, which has to be of this type.
+fn grad_of(weight: &Weight, kind: Kind) -> Result<Tensor> {
+    let grad = weight.grad()?.filter(|grad| grad.kind() == kind);
+    Ok(grad.ok_or_else(|| Error::invalid("grad", format!("there is no gradient in {kind:?}")))?.copy())
 }

@@ -5,7 +5,9 @@ use flowhn_torch::{Error, Result};
 use tch::{Device, Kind, Tensor};
 
 use crate::fp8::{Fp8Scales as Scales, Role, Rounded, cast, next_scales};
-use crate::{Bias, Init, Linear, Params, SwiGluMlp, Weight, swiglu};
+use crate::{Bias, Init, Linear, Params, SwiGluMlp, swiglu};
+
+use super::{ensure, grad_of, results};
 
 /// Rows, and columns in multiples of 16.
 const MATRICES: [[i64; 2]; 8] =
@@ -55,10 +57,6 @@ pub(super) fn cases() -> Vec<Case> {
     cases.push(Case::new("fp8: zeros stay zeros", zeros));
     cases.push(Case::new("fp8: weights are rounded anew where they change", weights_change));
     cases
-}
-
-pub(super) fn ensure(holds: bool, otherwise: impl FnOnce() -> String) -> Result<()> {
-    if holds { Ok(()) } else { Err(Error::invalid("fp8", otherwise())) }
 }
 
 /// The device's bits and note of the largest value, against the CPU's and, with memory that was not clean, its own.
@@ -163,13 +161,7 @@ fn linear([n_tokens, d_in, d_out]: [i64; 3], bias: Bias, grad_kind: Kind, device
     params.use_bf16_grads(|_| grad_kind == Kind::BFloat16)?;
     let bf16 = |shape: &[i64], seed, size: f64| (noise(shape, seed) * size).to_kind(Kind::BFloat16).to_device(device);
     let (x, dy) = (bf16(&[n_tokens, 1, d_in], 1, 3.), bf16(&[n_tokens, 1, d_out], 2, 1e-5));
-    let run = || -> Result<[Tensor; 3]> {
-        params.zero_grad()?;
-        let x = x.detach().set_requires_grad(true);
-        let y = projection.forward(&x)?;
-        (&y * &dy).sum(Kind::Float).f_backward()?;
-        Ok([y.detach(), x.grad(), grad_of(projection.weight(), grad_kind)?])
-    };
+    let run = || results(&params, &projection, [&x, &dy], grad_kind);
     // The second step has scales of its own, from what the first saw.
     let (got, same) = (run()?, run()?);
     ensure((0..3).all(|i| got[i].equal(&same[i])), || "two runs differ".to_owned())?;
@@ -207,12 +199,6 @@ fn linear([n_tokens, d_in, d_out]: [i64; 3], bias: Bias, grad_kind: Kind, device
         }
     }
     Ok(format!("{:.0} % of the bound", 100. * worst))
-}
-
-/// A copy of the gradient that has reached a weight, which has to be of this type.
-pub(super) fn grad_of(weight: &Weight, kind: Kind) -> Result<Tensor> {
-    let grad = weight.grad()?.filter(|grad| grad.kind() == kind);
-    Ok(grad.ok_or_else(|| Error::invalid("grad", format!("there is no gradient in {kind:?}")))?.copy())
 }
 
 /// The MLP without its values in memory, against its three operations: the same bits, also of the scales.

@@ -4,7 +4,7 @@ use flowhn_torch::testing::{Case, noise, same_bits};
 use flowhn_torch::{Error, Result};
 use tch::{Device, Kind, Tensor};
 
-use super::fp8::ensure;
+use super::ensure;
 use crate::{Activations, Bias, Init, Linear, Params, RmsNorm, SwiGluMlp};
 
 const BATCH: i64 = 2;

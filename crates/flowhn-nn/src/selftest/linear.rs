@@ -6,7 +6,7 @@ use tch::{Device, Kind, Tensor, no_grad};
 
 use crate::{Bias, Init, Linear, Params, Weight, linear};
 
-use super::fp8::{ensure, grad_of};
+use super::{ensure, results};
 
 /// Widths of the result and of the token.
 const SHAPES: [[i64; 2]; 8] =
@@ -42,13 +42,7 @@ fn products([n_tokens, d_in, d_out]: [i64; 3], grad_kind: Kind, device: Device) 
     params.use_bf16_grads(|_| grad_kind == Kind::BFloat16)?;
     let bf16 = |shape: &[i64], seed| noise(shape, seed).to_kind(Kind::BFloat16).to_device(device);
     let (x, dy) = (bf16(&[n_tokens, 1, d_in], 1), bf16(&[n_tokens, 1, d_out], 2));
-    let run = || -> Result<[Tensor; 3]> {
-        params.zero_grad()?;
-        let x = x.detach().set_requires_grad(true);
-        let y = projection.forward(&x)?;
-        (&y * &dy).sum(Kind::Float).f_backward()?;
-        Ok([y.detach(), x.grad(), grad_of(projection.weight(), grad_kind)?])
-    };
+    let run = || results(&params, &projection, [&x, &dy], grad_kind);
     let (got, same) = (run()?, run()?);
     ensure((0..3).all(|i| got[i].equal(&same[i])), || "two runs differ".to_owned())?;
 
