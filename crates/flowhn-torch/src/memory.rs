@@ -1,5 +1,8 @@
 //! What a CUDA device has, and what libtorch's caching allocator has taken of it.
 
+use std::collections::BTreeMap;
+use std::sync::{Mutex, PoisonError};
+
 #[cfg(any(not(flowhn_cuda), doc))]
 use crate::Error;
 use crate::Result;
@@ -101,12 +104,23 @@ pub struct DeviceProperties {
 }
 
 impl DeviceProperties {
-    /// The properties of `device_idx`.
+    /// The properties of `device_idx`. A device is asked once: launches read them every time.
     ///
     /// # Errors
     /// [`Error::Invalid`] in a build without CUDA, [`Error::Torch`] where there is no such device.
+    pub fn of(device_idx: usize) -> Result<&'static Self> {
+        static KNOWN: Mutex<BTreeMap<usize, &'static DeviceProperties>> = Mutex::new(BTreeMap::new());
+        let mut known = KNOWN.lock().unwrap_or_else(PoisonError::into_inner);
+        if let Some(&properties) = known.get(&device_idx) {
+            return Ok(properties);
+        }
+        let properties: &'static Self = Box::leak(Box::new(Self::ask(device_idx)?));
+        known.insert(device_idx, properties);
+        Ok(properties)
+    }
+
     #[cfg(flowhn_cuda)]
-    pub fn of(device_idx: usize) -> Result<Self> {
+    fn ask(device_idx: usize) -> Result<Self> {
         let mut name = [0 as std::ffi::c_char; 256];
         let mut pci_bus_id = [0 as std::ffi::c_char; 32];
         let (mut n_multiprocessors, mut capability, mut total, mut shared) = (0, 0, 0, 0);
@@ -136,12 +150,8 @@ impl DeviceProperties {
         })
     }
 
-    /// The properties of `device_idx`.
-    ///
-    /// # Errors
-    /// [`Error::Invalid`]: this build has no CUDA.
     #[cfg(not(flowhn_cuda))]
-    pub fn of(_device_idx: usize) -> Result<Self> {
+    fn ask(_device_idx: usize) -> Result<Self> {
         Err(Error::invalid("device_properties", "this build has no CUDA: install a CUDA build of PyTorch and rebuild"))
     }
 }

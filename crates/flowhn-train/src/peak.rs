@@ -55,7 +55,7 @@ pub fn device_name(device: Device) -> String {
             n => format!("CPU, {n} threads"),
         },
         Device::Cuda(idx) => {
-            DeviceProperties::of(idx).map_or_else(|_| format!("CUDA device {idx}"), |device| device.name)
+            DeviceProperties::of(idx).map_or_else(|_| format!("CUDA device {idx}"), |device| device.name.clone())
         }
         other => format!("{other:?}"),
     }

@@ -228,7 +228,7 @@ fn check_device(device: Device) -> Result<()> {
     const MIN_CAPABILITY: u32 = 89;
     let Device::Cuda(device_idx) = device else { return Ok(()) };
     let properties = DeviceProperties::of(device_idx)?;
-    let (capability, name) = (properties.compute_capability, properties.name);
+    let (capability, name) = (properties.compute_capability, &properties.name);
     if capability >= MIN_CAPABILITY {
         return Ok(());
     }

@@ -178,7 +178,7 @@ pub(super) struct Operands {
     reset: Option<Tensor>,
     softplus: bool,
     /// What the device can do, if it is a CUDA device.
-    properties: Option<DeviceProperties>,
+    properties: Option<&'static DeviceProperties>,
 }
 
 impl Operands {

@@ -138,7 +138,7 @@ pub(crate) fn is_captured(stream: sys::CUstream) -> std::result::Result<bool, re
 
 impl trace::Source for Live<'_> {
     fn cubin(&self) -> Result<Vec<u8>> {
-        let arch = architecture(self.kernel, &DeviceProperties::of(self.device_idx)?)?;
+        let arch = architecture(self.kernel, DeviceProperties::of(self.device_idx)?)?;
         nvrtc::cubin(self.kernel.source, self.kernel.defines, &arch)
     }
 
@@ -221,7 +221,7 @@ fn load(kernel: &Kernel, device_idx: usize) -> Result<Loaded> {
     let context = primary_context(device_idx).map_err(|error| refused(kernel, &error))?;
     let _context = Context::enter(context).map_err(|error| refused(kernel, &error))?;
     let properties = DeviceProperties::of(device_idx)?;
-    let module = module(kernel, device_idx, &properties)?;
+    let module = module(kernel, device_idx, properties)?;
     let entry = CString::new(kernel.entry).map_err(|_| kernel.error("its name contains a NUL byte"))?;
     // SAFETY: the module is loaded in the current context and stays for the life of the process.
     let function = unsafe { result::module::get_function(module.0, entry) }.map_err(|error| refused(kernel, &error))?;

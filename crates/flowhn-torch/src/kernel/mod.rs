@@ -23,6 +23,7 @@ pub use boxes::Boxes;
 pub use cache::{cache_dir, cache_problem};
 pub use columns::ColumnSums;
 pub use nvrtc::{Compiled, EntryResources, compile};
+pub use trace::DIR as TRACE_DIR;
 
 /// The source of one `.cu` file.
 #[derive(Debug)]

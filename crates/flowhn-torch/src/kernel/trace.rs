@@ -17,7 +17,8 @@ use xxhash_rust::xxh3::xxh3_128;
 use super::{Arg, Kernel};
 use crate::Result;
 
-const DIR: &str = "FLOWHN_KERNEL_TRACE";
+/// The variable that names the folder of this process's trace.
+pub const DIR: &str = "FLOWHN_KERNEL_TRACE";
 const MAX_BYTES: &str = "FLOWHN_KERNEL_TRACE_MAX_BYTES";
 const DEFAULT_MAX_BYTES: u64 = 64 << 20;
 

@@ -80,18 +80,18 @@ impl Drop for Done<'_> {
 /// NVML, and how it calls the device.
 struct Source {
     nvml: Nvml,
-    pci_bus_id: String,
+    pci_bus_id: &'static str,
 }
 
 fn open(device_idx: usize) -> std::result::Result<Source, String> {
     let properties = DeviceProperties::of(device_idx).map_err(|error| error.to_string())?;
     let nvml = Nvml::builder().lib_path(LIBRARY.as_ref()).init().map_err(|error| format!("{LIBRARY}: {error}"))?;
-    Ok(Source { nvml, pci_bus_id: properties.pci_bus_id })
+    Ok(Source { nvml, pci_bus_id: &properties.pci_bus_id })
 }
 
 fn read_until(source: &Source, is_done: &AtomicBool) -> std::result::Result<Power, String> {
     let read = || -> std::result::Result<_, NvmlError> {
-        let device = source.nvml.device_by_pci_bus_id(source.pci_bus_id.as_str())?;
+        let device = source.nvml.device_by_pci_bus_id(source.pci_bus_id)?;
         let limit_watts = f64::from(device.enforced_power_limit()?) / 1e3;
         let max_clock_mhz = device.max_clock_info(Clock::SM)?.into();
         let began = Instant::now();

@@ -10,6 +10,7 @@ use std::sync::{Mutex, PoisonError, mpsc};
 use std::thread;
 
 use anyhow::{Context, Result, bail};
+use flowhn_torch::kernel::TRACE_DIR;
 use flowhn_torch::testing::Outcome;
 use tch::Device;
 
@@ -21,9 +22,6 @@ const SHARE: usize = 24;
 const ROUNDS: usize = 3;
 /// The variables that tell libtorch and rayon how many cores are theirs.
 const THREADS: [&str; 2] = ["OMP_NUM_THREADS", "RAYON_NUM_THREADS"];
-
-/// Where launches of kernels are recorded, one process a folder.
-const TRACE: &str = "FLOWHN_KERNEL_TRACE";
 
 /// How cases run in processes of their own.
 pub(super) struct Jobs {
@@ -45,7 +43,7 @@ impl Jobs {
     pub fn new(n_jobs: usize, device: Device) -> Result<Self> {
         let program = env::current_exe().context("this program does not know its own path")?;
         let n_threads = thread::available_parallelism().map_or(1, |n| (n.get() / n_jobs).max(1));
-        let trace = env::var_os(TRACE).filter(|dir| !dir.is_empty());
+        let trace = env::var_os(TRACE_DIR).filter(|dir| !dir.is_empty());
         Ok(Self { program, device, n_jobs, n_threads, trace, n_started: AtomicUsize::new(0) })
     }
 
@@ -117,7 +115,7 @@ impl Jobs {
         if let Some(trace) = &self.trace {
             let mut dir = trace.clone();
             dir.push(format!(".{}", 1 + self.n_started.fetch_add(1, Ordering::Relaxed)));
-            command.env(TRACE, dir);
+            command.env(TRACE_DIR, dir);
         }
         command.stdin(Stdio::piped()).stdout(Stdio::piped());
         command

@@ -101,7 +101,8 @@ pub fn run(args: &Args) -> Result<ExitCode> {
     // Nobody wants these shapes on a CPU.
     if !device.is_cuda() && !args.tiny {
         bail!(
-            "these shapes are for a CUDA device, of which libtorch finds none here or --device names none; --tiny tries the command on a CPU"
+            "these shapes are for a GPU, and libtorch finds none or --device names none; --tiny tries the command \
+             on a CPU"
         );
     }
     Bench::new(args, device)?.run(&operations)
@@ -138,7 +139,7 @@ impl<'a> Bench<'a> {
 
     fn run(mut self, operations: &[Operation]) -> Result<ExitCode> {
         let device = match self.device {
-            Device::Cuda(device_idx) => DeviceProperties::of(device_idx)?.name,
+            Device::Cuda(device_idx) => DeviceProperties::of(device_idx)?.name.clone(),
             _ => "CPU".to_owned(),
         };
         let mut report = Report { device, ceilings: self.ceilings, absent: BTreeMap::new(), rows: Vec::new() };
