@@ -24,12 +24,6 @@
 
 typedef DtypeOf<X_KIND>::type X;
 
-// 1 / (1 + e^-z); beside bf16 by the approximate instructions, whose error of a few f32 roundings is lost in bf16's.
-__device__ __forceinline__ float gate_sigmoid(float z) {
-    if constexpr (X_KIND == 1) return rcp(1.f + ex2(-LOG2_E * z));
-    else return sigmoid(z);
-}
-
 #if FP8_ROWS == 0 || __CUDA_ARCH__ >= 890
 extern "C" __global__ void __launch_bounds__(MAX_THREADS, MIN_BLOCKS)
 gated_rms_norm_forward(const X* x, const X* z, const float* weight, X* y, float* rstd, i64 x_outer, i64 x_inner, i64 z_outer,
@@ -64,7 +58,7 @@ gated_rms_norm_forward(const X* x, const X* z, const float* weight, X* y, float*
                 zs[v].get(a), xs[v].get(u[v]);
                 #pragma unroll
                 for (int i = 0; i < VEC; i++) {
-                    u[v][i] *= a[i] * gate_sigmoid(a[i]);
+                    u[v][i] *= a[i] * gate_sigmoid<X>(a[i]);
                     squares += u[v][i] * u[v][i];
                 }
             }
@@ -134,7 +128,7 @@ gated_rms_norm_backward(const X* x, const X* z, const X* dy, const float* weight
                 row.x[v].get(a), row.z[v].get(b), row.dy[v].get(c);
                 #pragma unroll
                 for (int i = 0; i < VEC; i++) {
-                    s[v][i] = gate_sigmoid(b[i]);
+                    s[v][i] = gate_sigmoid<X>(b[i]);
                     inner_product += c[i] * w[v][i] * (a[i] * (b[i] * s[v][i]));
                 }
             }

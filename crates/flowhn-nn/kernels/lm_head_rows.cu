@@ -18,7 +18,7 @@
 // warp has one row.
 //
 // Variants: GRAD 1: leaves what the gradients need, 0: losses only.
-#include "lm_head_tiles.cuh"
+#include "product_tiles.cuh"
 #include "smem.cuh"
 
 constexpr int THREADS = 256, WARPS = THREADS / 32;

@@ -2,7 +2,7 @@
 //
 //   E_rv = exp(x_r W_v - c_r) but 0 for the target of r,   sums_jr = sum of E_rv over the words v of column tile j
 //
-//   x        boxes of 128 rows of [n_rows, d], W  boxes of 256 rows of [vocab_size, d]: bf16, d a multiple of 8
+//   x, W     the factors: [n_rows, d] and [vocab_size, d]
 //   targets  [n_rows], i64; those outside the vocabulary are nobody's
 //   c        [n_rows], f32, in units of ln 2: c_r / ln 2
 //   E        boxes of 16 rows of [n_rows, vocab_size or more], bf16; columns from vocab_size on become 0
@@ -12,45 +12,13 @@
 // next products' other factors and results take (lm_head_rows.cu). The target is left out because c_r is its logit: beside its 1 the
 // sum over all other words would lose its digits where the target is nearly certain.
 //
-// One block a multiprocessor stays for all its tiles of 128 rows x 256 words. One thread copies: a stage of the ring is 64 values
-// of k of both factors, two boxes. Two groups of four warps have 64 rows each and multiply; they drift apart by themselves, so that one
-// has the tensor cores while the other has its exponentials. A warp puts 16 rows x 64 words of these in shared memory, where the copy
-// engine takes them in whole lines; it has two such places and goes on in one while the other is read.
-//
-// Variants: STAGES of the ring; STORE 1: writes E, 0: sums only, without the parameter.
-#include "lm_head_tiles.cuh"
-#include "smem.cuh"
+// Variants: STAGES and PLACES; STORE 1: writes E, 0: sums only, without the parameter.
+#include "product_sm90.cuh"
 
 #ifdef __CUDA_ARCH_FEAT_SM90_ALL
 
-constexpr int ROW_BYTES = TILE_K * 2;
-constexpr int A_BYTES = TILE_ROWS * ROW_BYTES, B_BYTES = TILE_COLS * ROW_BYTES, STAGE_BYTES = A_BYTES + B_BYTES;
-constexpr int GROUP = 128, GROUPS = 2, WARPS = 4 * GROUPS, GROUP_ROWS = TILE_ROWS / GROUPS;
-constexpr int PIECES = TILE_COLS / 8;
-// What a warp sends at a time, and how many places for that it has.
-constexpr int PANEL_ROWS = 16, PANEL_COLS = 64, PANEL_BYTES = PANEL_ROWS * PANEL_COLS * 2, PLACES = STORE ? 2 : 0;
-
-// The ring of stages; each thread that walks it counts its own steps. The places of the warps and the barriers lie behind it.
-struct Ring {
-    unsigned base;
-    int step;
-
-    __device__ __forceinline__ unsigned a() const { return base + step % STAGES * STAGE_BYTES; }
-    __device__ __forceinline__ unsigned b() const { return a() + A_BYTES; }
-    __device__ __forceinline__ unsigned places(int warp) const { return base + STAGES * STAGE_BYTES + warp * (PLACES * PANEL_BYTES); }
-    __device__ __forceinline__ unsigned full() const { return places(WARPS) + step % STAGES * 8; }
-    __device__ __forceinline__ unsigned empty() const { return full() + STAGES * 8; }
-    __device__ __forceinline__ unsigned parity() const { return step / STAGES & 1; }
-};
-
-// Hands the stage of the step before back to the thread that copies.
-__device__ __forceinline__ void release_last(Ring ring) {
-    ring.step--;
-    if (threadIdx.x % 32 == 0) mbarrier_arrive(ring.empty());
-}
-
 // Turns the logit of this thread's column `column`, counted in its own 64 of row `half`, to minus infinity.
-__device__ __forceinline__ void leave_out(float (&logits)[PIECES][4], int half, int column) {
+__device__ __forceinline__ void leave_out(float (&logits)[ALL_PIECES][4], int half, int column) {
     #pragma unroll
     for (int i = 0; i < PIECES; i++) {
         #pragma unroll
@@ -60,47 +28,30 @@ __device__ __forceinline__ void leave_out(float (&logits)[PIECES][4], int half, 
     }
 }
 
-// The exponentials of a warp's 16 rows from `row` on, and their sums. Lane 4 g + t has rows g and g + 8, and of each 8 columns 2 t and
-// 2 t + 1.
+// The exponentials of a warp's 16 rows from `row` on, and their sums, which nobody wants of rows past the last tile.
 template <bool WHOLE> __device__ __forceinline__ void write_tile(
-    const float (&logits)[PIECES][4], const float (&c)[2], const BoxMap* e, unsigned places, float* sums, int row, int column,
+    const float (&logits)[ALL_PIECES][4], const float (&c)[2], const BoxMap* e, unsigned places, float* sums, int row, int column,
     int vocab_size) {
     const int lane = threadIdx.x % 32, g = lane / 4, t = lane % 4;
-    // A store takes four matrices of 8 x 8: the upper and the lower rows of 8 columns, and those of the next 8. This lane names row
-    // lane % 8 of matrix lane / 8.
-    const unsigned own = lane % PANEL_ROWS * ROW_BYTES + (lane / 16 ^ lane % 8) * 16;
     float sums_of_row[2][2] = {};
     #pragma unroll
     for (int first = 0; first < TILE_COLS; first += PANEL_COLS) {
-        unsigned place = places + first / PANEL_COLS % 2 * PANEL_BYTES;
-        if constexpr (STORE == 1) {
-            if (lane == 0) box_wait_read<1>();
-            __syncwarp();
-        }
-        #pragma unroll
-        for (int pair = 0; pair < PANEL_COLS / 16; pair++) {
-            unsigned words[4];
+        auto words = [&](int piece, int half) {
+            piece += first / 8;
+            float x[2];
             #pragma unroll
-            for (int i = 0; i < 4; i++) {
-                int half = i % 2, piece = first / 8 + 2 * pair + i / 2;
-                float x[2];
-                #pragma unroll
-                for (int j = 0; j < 2; j++) {
-                    x[j] = ex2(fmaf(logits[piece][2 * half + j], LOG2_E, -c[half]));
-                    if (!WHOLE && column + 8 * piece + 2 * t + j >= vocab_size) x[j] = 0.f;
-                    sums_of_row[half][j] += x[j];
-                }
-                words[i] = pack_bf16(x[0], x[1]);
+            for (int j = 0; j < 2; j++) {
+                x[j] = ex2(fmaf(logits[piece][2 * half + j], LOG2_E, -c[half]));
+                if (!WHOLE && column + 8 * piece + 2 * t + j >= vocab_size) x[j] = 0.f;
+                sums_of_row[half][j] += x[j];
             }
-            if constexpr (STORE == 1) stmatrix_x4(place + (own ^ pair * 32), words);
-        }
+            return pack_bf16(x[0], x[1]);
+        };
         if constexpr (STORE == 1) {
-            wgmma_publish();
-            __syncwarp();
-            if (lane == 0) {
-                box_store(*e, column + first, row, place);
-                box_commit();
-            }
+            send_panel(*e, column + first, row, places + first / PANEL_COLS % PLACES * PANEL_BYTES, words);
+        } else {
+            #pragma unroll
+            for (int i = 0; i < PANEL_COLS / 4; i++) words(i / 2, i % 2);
         }
     }
     #pragma unroll
@@ -108,11 +59,11 @@ template <bool WHOLE> __device__ __forceinline__ void write_tile(
         float total = sums_of_row[half][0] + sums_of_row[half][1];
         total += __shfl_xor_sync(FULL_WARP, total, 1);
         total += __shfl_xor_sync(FULL_WARP, total, 2);
-        if (t == 0) sums[g + 8 * half] = total;
+        if (t == 0 && sums) sums[g + 8 * half] = total;
     }
 }
 
-extern "C" __global__ void __launch_bounds__(GROUP * (1 + GROUPS), 1) lm_head_product(
+extern "C" __global__ void __cluster_dims__(BLOCKS, 1, 1) __launch_bounds__(THREADS, 1) lm_head_product(
     const __grid_constant__ BoxMap x, const __grid_constant__ BoxMap w,
 #if STORE
     const __grid_constant__ BoxMap e,
@@ -123,35 +74,27 @@ extern "C" __global__ void __launch_bounds__(GROUP * (1 + GROUPS), 1) lm_head_pr
 #else
     const BoxMap* exponentials = nullptr;
 #endif
-    Ring ring{smem_address(shared_memory()), 0};
-    const int group = threadIdx.x / GROUP, n_k = up(d, TILE_K);
-    const int n_row_tiles = up(n_rows, TILE_ROWS), n_tiles = n_row_tiles * up(vocab_size, TILE_COLS);
-    if (threadIdx.x == 0) {
-        Ring each = ring;
-        for (; each.step < STAGES; each.step++) mbarrier_init(each.full(), 1), mbarrier_init(each.empty(), WARPS);
-        mbarrier_init_fence();
-    }
-    __syncthreads();
+    Ring ring = open_ring();
+    const int group = threadIdx.x / GROUP, n_k = up(d, TILE_K), n_row_tiles = up(n_rows, TILE_ROWS), rank = cluster_rank();
+    const Tiles tiles{up(n_row_tiles, BLOCKS), up(vocab_size, TILE_COLS)};
+    const int first = blockIdx.x / BLOCKS, step = gridDim.x / BLOCKS;
 
     if (group == 0) {
-        registers_give<24>();
-        if (threadIdx.x > 0) return;
-        for (int tile = blockIdx.x; tile < n_tiles; tile += gridDim.x) {
-            int row = tile % n_row_tiles * TILE_ROWS, word = tile / n_row_tiles * TILE_COLS;
-            for (int k = 0; k < n_k; k++, ring.step++) {
-                mbarrier_wait(ring.empty(), ring.parity() ^ 1);
-                mbarrier_expect(ring.full(), STAGE_BYTES);
-                box_load(ring.a(), x, k * TILE_K, row, ring.full());
-                box_load(ring.b(), w, k * TILE_K, word, ring.full());
+        become_copier();
+        if (threadIdx.x == 0) {
+            for (int tile = first; tile < tiles.count(); tile += step) {
+                int2 place = tiles.pair_and_column(tile);
+                copy_tile(ring, x, (place.x * BLOCKS + rank) * TILE_ROWS, w, place.y * TILE_COLS + rank * HALF, n_k);
             }
         }
     } else {
-        registers_take<240>();
+        become_multiplier();
         const int lane = threadIdx.x % 32, warp = threadIdx.x / 32 - GROUP / 32, g = lane / 4, t = lane % 4;
-        float logits[PIECES][4];
-        for (int tile = blockIdx.x; tile < n_tiles; tile += gridDim.x) {
-            int column_tile = tile / n_row_tiles, column = column_tile * TILE_COLS;
-            int first_row = tile % n_row_tiles * TILE_ROWS + warp * PANEL_ROWS;
+        float logits[ALL_PIECES][4];
+        for (int tile = first; tile < tiles.count(); tile += step) {
+            int2 place = tiles.pair_and_column(tile);
+            int column = place.y * TILE_COLS, row_tile = place.x * BLOCKS + rank;
+            int first_row = row_tile * TILE_ROWS + warp * PANEL_ROWS;
             float own_c[2];
             int own_target[2];
             #pragma unroll
@@ -164,35 +107,19 @@ extern "C" __global__ void __launch_bounds__(GROUP * (1 + GROUPS), 1) lm_head_pr
                 bool is_own = target >= 0 && target < TILE_COLS && target % 8 / 2 == t;
                 own_target[half] = is_own ? (int)target / 8 * 2 + (int)target % 2 : -1;
             }
-            for (int k = 0; k < n_k; k++, ring.step++) {
-                mbarrier_wait(ring.full(), ring.parity());
-                unsigned long long a = wgmma_operand(ring.a() + (group - 1) * GROUP_ROWS * ROW_BYTES, 0, 8 * ROW_BYTES);
-                unsigned long long b = wgmma_operand(ring.b(), 0, 8 * ROW_BYTES);
-                wgmma_hold(logits);
-                wgmma_fence();
-                // 16 values of k are 32 bytes, 2 in the units of an operand's address.
-                #pragma unroll
-                for (int i = 0; i < TILE_K / 16; i++) wgmma_64x256(logits, a + 2 * i, b + 2 * i, k > 0 || i > 0);
-                wgmma_commit();
-                wgmma_wait<1>();
-                if (k > 0) release_last(ring);
-            }
-            wgmma_wait<0>();
-            wgmma_hold(logits);
-            release_last(ring);
+            multiply_tile(logits, ring, group, n_k);
             #pragma unroll
             for (int half = 0; half < 2; half++) {
                 if (own_target[half] >= 0) leave_out(logits, half, own_target[half]);
             }
-            float* own_sums = sums + ((i64)column_tile * n_row_tiles * TILE_ROWS + first_row);
+            float* own_sums = row_tile < n_row_tiles ? sums + ((i64)place.y * n_row_tiles * TILE_ROWS + first_row) : nullptr;
             if (column + TILE_COLS <= vocab_size) {
                 write_tile<true>(logits, own_c, exponentials, ring.places(warp), own_sums, first_row, column, vocab_size);
             } else {
                 write_tile<false>(logits, own_c, exponentials, ring.places(warp), own_sums, first_row, column, vocab_size);
             }
         }
-        // Shared memory stays until it is read.
-        if (STORE == 1 && lane == 0) box_wait_read<0>();
     }
+    close_ring(group);
 }
 #endif

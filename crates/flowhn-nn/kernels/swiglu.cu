@@ -13,12 +13,6 @@
 
 typedef DtypeOf<X_KIND>::type X;
 
-// 1 / (1 + e^-x); beside bf16 by the approximate instructions, whose error of a few f32 roundings is lost in bf16's.
-__device__ __forceinline__ float gate_sigmoid(float x) {
-    if constexpr (X_KIND == 1) return rcp(1.f + ex2(-LOG2_E * x));
-    else return sigmoid(x);
-}
-
 // One vector of each of ROWS rows.
 struct Column {
     int n_rows, inner, column, n;
@@ -56,7 +50,7 @@ swiglu_forward(const X* gate_up, X* y, i64 outer, i64 stride, int n_rows, int in
         float g[VEC], u[VEC];
         gate[k].get(g), up[k].get(u);
         #pragma unroll
-        for (int i = 0; i < VEC; i++) u[i] *= g[i] * gate_sigmoid(g[i]);
+        for (int i = 0; i < VEC; i++) u[i] = swiglu<X>(g[i], u[i]);
         Pack<X> out;
         out.set(u);
         here.store(out, y + (i64)(first_row + k) * f);
@@ -80,9 +74,8 @@ swiglu_backward(const X* gate_up, const X* dy, X* dgate_up, i64 outer, i64 strid
         gate[k].get(g), up[k].get(u), grad[k].get(du);
         #pragma unroll
         for (int i = 0; i < VEC; i++) {
-            float s = gate_sigmoid(g[i]);
-            dg[i] = du[i] * u[i] * (s * (1.f + g[i] * (1.f - s)));
-            du[i] *= g[i] * s;
+            float2 grad_of = swiglu_grad<X>(g[i], u[i], du[i]);
+            dg[i] = grad_of.x, du[i] = grad_of.y;
         }
         Pack<X> out;
         X* row = dgate_up + (i64)(first_row + k) * 2 * f;

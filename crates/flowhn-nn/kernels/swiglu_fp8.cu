@@ -12,8 +12,6 @@
 #include "fp8_tile.cuh"
 
 #if __CUDA_ARCH__ >= 890
-__device__ __forceinline__ float gate_sigmoid(float x) { return rcp(1.f + ex2(-LOG2_E * x)); }
-
 __device__ __forceinline__ void unpack(float (&v)[8], const uint4& bits) {
     unsigned w[4] = {bits.x, bits.y, bits.z, bits.w};
     #pragma unroll
@@ -54,7 +52,7 @@ extern "C" __global__ void __launch_bounds__(THREADS) swiglu_forward_fp8(
             float g[8], u[8];
             unpack(g, gate[pass][i]), unpack(u, up[pass][i]);
             #pragma unroll
-            for (int j = 0; j < 8; j++) u[j] *= g[j] * gate_sigmoid(g[j]);
+            for (int j = 0; j < 8; j++) u[j] = swiglu<bf16>(g[j], u[j]);
             up[pass][i] = pack(u);
         }
         put_rows(reinterpret_cast<unsigned*>(tile), to, first_row, first_col, pass, up[pass], scale, most);
@@ -87,9 +85,8 @@ extern "C" __global__ void __launch_bounds__(THREADS, 2) swiglu_backward_fp8(
             unpack(g, gate[i]), unpack(u, up[i]), unpack(du, grad[i]);
             #pragma unroll
             for (int j = 0; j < 8; j++) {
-                float s = gate_sigmoid(g[j]);
-                dg[j] = du[j] * u[j] * (s * (1.f + g[j] * (1.f - s)));
-                du[j] *= g[j] * s;
+                float2 grad_of = swiglu_grad<bf16>(g[j], u[j], du[j]);
+                dg[j] = grad_of.x, du[j] = grad_of.y;
             }
             gate[i] = pack(dg), up[i] = pack(du);
         }

@@ -3,8 +3,8 @@
 use flowhn_torch::kernel::rows::RowForm;
 use flowhn_torch::kernel::{KernelSource, KernelSpec};
 
-use crate::cuda::embedding;
-use crate::cuda::head::{ProductVariant, RowVariant};
+use crate::cuda::head::{RowVariant, product_defines};
+use crate::cuda::{embedding, gated_mlp};
 
 /// [`rms_norm`](crate::rms_norm), also after a residual addition.
 pub(crate) static RMS_NORM: KernelSource =
@@ -25,21 +25,38 @@ pub(crate) const SWIGLU_ROWS: u32 = 2;
 pub(crate) static CROSS_ENTROPY: KernelSource =
     KernelSource { name: "cross_entropy.cu", text: include_str!("../kernels/cross_entropy.cu"), headers: &[] };
 
-/// The tiles of [`LM_HEAD_PRODUCT`].
-const LM_HEAD_HEADERS: &[(&str, &str)] = &[("lm_head_tiles.cuh", include_str!("../kernels/lm_head_tiles.cuh"))];
+/// What our own products share.
+const PRODUCT_HEADERS: &[(&str, &str)] = &[
+    ("product_tiles.cuh", include_str!("../kernels/product_tiles.cuh")),
+    ("product_sm90.cuh", include_str!("../kernels/product_sm90.cuh")),
+];
 
 /// The first product of [`linear_cross_entropy`](crate::linear_cross_entropy) on Hopper, which leaves exponentials.
 pub(crate) static LM_HEAD_PRODUCT: KernelSource = KernelSource {
     name: "lm_head_sm90.cu",
     text: include_str!("../kernels/lm_head_sm90.cu"),
-    headers: LM_HEAD_HEADERS,
+    headers: PRODUCT_HEADERS,
 };
 
 /// What precedes and follows [`LM_HEAD_PRODUCT`].
 pub(crate) static LM_HEAD_ROWS: KernelSource = KernelSource {
     name: "lm_head_rows.cu",
     text: include_str!("../kernels/lm_head_rows.cu"),
-    headers: LM_HEAD_HEADERS,
+    headers: PRODUCT_HEADERS,
+};
+
+/// The first product of [`SwiGluMlp`](crate::SwiGluMlp) on Hopper, which leaves the activation as well.
+pub(crate) static GATED_PRODUCT: KernelSource = KernelSource {
+    name: "gated_product_sm90.cu",
+    text: include_str!("../kernels/gated_product_sm90.cu"),
+    headers: PRODUCT_HEADERS,
+};
+
+/// The second product of [`SwiGluMlp`](crate::SwiGluMlp) and its activation on Hopper, backward.
+pub(crate) static GATED_PRODUCT_GRAD: KernelSource = KernelSource {
+    name: "gated_product_grad_sm90.cu",
+    text: include_str!("../kernels/gated_product_grad_sm90.cu"),
+    headers: PRODUCT_HEADERS,
 };
 
 /// A product with a number on the device, rounded to another type.
@@ -81,10 +98,12 @@ pub const KERNELS: &[KernelSpec] = &[
             &RowVariant::new(0, 65_536, false).defines(),
         ],
     },
+    KernelSpec { source: &LM_HEAD_PRODUCT, variants: &[&product_defines(true), &product_defines(false)] },
     KernelSpec {
-        source: &LM_HEAD_PRODUCT,
-        variants: &[&ProductVariant { stores: true }.defines(), &ProductVariant { stores: false }.defines()],
+        source: &GATED_PRODUCT,
+        variants: &[&gated_mlp::forward_defines(true), &gated_mlp::forward_defines(false)],
     },
+    KernelSpec { source: &GATED_PRODUCT_GRAD, variants: &[&gated_mlp::backward_defines()] },
     KernelSpec { source: &LINEAR_ROW, variants: &[&[]] },
     KernelSpec { source: &LM_HEAD_ROWS, variants: &[&[("GRAD", 1)], &[("GRAD", 0)]] },
     KernelSpec {

@@ -50,7 +50,7 @@ impl Function for LinearBf16 {
 }
 
 /// All axes but the last as one.
-fn rows(x: &Tensor) -> Result<Tensor> {
+pub(crate) fn rows(x: &Tensor) -> Result<Tensor> {
     Ok(x.f_reshape([-1, x.size().last().copied().unwrap_or(1)])?)
 }
 

@@ -5,6 +5,7 @@ mod fp8;
 mod fp8_place;
 mod head;
 mod linear;
+mod mlp;
 mod norm;
 mod swiglu;
 
@@ -21,6 +22,7 @@ pub fn cases() -> Vec<Case> {
     cases.extend(fp8_place::cases());
     cases.extend(head::cases());
     cases.extend(linear::cases());
+    cases.extend(mlp::cases());
     cases.extend(norm::cases());
     cases.extend(swiglu::cases());
     cases

@@ -5,8 +5,10 @@ use tch::{Device, Kind, Tensor};
 use flowhn_torch::cpu;
 use flowhn_torch::{BackwardCtx, Error, ForwardCtx, Function, Result, apply, check};
 
+use crate::cuda::gated_mlp::GatedMlp;
 use crate::cuda::swiglu::SwiGluCuda;
 use crate::fp8::{Activations, MlpFp8, check_activations};
+use crate::linear::meets_bf16_copy;
 use crate::rows::{Rows, block_rows, for_float_kind, map_blocks, no_kernel, with_contiguous_rows};
 use crate::simd::{Real, Storage, dispatch};
 use crate::{Bias, Init, Linear, Path};
@@ -93,7 +95,27 @@ impl SwiGluMlp {
             let y = apply(MlpFp8::new(gate_up_factors, down_factors, place), &inputs)?.swap_remove(0);
             return Ok(down.bias().map(|bias| y.f_add(&bias.to(y.kind()))).transpose()?.unwrap_or(y));
         }
+        if let Some(y) = self.gated(&x)? {
+            return Ok(y);
+        }
         down.forward(&swiglu(&gate_up.forward(x)?)?)
+    }
+
+    /// [`SwiGluMlp::forward`] where the kernels of [`GatedMlp`] can do it.
+    fn gated(&self, x: &Activations) -> Result<Option<Tensor>> {
+        let projections = [&self.gate_up_proj, &self.down_proj];
+        let fits = |linear: &&Linear| {
+            linear.bias().is_none() && !linear.weight().takes_fp8() && meets_bf16_copy(x.tensor(), linear.weight())
+        };
+        let [gate_up, down] = projections.map(Linear::weight);
+        // What has another width is refused by the operations one after the other.
+        if !projections.iter().all(fits) || x.tensor().size().last() != gate_up.size().last() {
+            return Ok(None);
+        }
+        let (x, d_ff, grad_kinds) = (x.values()?, down.size()[1], [gate_up.grad_kind(), down.grad_kind()]);
+        let Some(function) = GatedMlp::new(x, d_ff, grad_kinds)? else { return Ok(None) };
+        let inputs = [x, gate_up.grad_leaf(), down.grad_leaf(), &gate_up.bf16()?, &down.bf16()?];
+        Ok(Some(apply(function, &inputs)?.swap_remove(0)))
     }
 
     /// The projection to gate and up.

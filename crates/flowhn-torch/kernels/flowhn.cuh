@@ -103,6 +103,18 @@ __device__ __forceinline__ float exp_f32(float x) { return expf(x); }
 // 1 / (1 + e^-x)
 __device__ __forceinline__ float sigmoid(float x) { return 1.f / (1.f + expf(-x)); }
 
+// The same for a gate whose product is rounded to X: beside bf16 by the approximate instructions, whose error of a few f32 roundings is lost.
+template <class X> __device__ __forceinline__ float gate_sigmoid(float x);
+template <> __device__ __forceinline__ float gate_sigmoid<float>(float x) { return sigmoid(x); }
+template <> __device__ __forceinline__ float gate_sigmoid<bf16>(float x) { return rcp(1.f + ex2(-LOG2_E * x)); }
+
+// silu(gate) up, to be rounded to X, and the gradients of gate (x) and of up (y) from its own.
+template <class X> __device__ __forceinline__ float swiglu(float gate, float up) { return up * (gate * gate_sigmoid<X>(gate)); }
+template <class X> __device__ __forceinline__ float2 swiglu_grad(float gate, float up, float dh) {
+    float s = gate_sigmoid<X>(gate);
+    return make_float2(dh * up * (s * (1.f + gate * (1.f - s))), dh * (gate * s));
+}
+
 __device__ __forceinline__ float silu(float x) { return x * sigmoid(x); }
 
 // The derivative of silu.

@@ -12,19 +12,17 @@ use tch::{Kind, Tensor};
 use flowhn_torch::kernel::{Arg, Kernel, KernelSource, kind_define};
 use flowhn_torch::{BackwardCtx, Error, ForwardCtx, Function, Result, Sum, product_into};
 
+use super::product_sm90::{TILE_ROWS, up_to};
 use crate::kernels::{CROSS_ENTROPY, SCALED_CAST};
 
 use exponentials::Exponentials;
-pub(crate) use exponentials::ProductVariant;
+pub(crate) use exponentials::product_defines;
 use logits::Logits;
 pub(crate) use logits::RowVariant;
 
 /// The most that a chunk's logits, or the exponentials in their place, take: enough rows for the matrix products to run at full speed
 /// and for few passes over the gradient of the weight, which each chunk adds to.
 const CHUNK_BYTES: i64 = 512 << 20;
-
-/// Rows of a chunk are a multiple of this, the height of a tile of the matrix products.
-const TILE_ROWS: i64 = 128;
 
 pub(crate) struct LinearCrossEntropyCuda {
     ignore_index: i64,
@@ -155,12 +153,12 @@ impl Head {
     }
 }
 
-/// Rows of a chunk: as many as fit, in chunks of nearly one size instead of a small rest at the end.
+/// Rows of a chunk: as many as fit, in chunks of nearly one size instead of a small rest at the end, each of whole tiles of the
+/// matrix products.
 fn chunk_rows(n_tokens: i64, row_bytes: i64) -> i64 {
-    let up = |n: i64, step: i64| (n + step - 1) / step;
     let most = (CHUNK_BYTES / row_bytes / TILE_ROWS * TILE_ROWS).max(TILE_ROWS);
-    let n_chunks = up(n_tokens, most).max(1);
-    (up(up(n_tokens, n_chunks), TILE_ROWS) * TILE_ROWS).min(n_tokens).max(1)
+    let n_chunks = (up_to(n_tokens, most) / most).max(1);
+    up_to((n_tokens + n_chunks - 1) / n_chunks, TILE_ROWS).min(n_tokens).max(1)
 }
 
 /// The gradient of the weight while chunks are added to it, in f32.

@@ -2,23 +2,21 @@
 //! nothing passes over a chunk between them.
 // r rows of a chunk, d d_model, v vocab_size
 
-use tch::{Device, Kind, Tensor};
+use tch::{Kind, Tensor};
 
 use flowhn_torch::kernel::{Arg, Boxes};
-use flowhn_torch::{DeviceProperties, Result, Sum, product_into};
+use flowhn_torch::{Result, Sum, product_into};
 
+use super::super::product_sm90::{Form, TILE_ROWS, multiprocessors, sent, up_to};
+use super::{Gradients, Head, chunk_rows, kernel};
 use crate::kernels::{LM_HEAD_PRODUCT, LM_HEAD_ROWS};
 
-use super::{Gradients, Head, TILE_ROWS, chunk_rows, kernel};
-
-/// Words of a tile of the product, as in `lm_head_tiles.cuh`; its rows are [`TILE_ROWS`].
-const TILE_COLS: i64 = 256;
-/// Rows that a warp of the product stores at a time.
-const STORED_ROWS: u32 = 16;
 /// Rows that a block of `lm_head_rows.cu` takes.
 const BLOCK_ROWS: i64 = 8;
 /// The widest row that a block of `lm_head_finish` can hold in shared memory.
 const MAX_WIDTH: i64 = 32_768;
+/// The tiles of the product.
+const FORM: Form = Form { columns: 256, stages: 4, places: 2 };
 /// Rows begin at 16 bytes and so are of a multiple of this many bf16 values.
 const PIECE: i64 = 8;
 
@@ -64,20 +62,11 @@ impl<'a> Exponentials<'a> {
     /// `None` where this way does not fit. It takes bf16 on compute capability 9.0, aligned to 16 bytes, and rows of a multiple of 8 up
     /// to 32768; any number of rows and words.
     pub(super) fn new(head: &'a Head) -> Result<Option<Self>> {
-        let Device::Cuda(device_idx) = head.x.device() else { return Ok(None) };
-        let properties = DeviceProperties::of(device_idx)?;
         let d_model = head.x.size()[1];
-        let is_aligned = |tensor: &Tensor| (tensor.data_ptr() as usize).is_multiple_of(16);
-        let fits = properties.compute_capability == 90
-            && head.x.kind() == Kind::BFloat16
-            && (PIECE..=MAX_WIDTH).contains(&d_model)
-            && d_model % PIECE == 0
-            && head.n_tokens > 0
-            && is_aligned(&head.x)
-            && is_aligned(&head.weight);
-        if !fits {
+        let Some(n_multiprocessors) = multiprocessors(&[&head.x, &head.weight])?.filter(|_| d_model <= MAX_WIDTH)
+        else {
             return Ok(None);
-        }
+        };
         let origins = head.floats(&[head.n_tokens])?;
         let tensors = [&head.x, &head.weight, &head.targets].map(Arg::Tensor);
         let sizes = [head.n_tokens, head.vocab_size, d_model].map(|size| Arg::I32(size as i32));
@@ -87,7 +76,6 @@ impl<'a> Exponentials<'a> {
             0,
             &[&tensors[..], &[Arg::I64(head.ignore_index), Arg::Tensor(&origins)], &sizes].concat(),
         )?;
-        let n_multiprocessors = i64::from(properties.n_multiprocessors);
         Ok(Some(Self { head, d_model, n_multiprocessors, origins }))
     }
 
@@ -134,7 +122,7 @@ impl<'a> Exponentials<'a> {
         let (head, d) = (self.head, self.d_model);
         let (wants_dx, wants_dweight) =
             gradients.map_or((false, false), |gradients| (gradients.dx.is_some(), gradients.dweight.is_some()));
-        let n_column_tiles = up_to(head.vocab_size, TILE_COLS) / TILE_COLS;
+        let n_column_tiles = up_to(head.vocab_size, FORM.columns) / FORM.columns;
         let has_scaled = wants_dweight && !wants_dx;
         let row_bytes = if gradients.is_some() { 2 * self.row_stride() } else { 4 * n_column_tiles };
         let n_rows = chunk_rows(head.n_tokens, row_bytes);
@@ -158,19 +146,17 @@ impl<'a> Exponentials<'a> {
 
     /// The exponentials of a chunk and their sums in the column tiles.
     fn exponentials(&self, chunk: &Chunk, rows: &Rows) -> Result<()> {
-        let boxes = |matrix, n_rows| Arg::Boxes(Boxes { matrix, n_rows });
-        let mut args = vec![boxes(&rows.x, TILE_ROWS as u32), boxes(&self.head.weight, TILE_COLS as u32)];
+        let factor = |matrix| Arg::Boxes(Boxes { matrix, n_rows: Form::FACTOR_ROWS });
+        let mut args = vec![factor(&rows.x), factor(&self.head.weight)];
         let stored =
             chunk.gradient.as_ref().map(|gradient| gradient.exponentials.f_narrow(0, 0, rows.n_rows)).transpose()?;
-        args.extend(stored.as_ref().map(|exponentials| boxes(exponentials, STORED_ROWS)));
+        args.extend(stored.as_ref().map(sent));
         args.extend([&rows.targets, &rows.origins, &rows.sums].map(Arg::Tensor));
         args.extend(self.sizes(rows));
-        let variant = ProductVariant { stores: stored.is_some() };
-        let n_tiles = up_to(rows.n_rows, TILE_ROWS) / TILE_ROWS * (up_to(self.head.vocab_size, TILE_COLS) / TILE_COLS);
-        kernel(&LM_HEAD_PRODUCT, "lm_head_product", &variant.defines()).launch(
-            [n_tiles.min(self.n_multiprocessors) as u32, 1, 1],
-            ProductVariant::N_THREADS,
-            variant.shared_bytes(),
+        kernel(&LM_HEAD_PRODUCT, "lm_head_product", &product_defines(stored.is_some())).launch(
+            FORM.grid(rows.n_rows, self.head.vocab_size, self.n_multiprocessors),
+            Form::N_THREADS,
+            FORM.shared_bytes(),
             &args,
         )
     }
@@ -220,33 +206,10 @@ impl<'a> Exponentials<'a> {
     }
 }
 
-/// The macros of `lm_head_sm90.cu`.
-#[derive(Clone, Copy, Debug)]
-pub(crate) struct ProductVariant {
-    /// Whether the exponentials are written, not only added up.
-    pub(crate) stores: bool,
-}
-
-impl ProductVariant {
-    const STAGES: i64 = 4;
-    /// A group that copies and two that multiply, of four warps each.
-    const N_THREADS: u32 = 384;
-
-    pub(crate) const fn defines(self) -> [(&'static str, i64); 2] {
-        [("STAGES", Self::STAGES), ("STORE", self.stores as i64)]
-    }
-
-    /// A stage has 64 values of k of 128 rows and 256 words and two barriers; where exponentials are stored, each of the 8 warps has two
-    /// places of 16 rows of 64.
-    const fn shared_bytes(self) -> usize {
-        let places = if self.stores { 8 * 2 * (2 * 16 * 64) } else { 0 };
-        Self::STAGES as usize * (2 * 64 * (128 + 256) + 2 * 8) + places
-    }
-}
-
-/// The next multiple of `step`.
-fn up_to(n: i64, step: i64) -> i64 {
-    (n + step - 1) / step * step
+/// The macros of `lm_head_sm90.cu`; `stores` if the exponentials are written, not only added up.
+pub(crate) const fn product_defines(stores: bool) -> [(&'static str, i64); 4] {
+    let [columns, stages, places] = FORM.defines();
+    [columns, stages, places, ("STORE", stores as i64)]
 }
 
 /// A grid for this many rows.

@@ -1,7 +1,7 @@
 //! Projections whose products are taken in 8-bit floats, and what rounds for them.
-// r rows, i width in, o width out, f d_ff
+// r rows, i width in, o width out
 
-use flowhn_nn::{Bias, Init, Linear, Params, RmsNorm, SwiGluMlp};
+use flowhn_nn::{Bias, Init, Linear, Params, RmsNorm};
 use flowhn_torch::Result;
 use tch::{Device, Kind, Tensor};
 
@@ -10,7 +10,7 @@ use super::operation::{Call, Operation, Pass, leaf, random};
 
 const BF16: Kind = Kind::BFloat16;
 const EPS: f64 = 1e-6;
-const WEIGHTS: Init = Init::Normal { std: 0.02 };
+pub(super) const WEIGHTS: Init = Init::Normal { std: 0.02 };
 
 /// The table's lines; `tiny` makes the sizes small enough to try them on a CPU.
 pub fn operations(tiny: bool) -> Vec<Operation> {
@@ -20,7 +20,6 @@ pub fn operations(tiny: bool) -> Vec<Operation> {
     for [i, o] in [[2048, 3072], [2048, 2048], [2048, 8512], [4096, 2048]] {
         all.push(linear([r, size(i, 32), size(o, 48)]));
     }
-    all.push(mlp([r, d, size(5632, 48)]));
     all
 }
 
@@ -33,7 +32,7 @@ fn projection(r: i64, i: i64, o: i64, device: Device) -> Result<(Params, Linear)
 }
 
 /// Takes all products in fp8; a first step sees what the scales follow from.
-fn begin(params: &mut Params, x: &Tensor, f: impl Fn(&Tensor) -> Result<Tensor>) -> Result<()> {
+pub(super) fn begin(params: &mut Params, x: &Tensor, f: impl Fn(&Tensor) -> Result<Tensor>) -> Result<()> {
     params.refresh_bf16_copies()?;
     params.use_fp8(|_| true)?;
     params.begin_fp8_step()?;
@@ -113,30 +112,6 @@ fn linear([r, i, o]: [i64; 3]) -> Operation {
             let (_params, proj) = projection(r, i, o, device)?;
             let leaves = vec![leaf(&[r, i], BF16, device, 1)?, proj.weight().master().shallow_clone()];
             Ok(Call { leaves, run: Box::new(move |t| Ok(vec![proj.forward(&t[0])?])) })
-        }),
-    }
-}
-
-fn mlp([r, d, f]: [i64; 3]) -> Operation {
-    let flops = (3 * r * d * f) as f64;
-    let [x, w, h] = [r * d, d * f, r * f].map(|n| n as f64);
-    Operation {
-        op: "mlp in fp8",
-        shape: format!("{r}x{d} through {f}"),
-        // Gate and up are kept in bf16, and with their product's bytes read again.
-        passes: vec![
-            Pass::new(Forward, 4. * x + 3. * w + 4. * h + 2. * h + 2. * x, flops),
-            Pass::new(Backward, 2. * x + x + 4. * h + h + 2. * x + 15. * w, 2. * flops),
-        ],
-        products: None,
-        build: Box::new(move |device| {
-            let mut params = Params::new(device, 0);
-            let mlp = SwiGluMlp::new(&mut params.root(), d, f, WEIGHTS, WEIGHTS, &Bias::None)?;
-            begin(&mut params, &leaf(&[r, d], BF16, device, 1)?, |x| mlp.forward(x))?;
-            let [gate_up, down] =
-                [mlp.gate_up_proj(), mlp.down_proj()].map(|proj| proj.weight().master().shallow_clone());
-            let leaves = vec![leaf(&[r, d], BF16, device, 1)?, gate_up, down];
-            Ok(Call { leaves, run: Box::new(move |t| Ok(vec![mlp.forward(&t[0])?])) })
         }),
     }
 }

@@ -1,6 +1,7 @@
 //! `flowhn bench kernels`.
 
 mod fp8;
+mod mlp;
 mod operation;
 mod peers;
 mod routed;

@@ -58,6 +58,7 @@ pub fn operations(tiny: bool) -> Vec<Operation> {
     }
     all.extend(super::routed::operations(tiny));
     all.extend(super::fp8::operations(tiny));
+    all.extend(super::mlp::operations(tiny));
     all.extend(super::steps::operations(tiny));
     let products = [([32768, 4096, 768], 319.), ([32768, 65536, 768], 5260.), ([16384, 11264, 2048], 1095.)];
     for ([m, n, k], us) in products {
