@@ -49,10 +49,10 @@ struct Panels {
 
 extern "C" __global__ void __cluster_dims__(BLOCKS, 1, 1) __launch_bounds__(THREADS, 1) gated_product_grad(
     const __grid_constant__ BoxMap dy, const __grid_constant__ BoxMap w, const __grid_constant__ BoxMap gate,
-    const __grid_constant__ BoxMap up_in, const __grid_constant__ BoxMap dgate, const __grid_constant__ BoxMap dup, int n_rows, int f, int d) {
+    const __grid_constant__ BoxMap up, const __grid_constant__ BoxMap dgate, const __grid_constant__ BoxMap dup, int n_rows, int f, int d) {
     Ring ring = open_ring();
-    const int group = threadIdx.x / GROUP, n_k = up(d, TILE_K), rank = cluster_rank();
-    const Tiles tiles{up(n_rows, TILE_ROWS * BLOCKS), up(f, TILE_COLS)};
+    const int group = threadIdx.x / GROUP, n_k = ceil_div(d, TILE_K), rank = cluster_rank();
+    const Tiles tiles{ceil_div(n_rows, TILE_ROWS * BLOCKS), ceil_div(f, TILE_COLS)};
     const int first = blockIdx.x / BLOCKS, step = gridDim.x / BLOCKS;
 
     if (group == 0) {
@@ -71,7 +71,7 @@ extern "C" __global__ void __cluster_dims__(BLOCKS, 1, 1) __launch_bounds__(THRE
         for (int tile = first + (group - 1) * step; tile < tiles.count(); tile += GROUPS * step) {
             int2 place = tiles.pair_and_column(tile);
             int row = (place.x * BLOCKS + rank) * TILE_ROWS + warp % 4 * PANEL_ROWS;
-            Panels panels{&gate, &up_in, ring.places(warp), ring.arrived(warp), row, place.y * TILE_COLS};
+            Panels panels{&gate, &up, ring.places(warp), ring.arrived(warp), row, place.y * TILE_COLS};
             // The last panel of the tile before has the places of this one's second.
             panels.ask<2>(0);
             multiply_tile<true>(sums, ring, group, n_k, [&] { panels.ask<0>(1); });
@@ -96,6 +96,7 @@ extern "C" __global__ void __cluster_dims__(BLOCKS, 1, 1) __launch_bounds__(THRE
                     stmatrix_x4(in_panel(panels.gate_place(panel), pair), gate_words);
                     stmatrix_x4(in_panel(panels.up_place(panel), pair), up_words);
                 }
+                publish();
                 send(dgate, panels.column(panel), panels.row(panel), panels.gate_place(panel));
                 send(dup, panels.column(panel), panels.row(panel), panels.up_place(panel));
             }

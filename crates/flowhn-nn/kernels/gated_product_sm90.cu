@@ -5,7 +5,7 @@
 //
 // A tile has 128 rows and 128 columns of gate beside the same columns of up, so that a thread has both factors of its elements of h.
 //
-// Variants: STAGES and PLACES; KEEP 1: writes gate and up, which a backward pass reads, 0: h only, without the parameters.
+// Variants: TILE_COLUMNS 256, STAGES, PLACES; KEEP 1: writes gate and up, which a backward pass reads, 0: h only, without the parameters.
 #include "product_sm90.cuh"
 
 #ifdef __CUDA_ARCH_FEAT_SM90_ALL
@@ -14,12 +14,12 @@ extern "C" __global__ void __cluster_dims__(BLOCKS, 1, 1) __launch_bounds__(THRE
     const __grid_constant__ BoxMap x, const __grid_constant__ BoxMap w_gate, const __grid_constant__ BoxMap w_up,
     const __grid_constant__ BoxMap h,
 #if KEEP
-    const __grid_constant__ BoxMap gate, const __grid_constant__ BoxMap up_out,
+    const __grid_constant__ BoxMap gate, const __grid_constant__ BoxMap up,
 #endif
     int n_rows, int f, int d) {
     Ring ring = open_ring();
-    const int group = threadIdx.x / GROUP, n_k = up(d, TILE_K), rank = cluster_rank();
-    const Tiles tiles{up(n_rows, TILE_ROWS * BLOCKS), up(f, HALF)};
+    const int group = threadIdx.x / GROUP, n_k = ceil_div(d, TILE_K), rank = cluster_rank();
+    const Tiles tiles{ceil_div(n_rows, TILE_ROWS * BLOCKS), ceil_div(f, HALF)};
     const int first = blockIdx.x / BLOCKS, step = gridDim.x / BLOCKS;
 
     if (group == 0) {
@@ -40,6 +40,7 @@ extern "C" __global__ void __cluster_dims__(BLOCKS, 1, 1) __launch_bounds__(THRE
             int row = (place.x * BLOCKS + rank) * TILE_ROWS + warp * PANEL_ROWS;
             multiply_tile(sums, ring, group, n_k);
             int n_sent = 0;
+            static_assert((KEEP ? 3 : 1) * HALF / PANEL_COLS % PLACES == 0);
             auto next_place = [&] { return ring.places(warp) + n_sent++ % PLACES * PANEL_BYTES; };
             #pragma unroll
             for (int panel = 0; panel < HALF / PANEL_COLS; panel++) {
@@ -50,7 +51,7 @@ extern "C" __global__ void __cluster_dims__(BLOCKS, 1, 1) __launch_bounds__(THRE
                 };
 #if KEEP
                 send_panel(gate, column, row, next_place(), word);
-                send_panel(up_out, column, row, next_place(), [&](int piece, int half) { return word(piece + PIECES / 2, half); });
+                send_panel(up, column, row, next_place(), [&](int piece, int half) { return word(piece + PIECES / 2, half); });
 #endif
                 send_panel(h, column, row, next_place(), [&](int piece, int half) {
                     unsigned g = word(piece, half), u = word(piece + PIECES / 2, half);

@@ -17,7 +17,7 @@
 // lm_head_origins and lm_head_scale: a warp has one row. lm_head_finish: a block has 8 rows; all of it adds up their sums, then each
 // warp has one row.
 //
-// Variants: GRAD 1: leaves what the gradients need, 0: losses only.
+// Variants: TILE_COLUMNS of the product; GRAD 1: leaves what the gradients need, 0: losses only.
 #include "product_tiles.cuh"
 #include "smem.cuh"
 
@@ -129,7 +129,7 @@ extern "C" __global__ void __launch_bounds__(THREADS) lm_head_finish(
     __shared__ Total totals[WARPS];
     float* row_of_x = reinterpret_cast<float*>(shared_memory());
     const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, first = blockIdx.x * WARPS;
-    const int n_column_tiles = up(vocab_size, TILE_COLS), n_padded = up(n_rows, TILE_ROWS) * TILE_ROWS;
+    const int n_column_tiles = ceil_div(vocab_size, TILE_COLS), n_padded = ceil_div(n_rows, TILE_ROWS) * TILE_ROWS;
     // Eight neighbouring threads have the block's eight rows of one column tile.
     float part = 0.f;
     for (int tile = threadIdx.x / WARPS; tile < n_column_tiles; tile += 32) part += sums[(i64)tile * n_padded + first + lane % WARPS];

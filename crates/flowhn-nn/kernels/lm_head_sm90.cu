@@ -12,7 +12,7 @@
 // next products' other factors and results take (lm_head_rows.cu). The target is left out because c_r is its logit: beside its 1 the
 // sum over all other words would lose its digits where the target is nearly certain.
 //
-// Variants: STAGES and PLACES; STORE 1: writes E, 0: sums only, without the parameter.
+// Variants: TILE_COLUMNS 256, STAGES, PLACES; STORE 1: writes E, 0: sums only, without the parameter.
 #include "product_sm90.cuh"
 
 #ifdef __CUDA_ARCH_FEAT_SM90_ALL
@@ -34,6 +34,7 @@ template <bool WHOLE> __device__ __forceinline__ void write_tile(
     int vocab_size) {
     const int lane = threadIdx.x % 32, g = lane / 4, t = lane % 4;
     float sums_of_row[2][2] = {};
+    static_assert(TILE_COLS / PANEL_COLS % PLACES == 0);
     #pragma unroll
     for (int first = 0; first < TILE_COLS; first += PANEL_COLS) {
         auto words = [&](int piece, int half) {
@@ -75,8 +76,8 @@ extern "C" __global__ void __cluster_dims__(BLOCKS, 1, 1) __launch_bounds__(THRE
     const BoxMap* exponentials = nullptr;
 #endif
     Ring ring = open_ring();
-    const int group = threadIdx.x / GROUP, n_k = up(d, TILE_K), n_row_tiles = up(n_rows, TILE_ROWS), rank = cluster_rank();
-    const Tiles tiles{up(n_row_tiles, BLOCKS), up(vocab_size, TILE_COLS)};
+    const int group = threadIdx.x / GROUP, n_k = ceil_div(d, TILE_K), n_row_tiles = ceil_div(n_rows, TILE_ROWS), rank = cluster_rank();
+    const Tiles tiles{ceil_div(n_row_tiles, BLOCKS), ceil_div(vocab_size, TILE_COLS)};
     const int first = blockIdx.x / BLOCKS, step = gridDim.x / BLOCKS;
 
     if (group == 0) {

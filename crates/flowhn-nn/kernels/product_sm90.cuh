@@ -9,9 +9,9 @@
 // long that takes.
 //
 // Blocks are in clusters of two, which have the same columns and neighbouring rows. Each copies one half of a stage's B for both, so that
-// the cache is asked for a third less.
+// the cache is asked for less: for tiles of 256 columns by a third.
 //
-// TILE_COLUMNS; STAGES: of the ring; PLACES: of a warp, for 16 rows x 64 columns of its tile on their way to memory or from there.
+// STAGES: of the ring; PLACES: of a warp, for 16 rows x 64 columns of its tile on their way to memory or from there.
 #pragma once
 #include "product_tiles.cuh"
 #include "smem.cuh"
@@ -24,6 +24,7 @@ constexpr int GROUP = 128, GROUPS = 2, WARPS = 4 * GROUPS, THREADS = GROUP * (1 
 // Groups that share a tile, and the rows of one of their products.
 constexpr int SHARERS = TILE_COLS / 128, PRODUCT_ROWS = 64;
 constexpr int BLOCKS = 2, HALF = TILE_COLS / BLOCKS;
+static_assert(SHARERS == 1 || SHARERS == 2);
 // Pairs of row tiles that are walked through for one column tile before the next: their A stays in the L2 cache.
 constexpr int BAND = 8;
 // Of 8 columns in a row of products, and all that a group has: of one product, or of two below each other.
@@ -45,7 +46,7 @@ struct Ring {
     __device__ __forceinline__ unsigned parity() const { return step / STAGES & 1; }
     // Where a group, 1 or 2, with tiles of its own waits for its turn.
     __device__ __forceinline__ unsigned turn(int group) const { return places(WARPS) + (2 * STAGES + group - 1) * 8; }
-    // A barrier for each place.
+    // Barriers for what a warp asks for, as many as it has places.
     __device__ __forceinline__ unsigned arrived(int warp) const { return places(WARPS) + (2 * STAGES + GROUPS + warp * PLACES) * 8; }
 };
 
@@ -60,7 +61,7 @@ struct Tiles {
     }
 };
 
-// What the warps that copy leave to those that multiply.
+// The registers that the warps that copy leave to those that multiply.
 __device__ __forceinline__ void become_copier() { registers_give<40>(); }
 __device__ __forceinline__ void become_multiplier() { registers_take<232>(); }
 
@@ -80,6 +81,7 @@ __device__ __forceinline__ Ring open_ring() {
 // Copies the values of k of one tile: this block's rows of A from `row` on, and its half of the columns, which begins at `own` of B.
 template <bool B_BY_K = false>
 __device__ __forceinline__ void copy_tile(Ring& ring, const BoxMap& a, int row, const BoxMap& b, int own, int n_k) {
+    static_assert(B_BY_K ? HALF % BOX_COLS == 0 : HALF == 128);
     constexpr unsigned short BOTH = (1 << BLOCKS) - 1;
     const unsigned half = cluster_rank() * (B_BYTES / BLOCKS);
     for (int k = 0; k < n_k; k++, ring.step++) {
@@ -113,9 +115,9 @@ template <int FIRST> __device__ __forceinline__ float (&pieces_from(float (&sums
 // `meanwhile` is called once, beside the first products.
 template <bool B_BY_K, class Work>
 __device__ __forceinline__ void multiply_tile(float (&sums)[ALL_PIECES][4], Ring& ring, int group, int n_k, Work meanwhile) {
-    // 16 values of k, in the units of an operand's address: 32 bytes of each row, or 16 rows.
     // A stage can be waited for once the one before in its place has come, of which the other group knows.
     if constexpr (SHARERS == 1) mbarrier_wait(ring.turn(group), (ring.step / n_k / GROUPS + group) & 1);
+    // 16 values of k, in the units of an operand's address: 32 bytes of each row, or 16 rows.
     constexpr int A_STEP = 2, B_STEP = B_BY_K ? 16 * ROW_BYTES / 16 : 2, A_LOWER = PRODUCT_ROWS * ROW_BYTES / 16;
     for (int k = 0; k < n_k; k++, ring.step++) {
         mbarrier_wait(ring.full(), ring.parity());
@@ -154,15 +156,19 @@ __device__ __forceinline__ unsigned in_panel(unsigned place, int pair) {
     return place + ((lane % PANEL_ROWS * ROW_BYTES + (lane / 16 ^ lane % 8) * 16) ^ pair * 32);
 }
 
-// Sends a panel, which all lanes have written to its place, to 16 rows x 64 columns of `to`.
-__device__ __forceinline__ void send(const BoxMap& to, int column, int row, unsigned place) {
+// Before panels are sent that lanes have written to their places.
+__device__ __forceinline__ void publish() {
     wgmma_publish();
     __syncwarp();
+}
+
+// Sends a panel to 16 rows x 64 columns of `to`.
+__device__ __forceinline__ void send(const BoxMap& to, int column, int row, unsigned place) {
     if (threadIdx.x % 32 == 0) box_store(to, column, row, place), box_commit();
 }
 
 // Writes a panel to its place once what was sent from there is read, and sends it. `words(piece, half)` gives two neighbours, packed, of row
-// g (half 0) or g + 8 (half 1). The places take turns.
+// g (half 0) or g + 8 (half 1). The places have to take turns, from tile to tile as well.
 template <class Words> __device__ __forceinline__ void send_panel(const BoxMap& to, int column, int row, unsigned place, Words words) {
     if (threadIdx.x % 32 == 0) box_wait_read<PLACES - 1>();
     __syncwarp();
@@ -173,6 +179,7 @@ template <class Words> __device__ __forceinline__ void send_panel(const BoxMap& 
         for (int i = 0; i < 4; i++) four[i] = words(2 * pair + i / 2, i % 2);
         stmatrix_x4(in_panel(place, pair), four);
     }
+    publish();
     send(to, column, row, place);
 }
 

@@ -3,8 +3,8 @@
 use flowhn_torch::kernel::rows::RowForm;
 use flowhn_torch::kernel::{KernelSource, KernelSpec};
 
-use crate::cuda::head::{RowVariant, product_defines};
-use crate::cuda::{embedding, gated_mlp};
+use crate::cuda::head::RowVariant;
+use crate::cuda::{embedding, gated_mlp, head};
 
 /// [`rms_norm`](crate::rms_norm), also after a residual addition.
 pub(crate) static RMS_NORM: KernelSource =
@@ -25,11 +25,10 @@ pub(crate) const SWIGLU_ROWS: u32 = 2;
 pub(crate) static CROSS_ENTROPY: KernelSource =
     KernelSource { name: "cross_entropy.cu", text: include_str!("../kernels/cross_entropy.cu"), headers: &[] };
 
-/// What our own products share.
-const PRODUCT_HEADERS: &[(&str, &str)] = &[
-    ("product_tiles.cuh", include_str!("../kernels/product_tiles.cuh")),
-    ("product_sm90.cuh", include_str!("../kernels/product_sm90.cuh")),
-];
+/// The tiles of our own products, and what these share.
+const PRODUCT_TILES: (&str, &str) = ("product_tiles.cuh", include_str!("../kernels/product_tiles.cuh"));
+const PRODUCT_HEADERS: &[(&str, &str)] =
+    &[PRODUCT_TILES, ("product_sm90.cuh", include_str!("../kernels/product_sm90.cuh"))];
 
 /// The first product of [`linear_cross_entropy`](crate::linear_cross_entropy) on Hopper, which leaves exponentials.
 pub(crate) static LM_HEAD_PRODUCT: KernelSource = KernelSource {
@@ -42,7 +41,7 @@ pub(crate) static LM_HEAD_PRODUCT: KernelSource = KernelSource {
 pub(crate) static LM_HEAD_ROWS: KernelSource = KernelSource {
     name: "lm_head_rows.cu",
     text: include_str!("../kernels/lm_head_rows.cu"),
-    headers: PRODUCT_HEADERS,
+    headers: &[PRODUCT_TILES],
 };
 
 /// The first product of [`SwiGluMlp`](crate::SwiGluMlp) on Hopper, which leaves the activation as well.
@@ -98,14 +97,11 @@ pub const KERNELS: &[KernelSpec] = &[
             &RowVariant::new(0, 65_536, false).defines(),
         ],
     },
-    KernelSpec { source: &LM_HEAD_PRODUCT, variants: &[&product_defines(true), &product_defines(false)] },
-    KernelSpec {
-        source: &GATED_PRODUCT,
-        variants: &[&gated_mlp::forward_defines(true), &gated_mlp::forward_defines(false)],
-    },
-    KernelSpec { source: &GATED_PRODUCT_GRAD, variants: &[&gated_mlp::backward_defines()] },
+    KernelSpec { source: &LM_HEAD_PRODUCT, variants: &[&head::STORE, &head::SUMS_ONLY] },
+    KernelSpec { source: &GATED_PRODUCT, variants: &[&gated_mlp::KEEP, &gated_mlp::ACTIVATION_ONLY] },
+    KernelSpec { source: &GATED_PRODUCT_GRAD, variants: &[&gated_mlp::BACKWARD_DEFINES] },
     KernelSpec { source: &LINEAR_ROW, variants: &[&[]] },
-    KernelSpec { source: &LM_HEAD_ROWS, variants: &[&[("GRAD", 1)], &[("GRAD", 0)]] },
+    KernelSpec { source: &LM_HEAD_ROWS, variants: &[&head::GRAD, &head::LOSSES_ONLY] },
     KernelSpec {
         source: &SCALED_CAST,
         variants: &[

@@ -395,8 +395,8 @@ __device__ __forceinline__ unsigned cluster_rank() {
 __device__ __forceinline__ void cluster_barrier() {
     asm volatile("barrier.cluster.arrive;\nbarrier.cluster.wait;" ::: "memory");
 }
-// Arrives at the barrier in the same place of a block of the cluster. What this thread wrote is not published by that, which costs
-// more than all else that a product does: it is for memory whose readers have ended.
+// Arrives at the barrier in the same place of a block of the cluster. To the other block that publishes nothing that this thread wrote: it is for
+// memory whose readers have ended. `.release.cluster` would publish, and fence the whole GPU each time.
 __device__ __forceinline__ void mbarrier_arrive_at(unsigned barrier, unsigned rank) {
     asm volatile("{\n.reg .b32 there;\nmapa.shared::cluster.u32 there, %0, %1;\nmbarrier.arrive.shared::cluster.b64 _, [there];\n}" ::"r"(barrier),
                  "r"(rank) : "memory");

@@ -12,11 +12,11 @@ use tch::{Kind, Tensor};
 use flowhn_torch::kernel::{Arg, Kernel, KernelSource, kind_define};
 use flowhn_torch::{BackwardCtx, Error, ForwardCtx, Function, Result, Sum, product_into};
 
-use super::product_sm90::{TILE_ROWS, up_to};
+use super::product_sm90::{CLUSTER_ROWS, up_to};
 use crate::kernels::{CROSS_ENTROPY, SCALED_CAST};
 
 use exponentials::Exponentials;
-pub(crate) use exponentials::product_defines;
+pub(crate) use exponentials::{GRAD, LOSSES_ONLY, STORE, SUMS_ONLY};
 use logits::Logits;
 pub(crate) use logits::RowVariant;
 
@@ -156,9 +156,9 @@ impl Head {
 /// Rows of a chunk: as many as fit, in chunks of nearly one size instead of a small rest at the end, each of whole tiles of the
 /// matrix products.
 fn chunk_rows(n_tokens: i64, row_bytes: i64) -> i64 {
-    let most = (CHUNK_BYTES / row_bytes / TILE_ROWS * TILE_ROWS).max(TILE_ROWS);
+    let most = (CHUNK_BYTES / row_bytes / CLUSTER_ROWS * CLUSTER_ROWS).max(CLUSTER_ROWS);
     let n_chunks = (up_to(n_tokens, most) / most).max(1);
-    up_to((n_tokens + n_chunks - 1) / n_chunks, TILE_ROWS).min(n_tokens).max(1)
+    up_to((n_tokens + n_chunks - 1) / n_chunks, CLUSTER_ROWS).min(n_tokens).max(1)
 }
 
 /// The gradient of the weight while chunks are added to it, in f32.
@@ -221,7 +221,10 @@ mod tests {
                 assert!(n_rows >= 1 && n_rows <= n_tokens);
                 assert!(n_rows * row_bytes <= CHUNK_BYTES, "{n_rows} rows of {row_bytes} bytes");
                 let n_chunks = (n_tokens + n_rows - 1) / n_rows;
-                assert!(n_chunks * n_rows - n_tokens < n_chunks * TILE_ROWS, "{n_tokens} tokens in rows of {n_rows}");
+                assert!(
+                    n_chunks * n_rows - n_tokens < n_chunks * CLUSTER_ROWS,
+                    "{n_tokens} tokens in rows of {n_rows}"
+                );
             }
         }
     }

@@ -2,13 +2,19 @@
 
 use tch::{Device, Kind, Tensor};
 
-use flowhn_torch::kernel::{Arg, Boxes};
+use flowhn_torch::kernel::{Arg, Boxes, Kernel};
 use flowhn_torch::{DeviceProperties, Result};
 
-/// Rows of a tile.
+/// Rows of a tile, and of the tiles of a cluster.
 pub(super) const TILE_ROWS: i64 = 128;
+pub(super) const CLUSTER_ROWS: i64 = Form::BLOCKS * TILE_ROWS;
+/// Of the results that kernels count with 32 bits.
+pub(super) const MAX_ROWS: i64 = (1 << 31) - 1024;
 
-/// The macros of a product.
+/// Macros of a kernel.
+pub(crate) type Defines<const N: usize> = [(&'static str, i64); N];
+
+/// What the macros of a product say.
 #[derive(Clone, Copy, Debug)]
 pub(super) struct Form {
     /// Of a tile: 256, shared by both groups, or 128, of a group's own.
@@ -21,18 +27,22 @@ pub(super) struct Form {
 
 impl Form {
     /// A group of four warps that copies and two that multiply.
-    pub(super) const N_THREADS: u32 = 384;
-    /// Rows of the boxes in which a factor with k along its rows is copied.
-    pub(super) const FACTOR_ROWS: u32 = 128;
+    const N_THREADS: u32 = 384;
     /// Blocks of a cluster, which have neighbouring rows of the same columns.
     const BLOCKS: i64 = 2;
 
-    pub(super) const fn defines(self) -> [(&'static str, i64); 3] {
+    pub(super) const fn defines(self) -> Defines<3> {
         [("TILE_COLUMNS", self.columns), ("STAGES", self.stages), ("PLACES", self.places)]
     }
 
+    /// These and one more.
+    pub(super) const fn defines_and(self, one: (&'static str, i64)) -> Defines<4> {
+        let [columns, stages, places] = self.defines();
+        [columns, stages, places, one]
+    }
+
     /// A stage has 64 values of k of the tile's rows and columns. Barriers: two for a stage, one for a group, one for a place.
-    pub(super) const fn shared_bytes(self) -> usize {
+    const fn shared_bytes(self) -> usize {
         let (n_warps, place_bytes) = (8, 2 * 16 * 64);
         let stage_bytes = 2 * 64 * (TILE_ROWS + self.columns);
         let n_barriers = 2 * self.stages + 2 + n_warps * self.places;
@@ -44,33 +54,51 @@ impl Form {
         up_to(n_rows, TILE_ROWS) / TILE_ROWS * (up_to(n_columns, self.columns) / self.columns)
     }
 
-    /// A grid for a result of this size: a block a multiprocessor, or fewer.
-    pub(super) fn grid(self, n_rows: i64, n_columns: i64, n_multiprocessors: i64) -> [u32; 3] {
-        let n_clusters = self.n_tiles(up_to(n_rows, TILE_ROWS * Self::BLOCKS), n_columns) / Self::BLOCKS;
+    /// Launches a kernel for a result of this size.
+    pub(super) fn launch(self, kernel: &Kernel, size: [i64; 2], n_multiprocessors: i64, args: &[Arg]) -> Result<()> {
+        let grid = self.grid(size[0], size[1], n_multiprocessors);
+        kernel.launch(grid, Self::N_THREADS, self.shared_bytes(), args)
+    }
+
+    /// A block a multiprocessor, or fewer.
+    fn grid(self, n_rows: i64, n_columns: i64, n_multiprocessors: i64) -> [u32; 3] {
+        let n_clusters = self.n_tiles(up_to(n_rows, CLUSTER_ROWS), n_columns) / Self::BLOCKS;
         [(n_clusters.min(n_multiprocessors / Self::BLOCKS) * Self::BLOCKS) as u32, 1, 1]
     }
 }
 
-/// The multiprocessors of the device if it has these products and can take such factors of theirs: bf16, rows of a multiple of 8
-/// values that begin at multiples of 16 bytes.
-pub(super) fn multiprocessors(factors: &[&Tensor]) -> Result<Option<i64>> {
-    let Device::Cuda(device_idx) = factors[0].device() else { return Ok(None) };
+/// The multiprocessors of a device that has these products.
+pub(super) fn multiprocessors(device: Device) -> Result<Option<i64>> {
+    let Device::Cuda(device_idx) = device else { return Ok(None) };
     let properties = DeviceProperties::of(device_idx)?;
-    let fits = |factor: &&Tensor| {
-        factor.kind() == Kind::BFloat16
-            && factor.dim() == 2
-            && factor.numel() > 0
-            && factor.stride()[1] == 1
-            && factor.size()[1] % 8 == 0
-            && factor.stride()[0] % 8 == 0
-            && (factor.data_ptr() as usize).is_multiple_of(16)
-    };
-    let has_products = properties.compute_capability == 90 && factors.iter().all(fits);
-    Ok(has_products.then_some(i64::from(properties.n_multiprocessors)))
+    let n_multiprocessors = i64::from(properties.n_multiprocessors);
+    Ok(Some(n_multiprocessors).filter(|&n| properties.compute_capability == 90 && n >= Form::BLOCKS))
+}
+
+/// Whether the products take a matrix as it is: bf16, rows of a multiple of 8 values that begin at multiples of 16 bytes.
+pub(super) fn fits(matrix: &Tensor) -> bool {
+    let (size, stride) = (matrix.size(), matrix.stride());
+    matrix.kind() == Kind::BFloat16
+        && matrix.dim() == 2
+        && matrix.numel() > 0
+        && size[1] % 8 == 0
+        && stride[1] == 1
+        && (size[0] == 1 || stride[0] >= size[1] && stride[0] % 8 == 0)
+        && (matrix.data_ptr() as usize).is_multiple_of(16)
+}
+
+/// A factor with k along its rows, as kernels copy it.
+pub(super) fn factor(matrix: &Tensor) -> Arg<'_> {
+    Arg::Boxes(Boxes { matrix, n_rows: 128 })
+}
+
+/// A factor with k from row to row.
+pub(super) fn factor_by_k(matrix: &Tensor) -> Arg<'_> {
+    Arg::Boxes(Boxes { matrix, n_rows: 64 })
 }
 
 /// A matrix that warps send, or ask for, by 16 rows.
-pub(super) fn sent(matrix: &Tensor) -> Arg<'_> {
+pub(super) fn panels(matrix: &Tensor) -> Arg<'_> {
     Arg::Boxes(Boxes { matrix, n_rows: 16 })
 }
 
@@ -91,7 +119,8 @@ mod tests {
                 for n_columns in [1, 1300, 65_536] {
                     let [n_blocks, 1, 1] = form.grid(n_rows, n_columns, n_multiprocessors) else { unreachable!() };
                     assert!(n_blocks >= 2 && n_blocks % 2 == 0 && i64::from(n_blocks) <= n_multiprocessors);
-                    assert!(i64::from(n_blocks) <= form.n_tiles(n_rows, n_columns) * 2);
+                    let n_pairs = form.n_tiles(n_rows, n_columns).max(form.n_tiles(n_rows + 128, n_columns)) / 2;
+                    assert!(i64::from(n_blocks / 2) <= n_pairs);
                 }
             }
         }

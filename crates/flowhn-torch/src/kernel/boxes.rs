@@ -39,7 +39,9 @@ impl Boxes<'_> {
         let row_bytes =
             if *height == 1 { (*width as usize * 2).next_multiple_of(ALIGNMENT) } else { *row_stride as usize * 2 };
         let is_dense = *width == 1 || *column_stride == 1;
-        let is_aligned = row_bytes.is_multiple_of(ALIGNMENT) && (address as usize).is_multiple_of(ALIGNMENT);
+        let is_aligned = row_bytes.is_multiple_of(ALIGNMENT)
+            && row_bytes >= 2 * *width as usize
+            && (address as usize).is_multiple_of(ALIGNMENT);
         if !is_dense || !is_aligned || size.contains(&0) || !(1..=MAX_ROWS).contains(&self.n_rows) {
             return Err(format!(
                 "boxes of {} rows of a matrix of shape {size:?} with strides {stride:?} at {address:p}: \

@@ -4,10 +4,10 @@
 
 use tch::{Kind, Tensor};
 
-use flowhn_torch::kernel::{Arg, Boxes};
+use flowhn_torch::kernel::{Arg, Kernel};
 use flowhn_torch::{Result, Sum, product_into};
 
-use super::super::product_sm90::{Form, TILE_ROWS, multiprocessors, sent, up_to};
+use super::super::product_sm90::{Defines, Form, MAX_ROWS, TILE_ROWS, factor, fits, multiprocessors, panels, up_to};
 use super::{Gradients, Head, chunk_rows, kernel};
 use crate::kernels::{LM_HEAD_PRODUCT, LM_HEAD_ROWS};
 
@@ -63,14 +63,15 @@ impl<'a> Exponentials<'a> {
     /// to 32768; any number of rows and words.
     pub(super) fn new(head: &'a Head) -> Result<Option<Self>> {
         let d_model = head.x.size()[1];
-        let Some(n_multiprocessors) = multiprocessors(&[&head.x, &head.weight])?.filter(|_| d_model <= MAX_WIDTH)
-        else {
+        let takes = fits(&head.x) && fits(&head.weight) && d_model <= MAX_WIDTH;
+        let counts = head.n_tokens.max(head.vocab_size) <= MAX_ROWS;
+        let Some(n_multiprocessors) = multiprocessors(head.x.device())?.filter(|_| takes && counts) else {
             return Ok(None);
         };
         let origins = head.floats(&[head.n_tokens])?;
         let tensors = [&head.x, &head.weight, &head.targets].map(Arg::Tensor);
         let sizes = [head.n_tokens, head.vocab_size, d_model].map(|size| Arg::I32(size as i32));
-        kernel(&LM_HEAD_ROWS, "lm_head_origins", &[("GRAD", 1)]).launch(
+        kernel(&LM_HEAD_ROWS, "lm_head_origins", &GRAD).launch(
             row_blocks(head.n_tokens),
             256,
             0,
@@ -146,25 +147,21 @@ impl<'a> Exponentials<'a> {
 
     /// The exponentials of a chunk and their sums in the column tiles.
     fn exponentials(&self, chunk: &Chunk, rows: &Rows) -> Result<()> {
-        let factor = |matrix| Arg::Boxes(Boxes { matrix, n_rows: Form::FACTOR_ROWS });
         let mut args = vec![factor(&rows.x), factor(&self.head.weight)];
         let stored =
             chunk.gradient.as_ref().map(|gradient| gradient.exponentials.f_narrow(0, 0, rows.n_rows)).transpose()?;
-        args.extend(stored.as_ref().map(sent));
+        args.extend(stored.as_ref().map(panels));
         args.extend([&rows.targets, &rows.origins, &rows.sums].map(Arg::Tensor));
         args.extend(self.sizes(rows));
-        kernel(&LM_HEAD_PRODUCT, "lm_head_product", &product_defines(stored.is_some())).launch(
-            FORM.grid(rows.n_rows, self.head.vocab_size, self.n_multiprocessors),
-            Form::N_THREADS,
-            FORM.shared_bytes(),
-            &args,
-        )
+        let defines = if stored.is_some() { &STORE } else { &SUMS_ONLY };
+        let kernel = Kernel { source: &LM_HEAD_PRODUCT, entry: "lm_head_product", defines };
+        FORM.launch(&kernel, [rows.n_rows, self.head.vocab_size], self.n_multiprocessors, &args)
     }
 
     /// The losses of a chunk, and what the gradients need: the targets' elements of the exponentials, and the rows' factors.
     fn finish(&self, chunk: &Chunk, rows: &Rows, scale: Option<&Tensor>) -> Result<()> {
         let gradient = chunk.gradient.as_ref();
-        let defines = [("GRAD", gradient.is_some().into())];
+        let defines = if gradient.is_some() { &GRAD } else { &LOSSES_ONLY };
         let tensors = [&rows.sums, &rows.x, &self.head.weight, &rows.targets].map(Arg::Tensor);
         let results = [
             Arg::I64(self.head.ignore_index),
@@ -174,7 +171,7 @@ impl<'a> Exponentials<'a> {
             Arg::Tensor(&rows.losses),
             Arg::opt(gradient.map(|_| &rows.origins)),
         ];
-        kernel(&LM_HEAD_ROWS, "lm_head_finish", &defines).launch(
+        kernel(&LM_HEAD_ROWS, "lm_head_finish", defines).launch(
             row_blocks(rows.n_rows),
             256,
             self.d_model as usize * size_of::<f32>(),
@@ -187,7 +184,7 @@ impl<'a> Exponentials<'a> {
         let n_rows = rows.size()[0];
         let tensors = [rows, factors, out].map(Arg::Tensor);
         let sizes = [n_rows, self.d_model].map(|size| Arg::I32(size as i32));
-        kernel(&LM_HEAD_ROWS, "lm_head_scale", &[("GRAD", 1)]).launch(
+        kernel(&LM_HEAD_ROWS, "lm_head_scale", &GRAD).launch(
             row_blocks(n_rows),
             256,
             0,
@@ -206,11 +203,12 @@ impl<'a> Exponentials<'a> {
     }
 }
 
-/// The macros of `lm_head_sm90.cu`; `stores` if the exponentials are written, not only added up.
-pub(crate) const fn product_defines(stores: bool) -> [(&'static str, i64); 4] {
-    let [columns, stages, places] = FORM.defines();
-    [columns, stages, places, ("STORE", stores as i64)]
-}
+/// The macros of `lm_head_sm90.cu` that writes exponentials, and of the one that only adds them up.
+pub(crate) const STORE: Defines<4> = FORM.defines_and(("STORE", 1));
+pub(crate) const SUMS_ONLY: Defines<4> = FORM.defines_and(("STORE", 0));
+/// The macros of `lm_head_rows.cu`, which leaves what gradients need, or losses only.
+pub(crate) const GRAD: Defines<2> = [("TILE_COLUMNS", FORM.columns), ("GRAD", 1)];
+pub(crate) const LOSSES_ONLY: Defines<2> = [("TILE_COLUMNS", FORM.columns), ("GRAD", 0)];
 
 /// A grid for this many rows.
 fn row_blocks(n_rows: i64) -> [u32; 3] {
