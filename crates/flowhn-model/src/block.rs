@@ -144,12 +144,10 @@ impl Block {
         let (x_bld, attn_input, ssm_input) = self.read(stream, routes)?;
         let leave = |part: &'static str| move |x: Residual| x.map_last(|x| timeline::pass(x, parts::FUSION, part));
         let attend = || -> Result<Option<Residual>> {
-            let attn_input = attn_input.timed(parts::ATTENTION, parts::FUSION)?;
             let a_bnd = self.attend(&x_bld, &attn_input, pass, routes, kv)?;
             Ok(a_bnd.map(leave(parts::ATTENTION)).transpose()?)
         };
         let scan = || -> Result<Option<Residual>> {
-            let ssm_input = ssm_input.timed(parts::SSM, parts::FUSION)?;
             let s_bmd = self.scan(&ssm_input, routes, pass, state)?;
             Ok(s_bmd.map(leave(parts::SSM)).transpose()?)
         };
@@ -231,6 +229,7 @@ impl Block {
         cache: Option<&mut KvCache>,
     ) -> Result<Option<Residual>> {
         let Some(branch) = &self.attn else { return Ok(None) };
+        let input = &input.timed(parts::ATTENTION, parts::FUSION)?;
         let segments_bl = pass.segments_bl.as_ref();
         let positions = &pass.layout.positions;
         let window_segments = gathered(segments_bl, &routes.attn)?;
@@ -271,6 +270,7 @@ impl Block {
         state: Option<&mut SsmState>,
     ) -> Result<Option<Residual>> {
         let Some(branch) = self.ssm.as_ref().filter(|_| !routes.ssm.is_empty()) else { return Ok(None) };
+        let input = &input.timed(parts::SSM, parts::FUSION)?;
         let segments_bm = gathered(pass.segments_bl.as_ref(), &routes.ssm)?;
         let reset_bm = segments_bm.map(|segments| document_starts(&segments)).transpose()?;
         let past = match (pass.clock, state) {
