@@ -51,31 +51,24 @@ extern "C" __global__ void __cluster_dims__(BLOCKS, 1, 1) __launch_bounds__(THRE
     const __grid_constant__ BoxMap dy, const __grid_constant__ BoxMap w, const __grid_constant__ BoxMap gate,
     const __grid_constant__ BoxMap up, const __grid_constant__ BoxMap dgate, const __grid_constant__ BoxMap dup, int n_rows, int f, int d) {
     Ring ring = open_ring();
-    const int group = threadIdx.x / GROUP, n_k = ceil_div(d, TILE_K), rank = cluster_rank();
-    const Tiles tiles{ceil_div(n_rows, TILE_ROWS * BLOCKS), ceil_div(f, TILE_COLS)};
-    const int first = blockIdx.x / BLOCKS, step = gridDim.x / BLOCKS;
+    const int group = threadIdx.x / GROUP;
+    const Tiles tiles(n_rows, ceil_div(f, TILE_COLS), d);
 
     if (group == 0) {
-        become_copier();
-        if (threadIdx.x == 0) {
-            for (int tile = first; tile < tiles.count(); tile += step) {
-                int2 place = tiles.pair_and_column(tile);
-                copy_tile<true>(ring, dy, (place.x * BLOCKS + rank) * TILE_ROWS, w, place.y * TILE_COLS + rank * HALF, n_k);
-            }
-        }
+        copy_tiles<true>(ring, tiles, dy, w, TILE_COLS, tiles.rank * HALF);
     } else {
         become_multiplier();
         const int warp = threadIdx.x / 32 - GROUP / 32;
         float sums[ALL_PIECES][4];
-        if (group == 2) skip_tile(ring, n_k);
-        for (int tile = first + (group - 1) * step; tile < tiles.count(); tile += GROUPS * step) {
-            int2 place = tiles.pair_and_column(tile);
-            int row = (place.x * BLOCKS + rank) * TILE_ROWS + warp % 4 * PANEL_ROWS;
+        if (group == 2) skip_tile(ring, tiles.n_k);
+        for (int tile = tiles.first + (group - 1) * tiles.step; tile < tiles.count(); tile += GROUPS * tiles.step) {
+            int2 place = tiles.place(tile);
+            int row = place.x * TILE_ROWS + warp % 4 * PANEL_ROWS;
             Panels panels{&gate, &up, ring.places(warp), ring.arrived(warp), row, place.y * TILE_COLS};
             // The last panel of the tile before has the places of this one's second.
             panels.ask<2>(0);
-            multiply_tile<true>(sums, ring, group, n_k, [&] { panels.ask<0>(1); });
-            skip_tile(ring, n_k);
+            multiply_tile<true>(sums, ring, group, tiles.n_k, [&] { panels.ask<0>(1); });
+            skip_tile(ring, tiles.n_k);
             #pragma unroll
             for (int panel = 0; panel < PANELS; panel++) {
                 panels.wait(panel);

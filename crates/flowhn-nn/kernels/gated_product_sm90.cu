@@ -18,27 +18,19 @@ extern "C" __global__ void __cluster_dims__(BLOCKS, 1, 1) __launch_bounds__(THRE
 #endif
     int n_rows, int f, int d) {
     Ring ring = open_ring();
-    const int group = threadIdx.x / GROUP, n_k = ceil_div(d, TILE_K), rank = cluster_rank();
-    const Tiles tiles{ceil_div(n_rows, TILE_ROWS * BLOCKS), ceil_div(f, HALF)};
-    const int first = blockIdx.x / BLOCKS, step = gridDim.x / BLOCKS;
+    const int group = threadIdx.x / GROUP;
+    const Tiles tiles(n_rows, ceil_div(f, HALF), d);
 
     if (group == 0) {
-        become_copier();
-        if (threadIdx.x == 0) {
-            const BoxMap& own_half = rank == 0 ? w_gate : w_up;
-            for (int tile = first; tile < tiles.count(); tile += step) {
-                int2 place = tiles.pair_and_column(tile);
-                copy_tile(ring, x, (place.x * BLOCKS + rank) * TILE_ROWS, own_half, place.y * HALF, n_k);
-            }
-        }
+        copy_tiles(ring, tiles, x, tiles.rank == 0 ? w_gate : w_up, HALF, 0);
     } else {
         become_multiplier();
         const int warp = threadIdx.x / 32 - GROUP / 32;
         float sums[ALL_PIECES][4];
-        for (int tile = first; tile < tiles.count(); tile += step) {
-            int2 place = tiles.pair_and_column(tile);
-            int row = (place.x * BLOCKS + rank) * TILE_ROWS + warp * PANEL_ROWS;
-            multiply_tile(sums, ring, group, n_k);
+        for (int tile = tiles.first; tile < tiles.count(); tile += tiles.step) {
+            int2 place = tiles.place(tile);
+            int row = place.x * TILE_ROWS + warp * PANEL_ROWS;
+            multiply_tile(sums, ring, group, tiles.n_k);
             int n_sent = 0;
             static_assert((KEEP ? 3 : 1) * HALF / PANEL_COLS % PLACES == 0);
             auto next_place = [&] { return ring.places(warp) + n_sent++ % PLACES * PANEL_BYTES; };

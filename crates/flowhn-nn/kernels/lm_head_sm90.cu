@@ -76,26 +76,18 @@ extern "C" __global__ void __cluster_dims__(BLOCKS, 1, 1) __launch_bounds__(THRE
     const BoxMap* exponentials = nullptr;
 #endif
     Ring ring = open_ring();
-    const int group = threadIdx.x / GROUP, n_k = ceil_div(d, TILE_K), n_row_tiles = ceil_div(n_rows, TILE_ROWS), rank = cluster_rank();
-    const Tiles tiles{ceil_div(n_row_tiles, BLOCKS), ceil_div(vocab_size, TILE_COLS)};
-    const int first = blockIdx.x / BLOCKS, step = gridDim.x / BLOCKS;
+    const int group = threadIdx.x / GROUP, n_row_tiles = ceil_div(n_rows, TILE_ROWS);
+    const Tiles tiles(n_rows, ceil_div(vocab_size, TILE_COLS), d);
 
     if (group == 0) {
-        become_copier();
-        if (threadIdx.x == 0) {
-            for (int tile = first; tile < tiles.count(); tile += step) {
-                int2 place = tiles.pair_and_column(tile);
-                copy_tile(ring, x, (place.x * BLOCKS + rank) * TILE_ROWS, w, place.y * TILE_COLS + rank * HALF, n_k);
-            }
-        }
+        copy_tiles(ring, tiles, x, w, TILE_COLS, tiles.rank * HALF);
     } else {
         become_multiplier();
         const int lane = threadIdx.x % 32, warp = threadIdx.x / 32 - GROUP / 32, g = lane / 4, t = lane % 4;
         float logits[ALL_PIECES][4];
-        for (int tile = first; tile < tiles.count(); tile += step) {
-            int2 place = tiles.pair_and_column(tile);
-            int column = place.y * TILE_COLS, row_tile = place.x * BLOCKS + rank;
-            int first_row = row_tile * TILE_ROWS + warp * PANEL_ROWS;
+        for (int tile = tiles.first; tile < tiles.count(); tile += tiles.step) {
+            int2 place = tiles.place(tile);
+            int column = place.y * TILE_COLS, first_row = place.x * TILE_ROWS + warp * PANEL_ROWS;
             float own_c[2];
             int own_target[2];
             #pragma unroll
@@ -108,12 +100,12 @@ extern "C" __global__ void __cluster_dims__(BLOCKS, 1, 1) __launch_bounds__(THRE
                 bool is_own = target >= 0 && target < TILE_COLS && target % 8 / 2 == t;
                 own_target[half] = is_own ? (int)target / 8 * 2 + (int)target % 2 : -1;
             }
-            multiply_tile(logits, ring, group, n_k);
+            multiply_tile(logits, ring, group, tiles.n_k);
             #pragma unroll
             for (int half = 0; half < 2; half++) {
                 if (own_target[half] >= 0) leave_out(logits, half, own_target[half]);
             }
-            float* own_sums = row_tile < n_row_tiles ? sums + ((i64)place.y * n_row_tiles * TILE_ROWS + first_row) : nullptr;
+            float* own_sums = place.x < n_row_tiles ? sums + ((i64)place.y * n_row_tiles * TILE_ROWS + first_row) : nullptr;
             if (column + TILE_COLS <= vocab_size) {
                 write_tile<true>(logits, own_c, exponentials, ring.places(warp), own_sums, first_row, column, vocab_size);
             } else {

@@ -50,14 +50,20 @@ struct Ring {
     __device__ __forceinline__ unsigned arrived(int warp) const { return places(WARPS) + (2 * STAGES + GROUPS + warp * PLACES) * 8; }
 };
 
-// The tiles of a cluster: pairs of row tiles.
+// The tiles of a product, of which a cluster takes every `step`-th from `first` on; each of its blocks has its own row tile of a pair.
 struct Tiles {
-    int n_pairs, n_columns;
+    int n_pairs, n_columns, n_k, rank, first, step;
 
+    // Of a result of so many rows and column tiles, with d values of k.
+    __device__ __forceinline__ Tiles(int n_rows, int n_columns, int d)
+        : n_pairs(ceil_div(n_rows, TILE_ROWS * BLOCKS)), n_columns(n_columns), n_k(ceil_div(d, TILE_K)), rank(cluster_rank()),
+          first(blockIdx.x / BLOCKS), step(gridDim.x / BLOCKS) {}
     __device__ __forceinline__ int count() const { return n_pairs * n_columns; }
-    __device__ __forceinline__ int2 pair_and_column(int tile) const {
-        int band = tile / (BAND * n_columns), within = tile % (BAND * n_columns), first = band * BAND, height = min(BAND, n_pairs - first);
-        return make_int2(first + within % height, within / height);
+    // This block's row tile (x) and the column tile (y).
+    __device__ __forceinline__ int2 place(int tile) const {
+        int band = tile / (BAND * n_columns), within = tile % (BAND * n_columns), first_pair = band * BAND;
+        int height = min(BAND, n_pairs - first_pair);
+        return make_int2((first_pair + within % height) * BLOCKS + rank, within / height);
     }
 };
 
@@ -95,6 +101,18 @@ __device__ __forceinline__ void copy_tile(Ring& ring, const BoxMap& a, int row, 
         } else {
             box_load_to(ring.b() + half, b, k * TILE_K, own, ring.full(), BOTH);
         }
+    }
+}
+
+// Copies all tiles of a block, by the one thread that copies: of the factor of columns, a tile's are `width` apart, and this block's half begins
+// `own` behind the first.
+template <bool B_BY_K = false>
+__device__ __forceinline__ void copy_tiles(Ring& ring, const Tiles& tiles, const BoxMap& a, const BoxMap& b, int width, int own) {
+    become_copier();
+    if (threadIdx.x > 0) return;
+    for (int tile = tiles.first; tile < tiles.count(); tile += tiles.step) {
+        int2 place = tiles.place(tile);
+        copy_tile<B_BY_K>(ring, a, place.x * TILE_ROWS, b, place.y * width + own, tiles.n_k);
     }
 }
 

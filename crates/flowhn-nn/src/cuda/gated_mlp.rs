@@ -6,7 +6,7 @@ use tch::{Kind, Tensor};
 use flowhn_torch::kernel::{Arg, Kernel};
 use flowhn_torch::{BackwardCtx, Error, ForwardCtx, Function, Result, product};
 
-use super::product_sm90::{Defines, Form, MAX_ROWS, TILE_ROWS, factor, factor_by_k, fits, multiprocessors, panels};
+use super::product_sm90::{Form, MAX_ROWS, Macros, TILE_ROWS, factor, factor_by_k, fits, multiprocessors, panels};
 use crate::kernels::{GATED_PRODUCT, GATED_PRODUCT_GRAD};
 use crate::linear_bf16::rows;
 
@@ -67,7 +67,7 @@ impl Function for GatedMlp {
 
     fn forward(&mut self, ctx: &mut ForwardCtx, inputs: &[&Tensor]) -> Result<Vec<Tensor>> {
         let (x, weight_gi, weight_if) = (inputs[0], inputs[3], inputs[4]);
-        let (h, gate_up) = self.activation(&dense_rows(x)?, weight_gi, ctx.is_recorded())?;
+        let (h, gate_up) = self.activation(&fitting_rows(x)?, weight_gi, ctx.is_recorded())?;
         let Some(gate_up) = gate_up else {
             // Sizes that come without gradients seldom come again.
             return Ok(vec![h.f_mm(&weight_if.f_tr()?)?.f_view(x.size().as_slice())?]);
@@ -81,7 +81,7 @@ impl Function for GatedMlp {
             return Err(Error::invalid(Self::NAME, "the saved tensors are not five"));
         };
         let [wants_dx, wants_dgate_up, wants_ddown] = [0, 1, 2].map(|input_idx| ctx.needs_grad(input_idx));
-        let (dy_ti, [gate_up_kind, down_kind]) = (dense_rows(&grads[0])?, self.grad_kinds);
+        let (dy_ti, [gate_up_kind, down_kind]) = (fitting_rows(&grads[0])?, self.grad_kinds);
         let ddown = wants_ddown.then(|| product(&dy_ti.f_tr()?, h_tf, down_kind)).transpose()?;
         if !(wants_dx || wants_dgate_up) {
             return Ok(vec![None, None, ddown, None, None]);
@@ -99,12 +99,12 @@ const FORWARD: Form = Form { columns: 256, stages: 4, places: 2 };
 const BACKWARD: Form = Form { columns: 128, stages: 5, places: 4 };
 
 /// The macros of `gated_product_sm90.cu` that writes gate and up, too, of the one that does not, and those of `gated_product_grad_sm90.cu`.
-pub(crate) const KEEP: Defines<4> = FORWARD.defines_and(("KEEP", 1));
-pub(crate) const ACTIVATION_ONLY: Defines<4> = FORWARD.defines_and(("KEEP", 0));
-pub(crate) const BACKWARD_DEFINES: Defines<3> = BACKWARD.defines();
+pub(crate) const KEEP: Macros<4> = FORWARD.defines_and(("KEEP", 1));
+pub(crate) const ACTIVATION_ONLY: Macros<4> = FORWARD.defines_and(("KEEP", 0));
+pub(crate) const BACKWARD_DEFINES: Macros<3> = BACKWARD.defines();
 
-/// All axes but the last as one, as the products take them; copied only if they are not so already.
-fn dense_rows(x: &Tensor) -> Result<Tensor> {
+/// All axes but the last as one, copied if the products do not take them as they are.
+fn fitting_rows(x: &Tensor) -> Result<Tensor> {
     let x = rows(x)?;
     if fits(&x) {
         return Ok(x);

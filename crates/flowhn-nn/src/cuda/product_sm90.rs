@@ -8,11 +8,11 @@ use flowhn_torch::{DeviceProperties, Result};
 /// Rows of a tile, and of the tiles of a cluster.
 pub(super) const TILE_ROWS: i64 = 128;
 pub(super) const CLUSTER_ROWS: i64 = Form::BLOCKS * TILE_ROWS;
-/// Of the results that kernels count with 32 bits.
+/// The most rows or columns of a result, which kernels count with 32 bits.
 pub(super) const MAX_ROWS: i64 = (1 << 31) - 1024;
 
 /// Macros of a kernel.
-pub(crate) type Defines<const N: usize> = [(&'static str, i64); N];
+pub(crate) type Macros<const N: usize> = [(&'static str, i64); N];
 
 /// What the macros of a product say.
 #[derive(Clone, Copy, Debug)]
@@ -31,12 +31,12 @@ impl Form {
     /// Blocks of a cluster, which have neighbouring rows of the same columns.
     const BLOCKS: i64 = 2;
 
-    pub(super) const fn defines(self) -> Defines<3> {
+    pub(super) const fn defines(self) -> Macros<3> {
         [("TILE_COLUMNS", self.columns), ("STAGES", self.stages), ("PLACES", self.places)]
     }
 
     /// These and one more.
-    pub(super) const fn defines_and(self, one: (&'static str, i64)) -> Defines<4> {
+    pub(super) const fn defines_and(self, one: (&'static str, i64)) -> Macros<4> {
         let [columns, stages, places] = self.defines();
         [columns, stages, places, one]
     }

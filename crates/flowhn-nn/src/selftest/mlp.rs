@@ -1,4 +1,5 @@
-//! The gated MLP, whose activation kernels of ours make inside its products, against the operations one after the other.
+//! The gated MLP, whose activation kernels of ours make inside its products, against the operations one after the other and, on the CPU, which
+//! has nothing else, against the formula.
 
 use flowhn_torch::testing::{Case, noise, same_bits};
 use flowhn_torch::{DeviceProperties, Result};
@@ -93,6 +94,11 @@ fn check(
     let wide = bf16(&[1, n_tokens, d_model + 8], 1);
     let part = |x: &Tensor| x.narrow(2, 8, d_model);
     let dy = bf16(&[1, n_tokens, d_model], 2);
+    let weighed = |y: &Tensor, dy: &Tensor| match gradient {
+        Gradient::Dense => y * dy,
+        Gradient::Transposed => y.transpose(1, 2).contiguous() * dy.view([1, d_model, n_tokens]),
+        Gradient::Expanded => y.sum_dim_intlist(1, false, y.kind()) * dy.select(1, 0),
+    };
     let run = |fused: bool| -> Result<Vec<Tensor>> {
         params.zero_grad()?;
         let x = wide.detach().set_requires_grad(wanted.dx);
@@ -100,12 +106,7 @@ fn check(
             true => mlp.forward(part(&x))?,
             false => mlp.down_proj().forward(&swiglu(&mlp.gate_up_proj().forward(part(&x))?)?)?,
         };
-        let weighed = match gradient {
-            Gradient::Dense => &y * &dy,
-            Gradient::Transposed => y.transpose(1, 2).contiguous() * dy.view([1, d_model, n_tokens]),
-            Gradient::Expanded => y.sum_dim_intlist(1, false, Kind::BFloat16) * dy.select(1, 0),
-        };
-        weighed.sum(Kind::Float).f_backward()?;
+        weighed(&y, &dy).sum(Kind::Float).f_backward()?;
         let mut results = vec![y.detach()];
         if wanted.dx {
             results.push(x.grad());
@@ -123,6 +124,22 @@ fn check(
             format!("result {i} differs by up to {difference:e}, of {:e}", apart[i].abs().max().double_value(&[]))
         })?;
     }
+    if device == Device::Cpu {
+        let weights = [mlp.gate_up_proj(), mlp.down_proj()].map(|projection| projection.weight().bf16());
+        let [gate_up, down] = weights.map(|weight| weight.map(|weight| leaf(&weight)));
+        let (x, gate_up, down) = (leaf(&part(&wide)), gate_up?, down?);
+        let y = formula(&x, &gate_up, &down);
+        weighed(&y, &dy.to_kind(Kind::Double)).sum(Kind::Double).f_backward()?;
+        let grads = [(&x, wanted.dx), (&gate_up, wanted.dgate_up), (&down, wanted.ddown)];
+        let wants = grads.iter().filter(|(_, is_wanted)| *is_wanted).map(|(leaf, _)| leaf.grad());
+        // dx is that of the wider tensor.
+        let got = fused.iter().map(|got| if got.size() == wide.size() { part(got) } else { got.shallow_clone() });
+        for (i, (got, want)) in got.zip(std::iter::once(y.detach()).chain(wants)).enumerate() {
+            let error = (got.to_kind(Kind::Double) - &want).abs().max() / want.abs().max();
+            let error = error.double_value(&[]);
+            ensure(error <= 2f64.powi(-6), || format!("result {i} is off by {error:.2e} of the largest value"))?;
+        }
+    }
     let without = no_grad(|| mlp.forward(part(&wide)))?;
     ensure(same_bits(&without, &fused[0]), || "without gradients y differs".to_owned())?;
     if let Device::Cuda(device_idx) = device {
@@ -132,4 +149,13 @@ fn check(
         ensure(is_fused == fits, || format!("by our kernels: {is_fused}, expected {fits}"))?;
     }
     Ok("the same bits".to_owned())
+}
+
+fn leaf(x: &Tensor) -> Tensor {
+    x.detach().to_kind(Kind::Double).set_requires_grad(true)
+}
+
+fn formula(x: &Tensor, gate_up: &Tensor, down: &Tensor) -> Tensor {
+    let both = x.matmul(&gate_up.tr()).chunk(2, -1);
+    (both[0].silu() * &both[1]).matmul(&down.tr())
 }

@@ -7,7 +7,7 @@ use tch::{Kind, Tensor};
 use flowhn_torch::kernel::{Arg, Kernel};
 use flowhn_torch::{Result, Sum, product_into};
 
-use super::super::product_sm90::{Defines, Form, MAX_ROWS, TILE_ROWS, factor, fits, multiprocessors, panels, up_to};
+use super::super::product_sm90::{Form, MAX_ROWS, Macros, TILE_ROWS, factor, fits, multiprocessors, panels, up_to};
 use super::{Gradients, Head, chunk_rows, kernel};
 use crate::kernels::{LM_HEAD_PRODUCT, LM_HEAD_ROWS};
 
@@ -204,11 +204,11 @@ impl<'a> Exponentials<'a> {
 }
 
 /// The macros of `lm_head_sm90.cu` that writes exponentials, and of the one that only adds them up.
-pub(crate) const STORE: Defines<4> = FORM.defines_and(("STORE", 1));
-pub(crate) const SUMS_ONLY: Defines<4> = FORM.defines_and(("STORE", 0));
+pub(crate) const STORE: Macros<4> = FORM.defines_and(("STORE", 1));
+pub(crate) const SUMS_ONLY: Macros<4> = FORM.defines_and(("STORE", 0));
 /// The macros of `lm_head_rows.cu`, which leaves what gradients need, or losses only.
-pub(crate) const GRAD: Defines<2> = [("TILE_COLUMNS", FORM.columns), ("GRAD", 1)];
-pub(crate) const LOSSES_ONLY: Defines<2> = [("TILE_COLUMNS", FORM.columns), ("GRAD", 0)];
+pub(crate) const GRAD: Macros<2> = [("TILE_COLUMNS", FORM.columns), ("GRAD", 1)];
+pub(crate) const LOSSES_ONLY: Macros<2> = [("TILE_COLUMNS", FORM.columns), ("GRAD", 0)];
 
 /// A grid for this many rows.
 fn row_blocks(n_rows: i64) -> [u32; 3] {
