@@ -5,7 +5,7 @@
 //
 // The gradient is the same rotation back: sense = -1.
 //
-// x: [batch, n, heads, 2 half], last axis dense, any other strides, f32 or bf16; cos, sin: [n, half], f32; y: contiguous. All
+// x: [batch, n, heads, 2 half], last axis dense, any other strides, f32 or bf16; cos, sin: [n, half], f32; y: as x. All
 // arithmetic is f32, rounded once.
 //
 // A thread turns 8 pairs: one vector of each half. A block takes `n_tokens` neighbouring tokens, whose heads share the table
@@ -17,7 +17,8 @@
 typedef DtypeOf<X_KIND>::type X;
 
 extern "C" __global__ void __launch_bounds__(256)
-rotary(const X* x, const float* cos, const float* sin, X* y, i64 x_batch, i64 x_token, i64 x_head, int batch, int n, int heads,
+rotary(const X* x, const float* cos, const float* sin, X* y, i64 x_batch, i64 x_token, i64 x_head, i64 y_batch, i64 y_token, i64 y_head,
+       int batch, int n, int heads,
        int half, int n_tokens, int aligned, float sense) {
     int n_vectors = (half + VEC - 1) / VEC, per_token = heads * n_vectors;
     for (int item = threadIdx.x; item < n_tokens * per_token; item += blockDim.x) {
@@ -27,7 +28,7 @@ rotary(const X* x, const float* cos, const float* sin, X* y, i64 x_batch, i64 x_
         int head = rest / n_vectors, column = (rest - head * n_vectors) * VEC, n_columns = half - column;
         int b = (unsigned)token / (unsigned)n, i = (int)token - b * n;
         const X* from = x + b * x_batch + i * x_token + head * x_head + column;
-        X* to = y + (token * heads + head) * 2 * half + column;
+        X* to = y + b * y_batch + i * y_token + head * y_head + column;
         const float* cos_at = cos + (i64)i * half + column;
         const float* sin_at = sin + (i64)i * half + column;
         Pack<X> first, second;

@@ -1,7 +1,7 @@
 //! Grouped-query attention.
 //!
-//! libtorch's fused operator does the work: blocks of queries and keys, softmax on the fly, in both directions, with key heads
-//! shared by groups of query heads without being copied. Its sums run over the keys in a fixed order and a hidden key enters as
+//! Kernels of our own on Hopper and libtorch's fused operators elsewhere do the work: blocks of queries and keys, softmax on the fly, in
+//! both directions, with key heads shared by groups of query heads without being copied. Their sums run over the keys in a fixed order and a hidden key enters as
 //! an exact zero, so equal inputs give equal bits and a hidden token's value cannot show, as long as it is finite.
 
 // b batch, n queries, m keys, h query heads, k key heads, p d_head
@@ -10,8 +10,8 @@ use tch::{Device, Kind, Tensor};
 
 use flowhn_torch::{Error, Result, check};
 
-use crate::mask::Pattern;
-use crate::{Mask, fused};
+use crate::mask::{Pattern, Takes};
+use crate::{Mask, fused, hopper};
 
 /// `softmax(q k^T / sqrt(d_head)) v` over the keys that `mask` shows each query; a query that sees no key gets zeros.
 ///
@@ -60,14 +60,19 @@ pub fn attention(q_bnhp: &Tensor, k_bmkp: &Tensor, v_bmkp: &Tensor, mask: &Mask)
     }
 
     let on_cpu = q_bnhp.device() == Device::Cpu;
-    let windows = !on_cpu && q_bnhp.kind() == Kind::BFloat16;
-    let visible = mask.resolve(OP, [batch, n, m], q_bnhp.device(), windows)?;
+    let on_hopper = hopper::takes(q_bnhp, k_bmkp, v_bmkp)?;
+    let takes = Takes { windows: !on_cpu && q_bnhp.kind() == Kind::BFloat16, documents: on_hopper };
+    let visible = mask.resolve(OP, [batch, n, m], q_bnhp.device(), takes)?;
     if visible.keys.is_empty() {
         return Ok(q_bnhp.f_zeros_like()?);
     }
+    let is_whole = visible.keys.len() as i64 == m;
+    if on_hopper && is_whole && !matches!(visible.pattern, Pattern::Window(_) | Pattern::Dense(_)) {
+        return hopper::attend([q_bnhp, k_bmkp, v_bmkp], &visible.pattern);
+    }
     let heads_first = |x: &Tensor| -> Result<Tensor> { Ok(x.f_transpose(1, 2)?) };
     let shown = |x: &Tensor| -> Result<Tensor> {
-        if visible.keys.len() as i64 == m {
+        if is_whole {
             return heads_first(x);
         }
         heads_first(&x.f_narrow(1, visible.keys.start as i64, visible.keys.len() as i64)?)
@@ -86,7 +91,9 @@ fn on_the_cpu(q_bhnp: &Tensor, k_bkmp: &Tensor, v_bkmp: &Tensor, pattern: &Patte
         Pattern::All => (None, false),
         Pattern::Causal => (None, true),
         Pattern::Dense(mask_bnm) => (Some(mask_bnm), false),
-        Pattern::Window(_) => return Err(Error::invalid("attention", "a window must be spelled out on the CPU")),
+        Pattern::Window(_) | Pattern::Documents(_) => {
+            return Err(Error::invalid("attention", "windows and documents must be spelled out on the CPU"));
+        }
     };
     let shared = q_bhnp.size()[1] != k_bkmp.size()[1];
     Ok(Tensor::f_scaled_dot_product_attention(q_bhnp, k_bkmp, v_bkmp, dense, 0., is_causal, None, shared)?)

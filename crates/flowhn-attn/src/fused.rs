@@ -9,6 +9,8 @@
 //! - bf16, masks that are spelled out (documents, routed positions): cuDNN with a bias, or where equal bits are wanted, or a query may
 //!   see no key at all, the memory-efficient operator, whose result is then 0;
 //! - f32: the plain formula, because the fused operators would round to fewer bits.
+//!
+//! Whole sequences with heads of 64 on Hopper do not come here: `hopper.rs`.
 
 // b batch, h query heads, k key heads, n queries, m keys, p d_head
 
@@ -51,6 +53,7 @@ pub(crate) fn attend(q_bhnp: &Tensor, k_bkmp: &Tensor, v_bkmp: &Tensor, visible:
         Pattern::Dense(mask) if cudnn && visible.sees_itself => heads.cudnn(Some(mask), false)?,
         Pattern::Dense(mask) => heads.memory_efficient(mask)?,
         Pattern::Window(window) => heads.flash_window(*window)?,
+        Pattern::Documents(_) => return Err(Error::invalid("attention", "documents must be spelled out here")),
         Pattern::All if cudnn => heads.cudnn(None, false)?,
         Pattern::Causal if cudnn => heads.cudnn(None, true)?,
         Pattern::All => heads.flash(false)?,
@@ -185,7 +188,9 @@ fn plain(q_bhnp: &Tensor, k_bkmp: &Tensor, v_bkmp: &Tensor, pattern: &Pattern) -
     let bias = match pattern {
         Pattern::Dense(mask) => Some(hide(mask, mask.size()[3], q_bhnp.kind())?),
         Pattern::All | Pattern::Causal => None,
-        Pattern::Window(_) => return Err(Error::invalid("attention", "a window must be spelled out in f32")),
+        Pattern::Window(_) | Pattern::Documents(_) => {
+            return Err(Error::invalid("attention", "windows and documents must be spelled out in f32"));
+        }
     };
     first(call(
         "aten::_scaled_dot_product_attention_math",

@@ -2,6 +2,8 @@
 
 use flowhn_torch::kernel::{Defines, KernelSource, KernelSpec};
 
+use crate::hopper;
+
 /// [`rotary`](crate::rotary), there and back.
 pub(crate) static ROTARY: KernelSource =
     KernelSource { name: "rotary.cu", text: include_str!("../kernels/rotary.cu"), headers: &[] };
@@ -51,9 +53,41 @@ const DECODE_ATTENTION_VARIANTS: &[Defines<'static>] = decode_attention![
     [1, 8, 1, 4, 2, 4, 1],
 ];
 
+/// What the kernels of attention on Hopper share.
+const HOPPER_HEADERS: &[(&str, &str)] = &[("attention_sm90.cuh", include_str!("../kernels/attention_sm90.cuh"))];
+
+/// Attention on Hopper.
+pub(crate) static ATTENTION_FORWARD: KernelSource = KernelSource {
+    name: "attention_forward_sm90.cu",
+    text: include_str!("../kernels/attention_forward_sm90.cu"),
+    headers: HOPPER_HEADERS,
+};
+
+/// The gradient of its queries.
+pub(crate) static ATTENTION_DQ: KernelSource = KernelSource {
+    name: "attention_dq_sm90.cu",
+    text: include_str!("../kernels/attention_dq_sm90.cu"),
+    headers: HOPPER_HEADERS,
+};
+
+/// Those of its keys and values.
+pub(crate) static ATTENTION_DKV: KernelSource = KernelSource {
+    name: "attention_dkv_sm90.cu",
+    text: include_str!("../kernels/attention_dkv_sm90.cu"),
+    headers: HOPPER_HEADERS,
+};
+
+/// Where the documents of tokens begin and end.
+pub(crate) static DOCUMENT_BOUNDS: KernelSource =
+    KernelSource { name: "document_bounds.cu", text: include_str!("../kernels/document_bounds.cu"), headers: &[] };
+
 /// Every kernel of this crate with the variants in use; a test compiles them all.
 pub const KERNELS: &[KernelSpec] = &[
     KernelSpec { source: &ROTARY, variants: &[&[("X_KIND", 0)], &[("X_KIND", 1)]] },
+    KernelSpec { source: &ATTENTION_FORWARD, variants: hopper::FORWARD_VARIANTS },
+    KernelSpec { source: &ATTENTION_DQ, variants: hopper::DQ_VARIANTS },
+    KernelSpec { source: &ATTENTION_DKV, variants: hopper::DKV_VARIANTS },
+    KernelSpec { source: &DOCUMENT_BOUNDS, variants: &[&[]] },
     KernelSpec { source: &DECODE_CLOCK, variants: &[&[]] },
     KernelSpec {
         source: &DECODE_APPEND,

@@ -11,6 +11,7 @@ mod cache;
 mod clock;
 mod decode;
 mod fused;
+mod hopper;
 mod kernels;
 mod mask;
 mod mixer;

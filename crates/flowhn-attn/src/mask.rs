@@ -40,6 +40,7 @@ pub enum Order<'a> {
 pub struct Mask<'a> {
     order: Order<'a>,
     segments: Option<(&'a Tensor, &'a Tensor)>,
+    documents: Option<&'a Tensor>,
     window: Option<usize>,
     n_sinks: usize,
 }
@@ -50,7 +51,7 @@ type HostPositions<'a> = (Cow<'a, [i64]>, Cow<'a, [i64]>);
 impl<'a> Mask<'a> {
     /// A mask of this order alone.
     pub fn new(order: Order<'a>) -> Self {
-        Self { order, segments: None, window: None, n_sinks: 0 }
+        Self { order, segments: None, documents: None, window: None, n_sinks: 0 }
     }
 
     /// [`Order::Causal`].
@@ -71,7 +72,14 @@ impl<'a> Mask<'a> {
     /// A query also sees only keys with its own segment id: `[batch, n]` and `[batch, m]`, i64, on the device of the keys.
     #[must_use]
     pub fn with_segments(self, q_segments_bn: &'a Tensor, k_segments_bm: &'a Tensor) -> Self {
-        Self { segments: Some((q_segments_bn, k_segments_bm)), ..self }
+        Self { segments: Some((q_segments_bn, k_segments_bm)), documents: None, ..self }
+    }
+
+    /// As [`Mask::with_segments`], where the queries are the keys and the ids never decrease along a sequence, as those of documents in a pack: keys
+    /// of other documents need not be read then, nor a mask be spelled out.
+    #[must_use]
+    pub fn with_documents(self, segments_bn: &'a Tensor) -> Self {
+        Self { segments: Some((segments_bn, segments_bn)), documents: Some(segments_bn), ..self }
     }
 
     /// A query also sees only keys less than `window` positions before it; 1 leaves a query its own position.
@@ -86,9 +94,8 @@ impl<'a> Mask<'a> {
         Self { n_sinks, ..self }
     }
 
-    /// What the mask comes to for `n` queries and `m` keys, both not 0, as far as the host can say. Only where `windows` is true does
-    /// it answer with [`Pattern::Window`].
-    pub(crate) fn resolve(&self, op: &'static str, sizes: [i64; 3], device: Device, windows: bool) -> Result<Visible> {
+    /// What the mask comes to for `n` queries and `m` keys, both not 0, as far as the host can say, in a pattern that `takes` names.
+    pub(crate) fn resolve(&self, op: &'static str, sizes: [i64; 3], device: Device, takes: Takes) -> Result<Visible> {
         let [batch, n, m] = sizes;
         let window = self.checked_window(op)?;
         self.check_segments(op, sizes, device)?;
@@ -109,8 +116,11 @@ impl<'a> Mask<'a> {
             None if window_is_idle && k[end - 1] <= first => Pattern::All,
             None if window_is_idle && *q == k[keys.clone()] => Pattern::Causal,
             // Without gaps, so many positions are so many keys.
-            None if windows && self.n_sinks == 0 && *q == k[keys.clone()] && last - first == n - 1 => {
+            None if takes.windows && self.n_sinks == 0 && *q == k[keys.clone()] && last - first == n - 1 => {
                 Pattern::Window(window.unwrap_or(last - first + 1))
+            }
+            Some(_) if takes.documents && window_is_idle && keys.len() == k.len() && *q == *k && self.documents.is_some() => {
+                Pattern::Documents(self.documents.expect("asked before").shallow_clone())
             }
             _ => Pattern::Dense(self.dense(batch, n, m, &keys, window.filter(|_| !window_is_idle), device)?),
         };
@@ -193,6 +203,15 @@ impl<'a> Mask<'a> {
     }
 }
 
+/// The patterns that an operator takes beside all keys, causal ones and masks that are spelled out.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct Takes {
+    /// [`Pattern::Window`].
+    pub windows: bool,
+    /// [`Pattern::Documents`].
+    pub documents: bool,
+}
+
 /// What a mask comes to.
 #[derive(Debug)]
 pub(crate) struct Visible {
@@ -212,6 +231,8 @@ pub(crate) enum Pattern {
     Causal,
     /// Query `i` the last so many keys up to `i`.
     Window(i64),
+    /// Query `i` those up to `i` of the same document, of which these are the ids: i64, `[batch, n]`, never decreasing.
+    Documents(Tensor),
     /// Those with `true`: bool, `[batch or 1, 1, n, keys]`.
     Dense(Tensor),
 }

@@ -90,11 +90,11 @@ impl AttnInit {
 pub struct AttnContext<'a> {
     /// Positions of the window's tokens: `n`.
     pub positions: &'a Positions,
-    /// Documents of the window's tokens: `[batch, n]`, i64.
+    /// Documents of the window's tokens: `[batch, n]`, i64, never decreasing along a sequence.
     pub segments_bn: Option<&'a Tensor>,
     /// Positions of the source's tokens, `m`; with a bridge only.
     pub source_positions: Option<&'a Positions>,
-    /// Documents of the source's tokens: `[batch, m]`, i64; with a bridge only.
+    /// Documents of the source's tokens: `[batch, m]`, i64, never decreasing along a sequence; with a bridge only.
     pub source_segments_bm: Option<&'a Tensor>,
 }
 
@@ -424,6 +424,10 @@ impl AttnMixer {
     ) -> Result<Tensor> {
         let mut mask = Mask::positions(ctx.positions, k_positions);
         mask = match (ctx.segments_bn, k_segments_bm) {
+            // The queries are the keys.
+            (Some(segments_bn), Some(k_segments_bm)) if std::ptr::eq(segments_bn, k_segments_bm) => {
+                mask.with_documents(segments_bn)
+            }
             (Some(q_segments_bn), Some(k_segments_bm)) => mask.with_segments(q_segments_bn, k_segments_bm),
             (None, None) => mask,
             _ => {

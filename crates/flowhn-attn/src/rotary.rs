@@ -133,8 +133,13 @@ impl Function for Rotary {
         Ok(vec![turn(inputs[0], &self.table, Sense::Forth)?])
     }
 
-    fn backward(&self, _ctx: &BackwardCtx, grads: &[Tensor]) -> Result<Vec<Option<Tensor>>> {
-        Ok(vec![Some(turn(&grads[0], &self.table, Sense::Back)?)])
+    fn backward(&self, ctx: &BackwardCtx, grads: &[Tensor]) -> Result<Vec<Option<Tensor>>> {
+        let dy = &grads[0];
+        let dx = match dy.device() {
+            Device::Cuda(_) if dy.numel() > 0 => turn_on_cuda(dy, &self.table, Sense::Back, ctx.grad_place(0, dy)?)?,
+            _ => turn(dy, &self.table, Sense::Back)?,
+        };
+        Ok(vec![Some(dx)])
     }
 }
 
@@ -151,23 +156,22 @@ fn turn(x: &Tensor, table: &RotaryTable, sense: Sense) -> Result<Tensor> {
         (Device::Cpu, Kind::Float) => turn_on_cpu::<f32>(x, table, sense),
         (Device::Cpu, Kind::Double) => turn_on_cpu::<f64>(x, table, sense),
         (Device::Cpu, Kind::BFloat16) => turn_on_cpu::<bf16>(x, table, sense),
-        (Device::Cuda(_), _) => turn_on_cuda(x, table, sense),
+        (Device::Cuda(_), _) => turn_on_cuda(x, table, sense, Tensor::f_empty(x.size(), (x.kind(), x.device()))?),
         _ => turn_by_ops(x, table, sense),
     }
 }
 
-/// One kernel, in which a thread turns eight pairs.
-fn turn_on_cuda(x: &Tensor, table: &RotaryTable, sense: Sense) -> Result<Tensor> {
+/// One kernel, in which a thread turns eight pairs, into `y`, whose heads are dense.
+fn turn_on_cuda(x: &Tensor, table: &RotaryTable, sense: Sense, y: Tensor) -> Result<Tensor> {
     const BLOCK: i64 = 256;
     let x = with_dense_rows(x)?;
     let (batch, n, heads, d_head) = x.size4()?;
-    let y = Tensor::f_empty(x.size(), (x.kind(), x.device()))?;
     let half = d_head / 2;
     let n_tokens = i32::try_from(batch * n).map_err(|_| {
         Error::invalid("rotary", format!("{} tokens are more than a launch counts; split the batch", batch * n))
     })?;
     let tokens_per_block = (BLOCK / (heads * ((half + 7) / 8))).clamp(1, BLOCK) as i32;
-    let strides = x.stride();
+    let (strides, y_strides) = (x.stride(), y.stride());
     let defines = [("X_KIND", kind_define("rotary", "x_bnhp", &x)?)];
     Kernel { source: &ROTARY, entry: "rotary", defines: &defines }.launch(
         [(n_tokens as u32).div_ceil(tokens_per_block as u32), 1, 1],
@@ -181,6 +185,9 @@ fn turn_on_cuda(x: &Tensor, table: &RotaryTable, sense: Sense) -> Result<Tensor>
             Arg::I64(strides[0]),
             Arg::I64(strides[1]),
             Arg::I64(strides[2]),
+            Arg::I64(y_strides[0]),
+            Arg::I64(y_strides[1]),
+            Arg::I64(y_strides[2]),
             Arg::I32(batch as i32),
             Arg::I32(n as i32),
             Arg::I32(heads as i32),

@@ -102,7 +102,7 @@ impl Head {
 pub struct Input<'a> {
     /// Token ids, i64 `[batch, seq_len]`.
     pub ids_bl: &'a Tensor,
-    /// Documents of packed sequences, i64 `[batch, seq_len]`: equal within one, different between neighbours.
+    /// Documents of packed sequences, i64 `[batch, seq_len]`: equal within one, larger in the next.
     pub segments_bl: Option<&'a Tensor>,
     /// Absolute position of the first token; it decides the routing and rotary angles.
     pub offset: usize,
@@ -528,6 +528,9 @@ impl Model {
         if let Some(segments) = input.segments_bl.filter(|segments| segments.size() != size) {
             return Err(Error::Input(format!("segments have shape {:?}, the ids {size:?}", segments.size())));
         }
+        if let Some(segments) = input.segments_bl.filter(|segments| segments.device() == Device::Cpu) {
+            check_documents(segments)?;
+        }
         if input.segments_bl.is_some() && self.config.options.n_meta > 0 {
             let message = "a model with learned tokens (model.n_meta) reads one document a sequence: set \
                            data.reset_documents = false, or model.n_meta = 0";
@@ -560,4 +563,17 @@ impl Model {
         }
         Ok(layout)
     }
+}
+
+/// Documents follow one another: what reads them finds their ends by halves.
+fn check_documents(segments_bl: &Tensor) -> Result<()> {
+    let steps = segments_bl.f_diff(1, 1, None::<&Tensor>, None::<&Tensor>)?;
+    let decreasing = steps.f_lt(0)?.f_nonzero()?;
+    if decreasing.size()[0] == 0 {
+        return Ok(());
+    }
+    let (row, token) = (decreasing.int64_value(&[0, 0]), decreasing.int64_value(&[0, 1]) + 1);
+    Err(Error::Input(format!(
+        "segments decrease at token {token} of sequence {row}: number the documents of a sequence in their order"
+    )))
 }

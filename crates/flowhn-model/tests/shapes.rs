@@ -104,6 +104,9 @@ fn bad_input_is_refused() {
     assert!(refused(&good.view([16]), None).contains("[16]"));
     assert!(refused(&good.narrow(1, 0, 0), None).contains("at least one token"));
     assert!(refused(&good, Some(&good.narrow(1, 0, 4))).contains("segments have shape [2, 4]"));
+    let segments = good.zeros_like();
+    let _ = segments.get(1).narrow(0, 0, 3).fill_(1);
+    assert!(refused(&good, Some(&segments)).contains("segments decrease at token 3 of sequence 1"));
     let targets = good.narrow(1, 0, 4);
     assert!(model.loss(&good, &targets, None).unwrap_err().to_string().contains("targets have shape [2, 4]"));
 }

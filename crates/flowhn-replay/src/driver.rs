@@ -95,20 +95,20 @@ impl Arg {
     /// # Errors
     /// What the driver says if it makes none.
     pub fn map(_device: &Device, address: u64, form: &BoxMap) -> Result<Self> {
-        let BoxMap { size, row_bytes, box_size } = form;
+        let BoxMap { n_axes, size, strides, box_size } = form;
         let mut map = sys::CUtensorMap { opaque: [0; 16] };
-        // SAFETY: every pointer but the address leads to as many numbers as two axes have; the driver keeps none of them, and does
+        // SAFETY: every pointer but the address leads to at least as many numbers as there are axes; the driver keeps none of them, and does
         // not read what is at the address.
         let outcome = unsafe {
             sys::cuTensorMapEncodeTiled(
                 &mut map,
                 sys::CUtensorMapDataType::CU_TENSOR_MAP_DATA_TYPE_BFLOAT16,
-                2,
+                *n_axes,
                 address as *mut c_void,
                 size.as_ptr(),
-                row_bytes,
+                strides.as_ptr(),
                 box_size.as_ptr(),
-                [1, 1].as_ptr(),
+                [1; 4].as_ptr(),
                 sys::CUtensorMapInterleave::CU_TENSOR_MAP_INTERLEAVE_NONE,
                 sys::CUtensorMapSwizzle::CU_TENSOR_MAP_SWIZZLE_128B,
                 sys::CUtensorMapL2promotion::CU_TENSOR_MAP_L2_PROMOTION_L2_128B,

@@ -183,6 +183,11 @@ template <int TILES> __device__ __forceinline__ void wgmma_hold(float (&d)[TILES
     #pragma unroll
     for (int i = 0; i < TILES; i++) asm volatile("" : "+f"(d[i][0]), "+f"(d[i][1]), "+f"(d[i][2]), "+f"(d[i][3])::"memory");
 }
+// Keeps what makes a factor in registers on its side of a fence or wait.
+template <int TILES> __device__ __forceinline__ void wgmma_hold(unsigned (&a)[TILES][4]) {
+    #pragma unroll
+    for (int i = 0; i < TILES; i++) asm volatile("" : "+r"(a[i][0]), "+r"(a[i][1]), "+r"(a[i][2]), "+r"(a[i][3])::"memory");
+}
 // Lets products read what this thread wrote to shared memory, after the next barrier.
 __device__ __forceinline__ void wgmma_publish() { asm volatile("fence.proxy.async.shared::cta;" ::: "memory"); }
 
@@ -296,6 +301,15 @@ __device__ __forceinline__ void box_load(unsigned dst, const BoxMap& map, int co
 __device__ __forceinline__ void box_store(const BoxMap& map, int column, int row, unsigned src) {
     asm volatile("cp.async.bulk.tensor.2d.global.shared::cta.bulk_group [%0, {%1, %2}], [%3];" ::"l"(&map), "r"(column), "r"(row), "r"(src)
                  : "memory");
+}
+// The same for maps of four axes: the box is of one matrix of one stack of them.
+__device__ __forceinline__ void box_load(unsigned dst, const BoxMap& map, int column, int row, int matrix, int stack, unsigned barrier) {
+    asm volatile("cp.async.bulk.tensor.4d.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1, {%2, %3, %4, %5}], [%6];" ::"r"(dst),
+                 "l"(&map), "r"(column), "r"(row), "r"(matrix), "r"(stack), "r"(barrier) : "memory");
+}
+__device__ __forceinline__ void box_store(const BoxMap& map, int column, int row, int matrix, int stack, unsigned src) {
+    asm volatile("cp.async.bulk.tensor.4d.global.shared::cta.bulk_group [%0, {%1, %2, %3, %4}], [%5];" ::"l"(&map), "r"(column), "r"(row),
+                 "r"(matrix), "r"(stack), "r"(src) : "memory");
 }
 __device__ __forceinline__ void box_commit() { asm volatile("cp.async.bulk.commit_group;" ::: "memory"); }
 // Waits until at most `N` of this thread's latest groups of stores still read shared memory.

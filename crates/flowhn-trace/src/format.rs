@@ -76,7 +76,7 @@ pub enum Value {
     Address(Place),
     /// A map of 128 bytes for Hopper's copy engine.
     Boxes {
-        /// The matrix's first element.
+        /// The tensor's first element.
         matrix: Place,
         /// What else the map is made from.
         map: BoxMap,
@@ -85,16 +85,19 @@ pub enum Value {
     Bits(u64),
 }
 
-/// A bf16 matrix and the boxes in which it is copied, in the words of `cuTensorMapEncodeTiled`: axes begin with the one whose elements
-/// are neighbours. Boxes take neighbouring elements, swizzled by 128 bytes, and parts of them outside the matrix are read as 0.
+/// A bf16 tensor of two to four axes and the boxes in which it is copied, in the words of `cuTensorMapEncodeTiled`: axes begin with the one
+/// whose elements are neighbours; those that are not there have one element. Boxes take neighbouring elements, swizzled by 128 bytes, and
+/// parts of them outside the tensor are read as 0.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, Serialize, Deserialize)]
 pub struct BoxMap {
+    /// How many axes are there.
+    pub n_axes: u32,
     /// Elements of each axis.
-    pub size: [u64; 2],
-    /// From a row to the next.
-    pub row_bytes: u64,
+    pub size: [u64; 4],
+    /// From an element of each axis but the first to the next.
+    pub strides: [u64; 3],
     /// Elements of a box in each axis.
-    pub box_size: [u32; 2],
+    pub box_size: [u32; 4],
 }
 
 /// A launch that took place and was not recorded.

@@ -77,7 +77,12 @@ mod tests {
                 Value::Address(Place { region: 0, offset: 12 }),
                 Value::Boxes {
                     matrix: Place { region: 1, offset: 32 },
-                    map: BoxMap { size: [64, 1 << 40], row_bytes: 128, box_size: [64, 256] },
+                    map: BoxMap {
+                        n_axes: 2,
+                        size: [64, 1 << 40, 1, 1],
+                        strides: [128, 16, 16],
+                        box_size: [64, 256, 1, 1],
+                    },
                 },
                 Value::Bits(0),
                 Value::Bits(u64::MAX),

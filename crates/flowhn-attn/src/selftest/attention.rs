@@ -17,10 +17,12 @@ struct Pattern {
     document_len: Option<i64>,
     window: Option<usize>,
     n_sinks: usize,
+    /// Too many tokens for the plain formula on a CPU.
+    is_long: bool,
 }
 
 /// Sizes: query heads, key heads, width of a head.
-const SHAPES: [(i64, i64, i64); 4] = [(4, 4, 64), (12, 3, 64), (4, 2, 24), (2, 1, 20)];
+const SHAPES: [(i64, i64, i64); 5] = [(4, 4, 64), (12, 3, 64), (4, 2, 60), (4, 2, 24), (2, 1, 20)];
 
 pub(super) fn cases() -> Vec<Case> {
     let mut cases = Vec::new();
@@ -29,8 +31,9 @@ pub(super) fn cases() -> Vec<Case> {
             for kind in [Kind::Float, Kind::BFloat16] {
                 let (heads, kv_heads, width) = shape;
                 let name = format!("attention: {}, heads {heads}/{kv_heads} x {width}, {kind:?}", pattern.name);
+                let case = if pattern.is_long { Case::on_cuda } else { Case::new };
                 let pattern = pattern.clone();
-                cases.push(Case::new(name, move |device| check(&pattern, shape, kind, device)));
+                cases.push(case(name, move |device| check(&pattern, shape, kind, device)));
             }
         }
     }
@@ -38,12 +41,18 @@ pub(super) fn cases() -> Vec<Case> {
 }
 
 fn patterns() -> Vec<Pattern> {
-    let plain = |name, q: Vec<i64>, k: Vec<i64>| Pattern { name, q, k, document_len: None, window: None, n_sinks: 0 };
+    let plain = |name, q: Vec<i64>, k: Vec<i64>| {
+        let is_long = q.len() > 200;
+        Pattern { name, q, k, document_len: None, window: None, n_sinks: 0, is_long }
+    };
     let causal = |name, n: i64| plain(name, (0..n).collect(), (0..n).collect());
     vec![
         causal("causal, 1 token", 1),
         causal("causal, 31 tokens", 31),
+        causal("causal, 128 tokens", 128),
         causal("causal, 200 tokens", 200),
+        plain("all keys before the queries", (150..280).collect(), (0..130).collect()),
+        Pattern { document_len: Some(21), ..plain("documents, last few", (70..77).collect(), (0..77).collect()) },
         plain("last of a cache", vec![76], (0..77).collect()),
         plain("last few of a cache", (70..77).collect(), (0..77).collect()),
         plain("scattered among all", vec![2, 3, 9, 10, 66], (0..80).collect()),
@@ -52,7 +61,13 @@ fn patterns() -> Vec<Pattern> {
         Pattern { window: Some(17), ..causal("window of 17", 100) },
         Pattern { window: Some(1), ..causal("window of 1", 70) },
         Pattern { window: Some(17), n_sinks: 5, ..causal("window of 17 and 5 sinks", 100) },
+        causal("causal, 384 tokens", 384),
+        causal("causal, 1000 tokens", 1000),
+        plain("all keys before the queries, long", (900..1300).collect(), (0..400).collect()),
         Pattern { document_len: Some(13), ..causal("documents", 100) },
+        Pattern { document_len: Some(70), ..causal("long documents", 200) },
+        Pattern { document_len: Some(150), ..causal("long documents, some whole", 1000) },
+        Pattern { document_len: Some(3), ..causal("many documents", 385) },
         Pattern { document_len: Some(23), window: Some(9), ..causal("documents and window", 90) },
     ]
 }
@@ -101,7 +116,10 @@ fn check(pattern: &Pattern, shape: (i64, i64, i64), kind: Kind, device: Device) 
     let kernel = |x: &[Tensor]| -> Result<Vec<Tensor>> {
         let mut mask = Mask::positions(&q_positions, &k_positions);
         if pattern.document_len.is_some() {
-            mask = mask.with_segments(&q_documents, &k_documents);
+            mask = match pattern.q == pattern.k {
+                true => mask.with_documents(&q_documents),
+                false => mask.with_segments(&q_documents, &k_documents),
+            };
         }
         if let Some(window) = pattern.window {
             mask = mask.with_window(window).with_sinks(pattern.n_sinks);

@@ -418,7 +418,7 @@ mod tests {
         let part = matrix.narrow(0, 1, 3).narrow(1, 8, 20);
         let boxes = |matrix| Arg::Boxes(Boxes { matrix, n_rows: 8 });
         let (_folder, records) = recorded(1000, false, &[&[Arg::Tensor(&matrix), boxes(&part)]]);
-        let map = BoxMap { size: [20, 3], row_bytes: 128, box_size: [64, 8] };
+        let map = BoxMap { n_axes: 2, size: [20, 3, 1, 1], strides: [128, 16, 16], box_size: [64, 8, 1, 1] };
         assert_eq!(launch(&records[0]).args[1], Value::Boxes { matrix: Place { region: 0, offset: 144 }, map });
         let (_folder, records) = recorded(1000, false, &[&[boxes(&part)]]);
         assert_eq!(launch(&records[0]).regions[0].n_bytes, 2 * 128 + 40, "nothing behind the last row");
