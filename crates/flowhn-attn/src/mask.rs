@@ -119,7 +119,13 @@ impl<'a> Mask<'a> {
             None if takes.windows && self.n_sinks == 0 && *q == k[keys.clone()] && last - first == n - 1 => {
                 Pattern::Window(window.unwrap_or(last - first + 1))
             }
-            Some(_) if takes.documents && window_is_idle && keys.len() == k.len() && *q == *k && self.documents.is_some() => {
+            Some(_)
+                if takes.documents
+                    && window_is_idle
+                    && keys.len() == k.len()
+                    && *q == *k
+                    && self.documents.is_some() =>
+            {
                 Pattern::Documents(self.documents.expect("asked before").shallow_clone())
             }
             _ => Pattern::Dense(self.dense(batch, n, m, &keys, window.filter(|_| !window_is_idle), device)?),
