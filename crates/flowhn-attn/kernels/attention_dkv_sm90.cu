@@ -14,7 +14,7 @@
 
 #ifdef __CUDA_ARCH_FEAT_SM90_ALL
 constexpr int K = 0, V = 1, LAST_QUERY = 0, Q = 0, DO = 1, LSE = 0, DELTA = 1;
-typedef Layout<2, DOCUMENTS, 2> Memory;
+typedef Layout<2, SPANS, 2> Memory;
 
 // P^T do and dS^T q of the group's keys and 8 PIECES queries.
 template <int PIECES> __device__ __forceinline__ void add_queries(float (&v_sums)[D_HEAD / 8][4], float (&k_sums)[D_HEAD / 8][4], unsigned k_tile,
@@ -35,7 +35,7 @@ template <int PIECES> __device__ __forceinline__ void add_queries(float (&v_sums
         const int key = first + own_row(), query = first_query + skipped + 2 * t;
         hide(scores, [&](int piece, int half, int j) {
             int q = query + 8 * piece + j;
-            return key + 8 * half > q || DOCUMENTS && q > (half ? last_query_high : last_query_low);
+            return key + 8 * half > q || SPANS && q > (half ? last_query_high : last_query_low);
         });
     }
     const float *of_lse = Memory::ring_rows<float>(slot, LSE) + skipped + 2 * t, *of_delta = Memory::ring_rows<float>(slot, DELTA) + skipped + 2 * t;
@@ -92,7 +92,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) attention_dkv(
                 box_load(Memory::own_tile(own.slot, V), v, 0, first, key_head, batch, own.full(own_barriers));
             }
             int last_block = n_blocks - 1;
-            if constexpr (DOCUMENTS) {
+            if constexpr (SPANS) {
                 const int* of_batch = last_queries + (i64)batch * n;
                 #pragma unroll
                 for (int i = lane; i < ROWS; i += 32) Memory::own_rows<int>(own.slot, LAST_QUERY)[i] = of_batch[min(first + i, n - 1)];
@@ -130,10 +130,10 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) attention_dkv(
             const unsigned k_tile = Memory::own_tile(own.slot, K), v_tile = Memory::own_tile(own.slot, V);
             own.wait_full(own_barriers);
             int last_block = n_blocks - 1, last_query[2] = {};
-            const int* of_documents = Memory::own_rows<int>(own.slot, LAST_QUERY);
-            if constexpr (DOCUMENTS) {
-                last_block = of_documents[ROWS - 1] / ROWS;
-                last_query[0] = of_documents[own_row()], last_query[1] = of_documents[own_row() + 8];
+            const int* own_lasts = Memory::own_rows<int>(own.slot, LAST_QUERY);
+            if constexpr (SPANS) {
+                last_block = own_lasts[ROWS - 1] / ROWS;
+                last_query[0] = own_lasts[own_row()], last_query[1] = own_lasts[own_row() + 8];
             }
             float k_sums[D_HEAD / 8][4], v_sums[D_HEAD / 8][4];
             bool is_first = true;
@@ -142,7 +142,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) attention_dkv(
                     ring.wait_full(ring_barriers);
                     const int first_query = query_block * ROWS;
                     const bool is_diagonal = CAUSAL && query_block == block;
-                    const bool has_border = DOCUMENTS && first_query + ROWS - 1 > of_documents[0];
+                    const bool has_border = SPANS && first_query + ROWS - 1 > own_lasts[0];
                     if (is_diagonal) {
                         for (int half = own_group(); half < GROUPS; half++) {
                             add_queries<8>(v_sums, k_sums, k_tile, v_tile, ring.slot, c, first, first_query, half * GROUP_ROWS, last_query[0], last_query[1], true, is_first);

@@ -14,7 +14,7 @@
 
 #ifdef __CUDA_ARCH_FEAT_SM90_ALL
 constexpr int Q = 0, DO = 1, O = 2, K = 0, V = 1, LSE = 0, FIRST_KEY = 1;
-typedef Layout<3, 1 + DOCUMENTS, 0> Memory;
+typedef Layout<3, 1 + SPANS, 0> Memory;
 
 // The sum over a row of do o, of which a lane has 16 of 64 columns; all four lanes of the row have it.
 __device__ __forceinline__ float row_delta(unsigned o_tile, unsigned do_tile, int row) {
@@ -55,7 +55,7 @@ template <int PIECES> __device__ __forceinline__ void add_keys(float (&sums)[D_H
         const int query = first + own_row(), key = first_key + threadIdx.x % 4 * 2;
         hide(scores, [&](int piece, int half, int j) {
             int k = key + 8 * piece + j, q = query + 8 * half;
-            return CAUSAL ? k > q || DOCUMENTS && k < own.first_key[half] : k >= n;
+            return CAUSAL ? k > q || SPANS && k < own.first_key[half] : k >= n;
         });
     }
     #pragma unroll
@@ -105,11 +105,11 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) attention_dq(
             for (int i = lane; i < ROWS; i += 32) {
                 int row = first + i;
                 Memory::own_rows<float>(own.slot, LSE)[i] = row < n ? lse[at + row] * LOG2_E : NO_WEIGHT;
-                if (DOCUMENTS) Memory::own_rows<int>(own.slot, FIRST_KEY)[i] = first_keys[(i64)batch * n + min(row, n - 1)];
+                if (SPANS) Memory::own_rows<int>(own.slot, FIRST_KEY)[i] = first_keys[(i64)batch * n + min(row, n - 1)];
             }
             mbarrier_arrive(own.full(own_barriers));
             own.next();
-            const int first_block = DOCUMENTS ? first_keys[(i64)batch * n + first] / ROWS : 0;
+            const int first_block = SPANS ? first_keys[(i64)batch * n + first] / ROWS : 0;
             for (int key_block = first_block; key_block < (CAUSAL ? block + 1 : n_blocks); key_block++, ring.next()) {
                 ring.wait_empty(ring_barriers);
                 if (lane == 0) {
@@ -130,22 +130,22 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) attention_dq(
             const unsigned q_tile = Memory::own_tile(own.slot, Q), do_tile = Memory::own_tile(own.slot, DO), o_tile = Memory::own_tile(own.slot, O);
             own.wait_full(own_barriers);
             Own mine;
-            const int* of_documents = Memory::own_rows<int>(own.slot, FIRST_KEY);
+            const int* own_firsts = Memory::own_rows<int>(own.slot, FIRST_KEY);
             #pragma unroll
             for (int half = 0; half < 2; half++) {
                 const int row = own_row() + 8 * half;
                 mine.lse[half] = Memory::own_rows<float>(own.slot, LSE)[row];
-                mine.first_key[half] = DOCUMENTS ? of_documents[row] : 0;
+                mine.first_key[half] = SPANS ? own_firsts[row] : 0;
                 mine.delta[half] = row_delta(o_tile, do_tile, row);
                 if (threadIdx.x % 4 == 0 && first + row < n) delta[(i64)sequence * n + first + row] = mine.delta[half];
             }
             if (sent_from && is_leader) box_wait_read<0>(), mbarrier_arrive(sent_from);
-            const int first_block = DOCUMENTS ? of_documents[0] / ROWS : 0, last_block = CAUSAL ? block : n_blocks - 1;
+            const int first_block = SPANS ? own_firsts[0] / ROWS : 0, last_block = CAUSAL ? block : n_blocks - 1;
             float sums[D_HEAD / 8][4];
             unsigned held = 0;
             for (int key_block = first_block; key_block < last_block; key_block++, ring.next()) {
                 ring.wait_full(ring_barriers);
-                const bool has_border = DOCUMENTS && key_block * ROWS < of_documents[ROWS - 1];
+                const bool has_border = SPANS && key_block * ROWS < own_firsts[ROWS - 1];
                 add_keys<16>(sums, q_tile, do_tile, Memory::ring_tile(ring.slot, K), Memory::ring_tile(ring.slot, V), mine, c, first, key_block * ROWS, n,
                              has_border, key_block == first_block, held);
                 held = ring.empty(ring_barriers);

@@ -14,7 +14,7 @@
 
 #ifdef __CUDA_ARCH_FEAT_SM90_ALL
 constexpr int Q = 0, FIRST_KEY = 0, K = 0, V = 1;
-typedef Layout<1, DOCUMENTS, 0> Memory;
+typedef Layout<1, SPANS, 0> Memory;
 
 // Below all scores, and with them a number.
 constexpr float LOWEST = -1e30f;
@@ -78,7 +78,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) attention_forward(
                 box_load(Memory::own_tile(own.slot, Q), q, 0, first, head, batch, own.full(own_barriers));
             }
             int first_block = 0;
-            if constexpr (DOCUMENTS) {
+            if constexpr (SPANS) {
                 const int* of_batch = first_keys + (i64)batch * n;
                 #pragma unroll
                 for (int i = lane; i < ROWS; i += 32) Memory::own_rows<int>(own.slot, FIRST_KEY)[i] = of_batch[min(first + i, n - 1)];
@@ -108,9 +108,9 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) attention_forward(
             const int block = n_blocks - 1 - tile / n_sequences, sequence = tile % n_sequences, first = block * ROWS, query = first + own_row();
             const unsigned q_tile = Memory::own_tile(own.slot, Q);
             own.wait_full(own_barriers);
-            const int* of_documents = Memory::own_rows<int>(own.slot, FIRST_KEY);
+            const int* own_firsts = Memory::own_rows<int>(own.slot, FIRST_KEY);
             int first_block = 0, first_key[2] = {};
-            if constexpr (DOCUMENTS) first_block = of_documents[0] / ROWS, first_key[0] = of_documents[own_row()], first_key[1] = of_documents[own_row() + 8];
+            if constexpr (SPANS) first_block = own_firsts[0] / ROWS, first_key[0] = own_firsts[own_row()], first_key[1] = own_firsts[own_row() + 8];
             const int last_block = CAUSAL ? block : n_blocks - 1;
             Softmax softmax{{LOWEST, LOWEST}, {0.f, 0.f}};
             float scores[16][4], sums[D_HEAD / 8][4], kept[2];
@@ -120,7 +120,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) attention_forward(
                     const int key = key_block * ROWS + 2 * t;
                     hide(scores, [&](int piece, int half, int j) {
                         int k = key + 8 * piece + j;
-                        return CAUSAL ? k > query + 8 * half || DOCUMENTS && k < first_key[half] : k >= n;
+                        return CAUSAL ? k > query + 8 * half || SPANS && k < first_key[half] : k >= n;
                     });
                 }
                 softmax.take(scores, c, kept);
@@ -147,7 +147,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) attention_forward(
                 wgmma_commit();
                 wgmma_wait<1>();
                 wgmma_hold(scores);
-                weigh(key_block, DOCUMENTS && key_block * ROWS < of_documents[ROWS - 1]);
+                weigh(key_block, SPANS && key_block * ROWS < own_firsts[ROWS - 1]);
                 wgmma_wait<0>();
                 wgmma_hold(sums);
                 if (is_leader) mbarrier_arrive(held);

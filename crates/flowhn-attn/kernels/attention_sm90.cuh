@@ -7,7 +7,7 @@
 // A thread's results of a product of 64 rows are of rows g and g + 8 of its warp's 16 and, of each 8 columns, 2 t and 2 t + 1, where its lane is
 // 4 g + t; rounded, that is how products take their first factor from registers.
 //
-// SEES: what a query sees.  0 every key;  1 CAUSAL, keys up to its own position;  2 DOCUMENTS, of these the ones from `first_keys` on.
+// SEES: what a query sees.  0 every key;  1 CAUSAL, keys up to its own position;  2 SPANS, of these the ones from `first_keys` on (spans.cu).
 #pragma once
 #include "flowhn.cuh"
 #include "smem.cuh"
@@ -15,7 +15,7 @@
 #ifdef __CUDA_ARCH_FEAT_SM90_ALL
 constexpr int D_HEAD = 64, ROWS = 128, ROW_BYTES = D_HEAD * 2, TILE_BYTES = ROWS * ROW_BYTES;
 constexpr int GROUP = 128, GROUPS = 2, WARPS = 4 * GROUPS, THREADS = GROUP * (1 + GROUPS), GROUP_ROWS = ROWS / GROUPS;
-constexpr bool CAUSAL = SEES >= 1, DOCUMENTS = SEES == 2;
+constexpr bool CAUSAL = SEES >= 1, SPANS = SEES == 2;
 // A logarithm of a sum that makes every weight 0.
 constexpr float NO_WEIGHT = 1e30f;
 

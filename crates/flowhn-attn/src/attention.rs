@@ -1,8 +1,9 @@
 //! Grouped-query attention.
 //!
-//! Kernels of our own on Hopper and libtorch's fused operators elsewhere do the work: blocks of queries and keys, softmax on the fly, in
-//! both directions, with key heads shared by groups of query heads without being copied. Their sums run over the keys in a fixed order and a hidden key enters as
-//! an exact zero, so equal inputs give equal bits and a hidden token's value cannot show, as long as it is finite.
+//! Kernels of our own on Hopper and libtorch's fused operators elsewhere do the work: blocks of queries and keys, softmax on
+//! the fly, in both directions, with key heads shared by groups of query heads without being copied. Forward their sums run over
+//! the keys in a fixed order and a hidden key enters as an exact zero, so equal inputs give equal bits and a hidden token's value
+//! cannot show, as long as it is finite.
 
 // b batch, n queries, m keys, h query heads, k key heads, p d_head
 
@@ -61,7 +62,7 @@ pub fn attention(q_bnhp: &Tensor, k_bmkp: &Tensor, v_bmkp: &Tensor, mask: &Mask)
 
     let on_cpu = q_bnhp.device() == Device::Cpu;
     let on_hopper = hopper::takes(q_bnhp, k_bmkp, v_bmkp)?;
-    let takes = Takes { windows: !on_cpu && q_bnhp.kind() == Kind::BFloat16, documents: on_hopper };
+    let takes = Takes { windows: !on_cpu && q_bnhp.kind() == Kind::BFloat16, spans: on_hopper };
     let visible = mask.resolve(OP, [batch, n, m], q_bnhp.device(), takes)?;
     if visible.keys.is_empty() {
         return Ok(q_bnhp.f_zeros_like()?);
@@ -91,7 +92,7 @@ fn on_the_cpu(q_bhnp: &Tensor, k_bkmp: &Tensor, v_bkmp: &Tensor, pattern: &Patte
         Pattern::All => (None, false),
         Pattern::Causal => (None, true),
         Pattern::Dense(mask_bnm) => (Some(mask_bnm), false),
-        Pattern::Window(_) | Pattern::Documents(_) => {
+        Pattern::Window(_) | Pattern::Spans { .. } => {
             return Err(Error::invalid("attention", "windows and documents must be spelled out on the CPU"));
         }
     };

@@ -53,7 +53,7 @@ pub(crate) fn attend(q_bhnp: &Tensor, k_bkmp: &Tensor, v_bkmp: &Tensor, visible:
         Pattern::Dense(mask) if cudnn && visible.sees_itself => heads.cudnn(Some(mask), false)?,
         Pattern::Dense(mask) => heads.memory_efficient(mask)?,
         Pattern::Window(window) => heads.flash_window(*window)?,
-        Pattern::Documents(_) => return Err(Error::invalid("attention", "documents must be spelled out here")),
+        Pattern::Spans { .. } => return Err(Error::invalid("attention", "documents must be spelled out here")),
         Pattern::All if cudnn => heads.cudnn(None, false)?,
         Pattern::Causal if cudnn => heads.cudnn(None, true)?,
         Pattern::All => heads.flash(false)?,
@@ -188,7 +188,7 @@ fn plain(q_bhnp: &Tensor, k_bkmp: &Tensor, v_bkmp: &Tensor, pattern: &Pattern) -
     let bias = match pattern {
         Pattern::Dense(mask) => Some(hide(mask, mask.size()[3], q_bhnp.kind())?),
         Pattern::All | Pattern::Causal => None,
-        Pattern::Window(_) | Pattern::Documents(_) => {
+        Pattern::Window(_) | Pattern::Spans { .. } => {
             return Err(Error::invalid("attention", "windows and documents must be spelled out in f32"));
         }
     };

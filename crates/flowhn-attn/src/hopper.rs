@@ -1,5 +1,5 @@
 //! Attention of whole sequences on Hopper by kernels of our own (`docs/kernels/attention.md`): heads of 64 in bf16, causal, within
-//! documents, or all of it. Equal runs give equal bits.
+//! documents and windows, or all of it. Equal runs give equal bits.
 
 // b batch, n tokens, h query heads, k key heads, p d_head
 
@@ -8,7 +8,7 @@ use tch::{Device, Kind, Tensor};
 use flowhn_torch::kernel::{Arg, Boxes, Defines, Kernel};
 use flowhn_torch::{BackwardCtx, DeviceProperties, Error, ForwardCtx, Function, Result, apply};
 
-use crate::kernels::{ATTENTION_DKV, ATTENTION_DQ, ATTENTION_FORWARD, DOCUMENT_BOUNDS};
+use crate::kernels::{ATTENTION_DKV, ATTENTION_DQ, ATTENTION_FORWARD, SPANS};
 use crate::mask::Pattern;
 
 /// The width of a head.
@@ -19,8 +19,8 @@ const TILE: i64 = 128;
 const N_THREADS: u32 = 384;
 /// Rows that a warp stores at a time.
 const STORED_ROWS: u32 = 16;
-/// Threads of the kernel that looks for the bounds of documents.
-const BOUNDS_THREADS: i64 = 256;
+/// Threads of the kernel that says where spans begin and end.
+const SPANS_THREADS: i64 = 256;
 
 /// What shared memory holds for one of the kernels.
 struct Memory {
@@ -42,19 +42,19 @@ impl Memory {
         let tile = (TILE * D_HEAD) as usize * size_of::<u16>();
         let numbers = TILE as usize * size_of::<f32>();
         let [own_tiles, own_numbers] = self.own;
-        let own_numbers = own_numbers + usize::from(sees == Sees::Documents);
+        let own_numbers = own_numbers + usize::from(sees == Sees::Spans);
         let barriers = 2 * size_of::<u64>();
         2 * (own_tiles * tile + own_numbers * numbers + barriers)
             + self.n_stages * (2 * tile + self.ring_numbers * numbers + barriers)
     }
 }
 
-/// What a query sees: every key, those up to its own position, or of these the ones in its document.
+/// What a query sees: every key, those up to its own position, or of these the ones from some key on.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum Sees {
     All,
     Causal,
-    Documents,
+    Spans,
 }
 
 /// The macros of a kernel.
@@ -66,13 +66,13 @@ const fn macros(memory: &Memory, sees: Sees) -> Macros {
 
 /// The variants of each kernel.
 pub(crate) const FORWARD_VARIANTS: &[Defines] =
-    &[&macros(&FORWARD, Sees::All), &macros(&FORWARD, Sees::Causal), &macros(&FORWARD, Sees::Documents)];
+    &[&macros(&FORWARD, Sees::All), &macros(&FORWARD, Sees::Causal), &macros(&FORWARD, Sees::Spans)];
 /// See [`FORWARD_VARIANTS`].
 pub(crate) const DQ_VARIANTS: &[Defines] =
-    &[&macros(&DQ, Sees::All), &macros(&DQ, Sees::Causal), &macros(&DQ, Sees::Documents)];
+    &[&macros(&DQ, Sees::All), &macros(&DQ, Sees::Causal), &macros(&DQ, Sees::Spans)];
 /// See [`FORWARD_VARIANTS`].
 pub(crate) const DKV_VARIANTS: &[Defines] =
-    &[&macros(&DKV, Sees::All), &macros(&DKV, Sees::Causal), &macros(&DKV, Sees::Documents)];
+    &[&macros(&DKV, Sees::All), &macros(&DKV, Sees::Causal), &macros(&DKV, Sees::Spans)];
 
 /// Whether the kernels take these queries, keys and values, `[b, n, h, p]` and twice `[b, n, k, p]`: bf16 on compute capability 9.0, heads of
 /// 64 that begin at multiples of 16 bytes.
@@ -89,44 +89,53 @@ pub(crate) fn takes(q: &Tensor, k: &Tensor, v: &Tensor) -> Result<bool> {
 
 /// Attention of what [`takes`] accepted; returns `[b, n, h, p]`, contiguous.
 pub(crate) fn attend(inputs: [&Tensor; 3], pattern: &Pattern) -> Result<Tensor> {
-    let (sees, documents) = match pattern {
+    let (sees, spans) = match pattern {
         Pattern::All => (Sees::All, None),
         Pattern::Causal => (Sees::Causal, None),
-        Pattern::Documents(segments_bn) => (Sees::Documents, Some(Bounds::of(segments_bn)?)),
+        Pattern::Spans { segments_bn, window } => {
+            let size = inputs[0].size();
+            let spans = Spans::of([size[0], size[1]], inputs[0].device(), segments_bn.as_ref(), *window)?;
+            (Sees::Spans, Some(spans))
+        }
         Pattern::Window(_) | Pattern::Dense(_) => {
-            return Err(Error::invalid(Attention::NAME, "these kernels have no windows and read no masks"));
+            return Err(Error::invalid(Attention::NAME, "these kernels read no masks"));
         }
     };
     let scale = (D_HEAD as f64).sqrt().recip() as f32;
-    Ok(apply(Attention { sees, documents, scale }, &inputs)?.swap_remove(0))
+    Ok(apply(Attention { sees, spans, scale }, &inputs)?.swap_remove(0))
 }
 
-/// The first and the last token of each token's document, `[b, n]`, i32.
-struct Bounds {
-    first_bn: Tensor,
-    last_bn: Tensor,
+/// The first key that each query sees and the last query that sees each key, `[b, n]`, i32.
+struct Spans {
+    first_keys_bn: Tensor,
+    last_queries_bn: Tensor,
 }
 
-impl Bounds {
-    fn of(segments_bn: &Tensor) -> Result<Self> {
-        let segments_bn = segments_bn.f_contiguous()?;
-        let size = segments_bn.size();
-        let empty = || Tensor::f_empty(size.as_slice(), (Kind::Int, segments_bn.device()));
-        let (first_bn, last_bn) = (empty()?, empty()?);
-        Kernel { source: &DOCUMENT_BOUNDS, entry: "document_bounds", defines: &[] }.launch(
-            [size[0] as u32, ((size[1] + BOUNDS_THREADS - 1) / BOUNDS_THREADS) as u32, 1],
-            BOUNDS_THREADS as u32,
+impl Spans {
+    fn of([batch, n]: [i64; 2], device: Device, segments_bn: Option<&Tensor>, window: Option<i64>) -> Result<Self> {
+        let segments_bn = segments_bn.map(|segments| segments.f_contiguous()).transpose()?;
+        let empty = || Tensor::f_empty([batch, n], (Kind::Int, device));
+        let (first_keys_bn, last_queries_bn) = (empty()?, empty()?);
+        Kernel { source: &SPANS, entry: "spans", defines: &[] }.launch(
+            [batch as u32, ((n + SPANS_THREADS - 1) / SPANS_THREADS) as u32, 1],
+            SPANS_THREADS as u32,
             0,
-            &[Arg::Tensor(&segments_bn), Arg::Tensor(&first_bn), Arg::Tensor(&last_bn), Arg::I32(size[1] as i32)],
+            &[
+                Arg::opt(segments_bn.as_ref()),
+                Arg::Tensor(&first_keys_bn),
+                Arg::Tensor(&last_queries_bn),
+                Arg::I32(n as i32),
+                Arg::I32(window.map_or(0, |window| window.min(n) as i32)),
+            ],
         )?;
-        Ok(Self { first_bn, last_bn })
+        Ok(Self { first_keys_bn, last_queries_bn })
     }
 }
 
 /// Its inputs are queries, keys and values.
 struct Attention {
     sees: Sees,
-    documents: Option<Bounds>,
+    spans: Option<Spans>,
     scale: f32,
 }
 
@@ -141,9 +150,9 @@ impl Attention {
         kernel.launch([n_blocks as u32, 1, 1], N_THREADS, memory.n_bytes(self.sees), &args)
     }
 
-    /// The bounds that a kernel reads, if there are documents.
-    fn bounds(&self, which: impl Fn(&Bounds) -> &Tensor) -> Arg<'_> {
-        Arg::opt(self.documents.as_ref().map(which))
+    /// What a kernel reads of the spans, if there are any.
+    fn spans(&self, which: impl Fn(&Spans) -> &Tensor) -> Arg<'_> {
+        Arg::opt(self.spans.as_ref().map(which))
     }
 }
 
@@ -189,7 +198,7 @@ impl Function for Attention {
             tiles(&v),
             stored(&o),
             Arg::opt(log_sums_bhn.as_ref()),
-            self.bounds(|documents| &documents.first_bn),
+            self.spans(|spans| &spans.first_keys_bn),
         ];
         self.launch(&kernel, &FORWARD, &shape, shape.n_heads, args)?;
         if let Some(log_sums_bhn) = &log_sums_bhn {
@@ -219,13 +228,13 @@ impl Function for Attention {
         let kernel = Kernel { source: &ATTENTION_DQ, entry: "attention_dq", defines: &macros(&DQ, self.sees) };
         let mut args = vec![tiles(&q), tiles(&k), tiles(&v), tiles(&o), tiles(&dout), stored(&dq)];
         args.extend([Arg::Tensor(log_sums_bhn), Arg::Tensor(&deltas_bhn)]);
-        args.push(self.bounds(|documents| &documents.first_bn));
+        args.push(self.spans(|spans| &spans.first_keys_bn));
         self.launch(&kernel, &DQ, &shape, shape.n_heads, args)?;
         if ctx.needs_grad(1) || ctx.needs_grad(2) {
             let kernel = Kernel { source: &ATTENTION_DKV, entry: "attention_dkv", defines: &macros(&DKV, self.sees) };
             let mut args = vec![tiles(&q), tiles(&k), tiles(&v), tiles(&dout), stored(&dk), stored(&dv)];
             args.extend([Arg::Tensor(log_sums_bhn), Arg::Tensor(&deltas_bhn)]);
-            args.push(self.bounds(|documents| &documents.last_bn));
+            args.push(self.spans(|spans| &spans.last_queries_bn));
             self.launch(&kernel, &DKV, &shape, shape.n_kv_heads, args)?;
         }
         Ok(vec![Some(dq_bnhp), Some(dk_bnkp), Some(dv_bnkp)])

@@ -77,9 +77,9 @@ pub(crate) static ATTENTION_DKV: KernelSource = KernelSource {
     headers: HOPPER_HEADERS,
 };
 
-/// Where the documents of tokens begin and end.
-pub(crate) static DOCUMENT_BOUNDS: KernelSource =
-    KernelSource { name: "document_bounds.cu", text: include_str!("../kernels/document_bounds.cu"), headers: &[] };
+/// What queries see within documents and windows.
+pub(crate) static SPANS: KernelSource =
+    KernelSource { name: "spans.cu", text: include_str!("../kernels/spans.cu"), headers: &[] };
 
 /// Every kernel of this crate with the variants in use; a test compiles them all.
 pub const KERNELS: &[KernelSpec] = &[
@@ -87,7 +87,7 @@ pub const KERNELS: &[KernelSpec] = &[
     KernelSpec { source: &ATTENTION_FORWARD, variants: hopper::FORWARD_VARIANTS },
     KernelSpec { source: &ATTENTION_DQ, variants: hopper::DQ_VARIANTS },
     KernelSpec { source: &ATTENTION_DKV, variants: hopper::DKV_VARIANTS },
-    KernelSpec { source: &DOCUMENT_BOUNDS, variants: &[&[]] },
+    KernelSpec { source: &SPANS, variants: &[&[]] },
     KernelSpec { source: &DECODE_CLOCK, variants: &[&[]] },
     KernelSpec {
         source: &DECODE_APPEND,

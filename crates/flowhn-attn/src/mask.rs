@@ -112,21 +112,21 @@ impl<'a> Mask<'a> {
         }
         let keys = start..end;
         let window_is_idle = window.is_none_or(|window| last - k[start] < window);
+        let (is_causal, is_without_gaps) = (*q == k[keys.clone()], last - first == n - 1);
+        let has_spans = is_causal
+            && keys.len() == k.len()
+            && (window_is_idle || self.n_sinks == 0 && is_without_gaps)
+            && (self.segments.is_none() || self.documents.is_some());
         let pattern = match self.segments {
             None if window_is_idle && k[end - 1] <= first => Pattern::All,
-            None if window_is_idle && *q == k[keys.clone()] => Pattern::Causal,
+            None if window_is_idle && is_causal => Pattern::Causal,
             // Without gaps, so many positions are so many keys.
-            None if takes.windows && self.n_sinks == 0 && *q == k[keys.clone()] && last - first == n - 1 => {
-                Pattern::Window(window.unwrap_or(last - first + 1))
+            _ if takes.spans && has_spans => {
+                let window = window.filter(|_| !window_is_idle);
+                Pattern::Spans { segments_bn: self.documents.map(Tensor::shallow_clone), window }
             }
-            Some(_)
-                if takes.documents
-                    && window_is_idle
-                    && keys.len() == k.len()
-                    && *q == *k
-                    && self.documents.is_some() =>
-            {
-                Pattern::Documents(self.documents.expect("asked before").shallow_clone())
+            None if takes.windows && self.n_sinks == 0 && is_causal && is_without_gaps => {
+                Pattern::Window(window.unwrap_or(last - first + 1))
             }
             _ => Pattern::Dense(self.dense(batch, n, m, &keys, window.filter(|_| !window_is_idle), device)?),
         };
@@ -214,8 +214,8 @@ impl<'a> Mask<'a> {
 pub(crate) struct Takes {
     /// [`Pattern::Window`].
     pub windows: bool,
-    /// [`Pattern::Documents`].
-    pub documents: bool,
+    /// [`Pattern::Spans`].
+    pub spans: bool,
 }
 
 /// What a mask comes to.
@@ -237,8 +237,13 @@ pub(crate) enum Pattern {
     Causal,
     /// Query `i` the last so many keys up to `i`.
     Window(i64),
-    /// Query `i` those up to `i` of the same document, of which these are the ids: i64, `[batch, n]`, never decreasing.
-    Documents(Tensor),
+    /// Of all keys query `i` those up to `i` that are of the same document and among the last so many.
+    Spans {
+        /// The ids of documents, if there are any: i64, `[batch, n]`, never decreasing.
+        segments_bn: Option<Tensor>,
+        /// How many, if not all.
+        window: Option<i64>,
+    },
     /// Those with `true`: bool, `[batch or 1, 1, n, keys]`.
     Dense(Tensor),
 }

@@ -2,6 +2,7 @@
 
 mod attention;
 mod decode;
+mod long;
 mod rotary;
 
 use flowhn_torch::testing::Case;
@@ -11,5 +12,6 @@ pub fn cases() -> Vec<Case> {
     let mut cases = attention::cases();
     cases.extend(rotary::cases());
     cases.extend(decode::cases());
+    cases.extend(long::cases());
     cases
 }

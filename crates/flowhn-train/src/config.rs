@@ -14,7 +14,7 @@
 //! grad_accum = 1               # micro-batches in an update
 //! dtype = "fp32"               # compute type; weights are fp32. "bf16" on GPUs that have it
 //! linears = "dtype"            # "fp8" with dtype = "bf16": the blocks' projections multiply 8-bit floats, on GPUs that have them
-//! deterministic = true         # on a GPU: equal runs give equal bits; false lets attention use faster kernels that do not
+//! deterministic = true         # on a GPU: equal runs give equal bits; false lets attention use kernels that do not where ours do not fit
 //! cuda_graph = true            # on a GPU: the step is captured once and replayed; false launches its operators one by one
 //! branches = "serial"          # "streams" on a GPU: attention runs on a stream of its own, beside the state-space branch
 //! grads = "fp32"               # type of projections' gradients until the update; "bf16" with dtype = "bf16" takes 2 bytes an element, not 4
@@ -142,7 +142,7 @@ pub struct TrainConfig {
     pub dtype: Dtype,
     /// The type of the factors that the blocks' projections multiply.
     pub linears: Linears,
-    /// Whether equal runs give equal bits on a GPU too. Our own kernels always do; attention has faster ones that do not.
+    /// Whether equal runs give equal bits on a GPU too. Our own kernels always do; libtorch's attention has faster ones that do not.
     pub deterministic: bool,
     /// Whether a step on a GPU is one CUDA graph.
     pub cuda_graph: bool,

@@ -48,7 +48,10 @@ fn patterns() -> Vec<Pattern> {
     let causal = |name, n: i64| plain(name, (0..n).collect(), (0..n).collect());
     vec![
         causal("causal, 1 token", 1),
+        causal("causal, 2 tokens", 2),
         causal("causal, 31 tokens", 31),
+        causal("causal, 64 tokens", 64),
+        causal("causal, 127 tokens", 127),
         causal("causal, 128 tokens", 128),
         causal("causal, 200 tokens", 200),
         plain("all keys before the queries", (150..280).collect(), (0..130).collect()),
@@ -69,6 +72,12 @@ fn patterns() -> Vec<Pattern> {
         Pattern { document_len: Some(150), ..causal("long documents, some whole", 1000) },
         Pattern { document_len: Some(3), ..causal("many documents", 385) },
         Pattern { document_len: Some(23), window: Some(9), ..causal("documents and window", 90) },
+        Pattern { window: Some(200), ..causal("window of 200", 1000) },
+        Pattern { document_len: Some(310), window: Some(130), ..causal("long documents and window", 700) },
+        Pattern {
+            window: Some(5),
+            ..plain("window and gaps", (0..90).map(|i| i * 3 / 2).collect(), (0..90).map(|i| i * 3 / 2).collect())
+        },
     ]
 }
 
