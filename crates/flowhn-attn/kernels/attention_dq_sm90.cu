@@ -117,6 +117,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) attention_dq(
                     box_load(Memory::ring_tile(ring.slot, K), k, 0, key_block * ROWS, key_head, batch, ring.full(ring_barriers));
                     box_load(Memory::ring_tile(ring.slot, V), v, 0, key_block * ROWS, key_head, batch, ring.full(ring_barriers));
                 }
+                __syncwarp();
             }
         }
     } else {

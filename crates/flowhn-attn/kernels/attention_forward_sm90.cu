@@ -4,7 +4,7 @@
 //
 //   q, o  boxes of [batch, heads, n, 64], bf16: 128 rows, o 16;   k, v  of [batch, key heads, n, 64], 128 rows
 //   lse   [batch, heads, n], f32, written; or none
-//   first_keys  [batch, n], i32, with SEES 2: the first key that a query sees; never less than that of the query before
+//   first_keys  [batch, n], i32, with SEES 2: the first key that a query sees, never less than that of the query before; below 0 for NaN
 //
 // Tiles are of queries. Each begins with its last keys, of which most rows see some, and goes on with the others from the first on. While a thread turns
 // scores into weights, those before them are multiplied.
@@ -95,6 +95,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) attention_forward(
                     box_load(Memory::ring_tile(ring.slot, K), k, 0, key_block * ROWS, key_head, batch, ring.full(ring_barriers));
                     box_load(Memory::ring_tile(ring.slot, V), v, 0, key_block * ROWS, key_head, batch, ring.full(ring_barriers));
                 }
+                __syncwarp();
             }
         }
     } else {
@@ -148,6 +149,8 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) attention_forward(
                 wgmma_wait<1>();
                 wgmma_hold(scores);
                 weigh(key_block, SPANS && key_block * ROWS < own_firsts[ROWS - 1]);
+                // Never so. The assembler would put the wait in front of the exponentials, but it moves no wait over a branch.
+                if (softmax.sum[0] + softmax.sum[1] < 0.f) __trap();
                 wgmma_wait<0>();
                 wgmma_hold(sums);
                 if (is_leader) mbarrier_arrive(held);
@@ -169,6 +172,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) attention_forward(
                 float sum = softmax.sum[half];
                 sum += __shfl_xor_sync(FULL_WARP, sum, 1);
                 sum += __shfl_xor_sync(FULL_WARP, sum, 2);
+                if (SPANS && first_key[half] < 0) sum = __uint_as_float(0x7fc00000u);
                 inverse[half] = 1.f / sum;
                 if (lse && t == 0 && query + 8 * half < n) lse[(i64)sequence * n + query + 8 * half] = softmax.largest[half] * scale + logf(sum);
             }

@@ -1,7 +1,8 @@
 // What causal queries see of the keys, and who sees a key, where documents stay apart or a window slides over them: neighbours without gaps.
 //
 // segments: [batch, n], i64, contiguous, never less than before it in its row, or none; window: the positions that a query sees, its own included, or 0 for
-// all of them. first_keys, last_queries: [batch, n], i32. A thread has one token and looks for the ends of its document by halves.
+// all of them. first_keys, last_queries: [batch, n], i32. A token whose id is less than that before it has -1 as its first key, which makes what it
+// finds NaN. A thread has one token and looks for the ends of its document by halves.
 #include "flowhn.cuh"
 
 // The first place in [low, high) where `is_there`, which stays true from then on; `high` if there is none.
@@ -25,6 +26,7 @@ extern "C" __global__ void __launch_bounds__(256) spans(const i64* segments, int
         last = first_place(token + 1, n, [&](int i) { return segments[row + i] > segment; }) - 1;
     }
     if (window > 0) first = max(first, token - window + 1), last = token <= last - window ? token + window - 1 : last;
-    first_keys[row + token] = first;
+    const bool falls = segments && token > 0 && segments[row + token] < segments[row + token - 1];
+    first_keys[row + token] = falls ? -1 : first;
     last_queries[row + token] = last;
 }

@@ -221,22 +221,25 @@ impl Function for Attention {
             // A place between others may begin anywhere.
             Ok(if fits(&place) { place } else { Tensor::f_empty(input.size(), (input.kind(), input.device()))? })
         };
-        let (dq_bnhp, dk_bnkp, dv_bnkp) = (grad(0, q_bnhp)?, grad(1, k_bnkp)?, grad(2, v_bnkp)?);
+        let dq_bnhp = grad(0, q_bnhp)?;
         let [q, k, v, o] = heads_first([q_bnhp, k_bnkp, v_bnkp, o_bnhp])?;
-        let [dout, dq, dk, dv] = heads_first([&dout_bnhp, &dq_bnhp, &dk_bnkp, &dv_bnkp])?;
+        let [dout, dq] = heads_first([&dout_bnhp, &dq_bnhp])?;
 
         let kernel = Kernel { source: &ATTENTION_DQ, entry: "attention_dq", defines: &macros(&DQ, self.sees) };
         let mut args = vec![tiles(&q), tiles(&k), tiles(&v), tiles(&o), tiles(&dout), stored(&dq)];
         args.extend([Arg::Tensor(log_sums_bhn), Arg::Tensor(&deltas_bhn)]);
         args.push(self.spans(|spans| &spans.first_keys_bn));
         self.launch(&kernel, &DQ, &shape, shape.n_heads, args)?;
-        if ctx.needs_grad(1) || ctx.needs_grad(2) {
-            let kernel = Kernel { source: &ATTENTION_DKV, entry: "attention_dkv", defines: &macros(&DKV, self.sees) };
-            let mut args = vec![tiles(&q), tiles(&k), tiles(&v), tiles(&dout), stored(&dk), stored(&dv)];
-            args.extend([Arg::Tensor(log_sums_bhn), Arg::Tensor(&deltas_bhn)]);
-            args.push(self.spans(|spans| &spans.last_queries_bn));
-            self.launch(&kernel, &DKV, &shape, shape.n_kv_heads, args)?;
+        if !ctx.needs_grad(1) && !ctx.needs_grad(2) {
+            return Ok(vec![Some(dq_bnhp), None, None]);
         }
+        let (dk_bnkp, dv_bnkp) = (grad(1, k_bnkp)?, grad(2, v_bnkp)?);
+        let [dk, dv] = heads_first([&dk_bnkp, &dv_bnkp])?;
+        let kernel = Kernel { source: &ATTENTION_DKV, entry: "attention_dkv", defines: &macros(&DKV, self.sees) };
+        let mut args = vec![tiles(&q), tiles(&k), tiles(&v), tiles(&dout), stored(&dk), stored(&dv)];
+        args.extend([Arg::Tensor(log_sums_bhn), Arg::Tensor(&deltas_bhn)]);
+        args.push(self.spans(|spans| &spans.last_queries_bn));
+        self.launch(&kernel, &DKV, &shape, shape.n_kv_heads, args)?;
         Ok(vec![Some(dq_bnhp), Some(dk_bnkp), Some(dv_bnkp)])
     }
 }

@@ -75,8 +75,8 @@ impl<'a> Mask<'a> {
         Self { segments: Some((q_segments_bn, k_segments_bm)), documents: None, ..self }
     }
 
-    /// As [`Mask::with_segments`], where the queries are the keys and the ids never decrease along a sequence, as those of documents in a pack: keys
-    /// of other documents need not be read then, nor a mask be spelled out.
+    /// As [`Mask::with_segments`], where the queries are the keys and the ids never decrease along a sequence, as those of documents in a
+    /// pack: our kernels then read no keys of other documents, nor a mask. A token whose id is less than the one before it gets NaN from them.
     #[must_use]
     pub fn with_documents(self, segments_bn: &'a Tensor) -> Self {
         Self { segments: Some((segments_bn, segments_bn)), documents: Some(segments_bn), ..self }
@@ -126,7 +126,7 @@ impl<'a> Mask<'a> {
                 Pattern::Spans { segments_bn: self.documents.map(Tensor::shallow_clone), window }
             }
             None if takes.windows && self.n_sinks == 0 && is_causal && is_without_gaps => {
-                Pattern::Window(window.unwrap_or(last - first + 1))
+                Pattern::Window(window.expect("without one, all before is seen"))
             }
             _ => Pattern::Dense(self.dense(batch, n, m, &keys, window.filter(|_| !window_is_idle), device)?),
         };

@@ -102,7 +102,8 @@ impl Head {
 pub struct Input<'a> {
     /// Token ids, i64 `[batch, seq_len]`.
     pub ids_bl: &'a Tensor,
-    /// Documents of packed sequences, i64 `[batch, seq_len]`: equal within one, larger in the next.
+    /// Documents of packed sequences, i64 `[batch, seq_len]`: equal within one, larger in the next. On the CPU that is checked; on an
+    /// accelerator attention answers NaN or what equal ids mean.
     pub segments_bl: Option<&'a Tensor>,
     /// Absolute position of the first token; it decides the routing and rotary angles.
     pub offset: usize,

@@ -178,17 +178,17 @@ __device__ __forceinline__ void wgmma_fence() { asm volatile("wgmma.fence.sync.a
 __device__ __forceinline__ void wgmma_commit() { asm volatile("wgmma.commit_group.sync.aligned;" ::: "memory"); }
 // Waits until at most `N` of the latest groups are still under way.
 template <int N> __device__ __forceinline__ void wgmma_wait() { asm volatile("wgmma.wait_group.sync.aligned %0;" ::"n"(N) : "memory"); }
-// Keeps reads and writes of a result on their side of a wait.
+// Keeps the compiler from moving reads and writes of a result over a wait, or what makes a factor over a fence. The assembler, which comes after it,
+// knows what products that are under way read and write, and moves the rest as it likes.
 template <int TILES> __device__ __forceinline__ void wgmma_hold(float (&d)[TILES][4]) {
     #pragma unroll
     for (int i = 0; i < TILES; i++) asm volatile("" : "+f"(d[i][0]), "+f"(d[i][1]), "+f"(d[i][2]), "+f"(d[i][3])::"memory");
 }
-// Keeps what makes a factor in registers on its side of a fence or wait.
 template <int TILES> __device__ __forceinline__ void wgmma_hold(unsigned (&a)[TILES][4]) {
     #pragma unroll
     for (int i = 0; i < TILES; i++) asm volatile("" : "+r"(a[i][0]), "+r"(a[i][1]), "+r"(a[i][2]), "+r"(a[i][3])::"memory");
 }
-// Lets products read what this thread wrote to shared memory, after the next barrier.
+// Lets products and bulk stores read what this thread wrote to shared memory, after the next barrier.
 __device__ __forceinline__ void wgmma_publish() { asm volatile("fence.proxy.async.shared::cta;" ::: "memory"); }
 
 // The registers of a result of 8, 16 or 32 pieces of 8 columns, by their numbers and as operands.

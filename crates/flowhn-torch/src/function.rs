@@ -64,7 +64,7 @@ pub trait Function: Send + 'static {
     fn backward(&self, ctx: &BackwardCtx, grads: &[Tensor]) -> Result<Vec<Option<Tensor>>>;
 
     /// Where the gradient of output `output_idx` had best be written, as whoever computes it learns from
-    /// [`BackwardCtx::grad_place`]: a tensor of the output's shape, unwritten, given away once. The function still takes the gradient
+    /// [`BackwardCtx::grad_place`]: a tensor of the output's shape with a dense last axis, unwritten, given away once. The function still takes the gradient
     /// from wherever it comes.
     fn grad_place(&self, _output_idx: usize) -> Option<Tensor> {
         None
@@ -161,7 +161,7 @@ impl BackwardCtx {
 
     /// An unwritten tensor for the gradient of input `input_idx`, `like` the input in shape, dtype and device.
     ///
-    /// It lies where the function that made the input wants it ([`Function::grad_place`]), as a view with gaps if need be, and is a
+    /// It lies where the function that made the input wants it ([`Function::grad_place`]), as a view with gaps before its last axis if need be, and is a
     /// tensor of its own, contiguous, where nobody cares.
     ///
     /// # Errors
@@ -176,7 +176,10 @@ impl BackwardCtx {
                 (!place.is_null()).then(|| Tensor::from_ptr(place))
             };
             let fits = |place: &Tensor| {
-                place.size() == like.size() && place.kind() == like.kind() && place.device() == like.device()
+                place.size() == like.size()
+                    && place.kind() == like.kind()
+                    && place.device() == like.device()
+                    && place.stride().last().is_none_or(|&stride| stride == 1)
             };
             if let Some(place) = place.filter(fits) {
                 return Ok(place);

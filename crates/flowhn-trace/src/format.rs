@@ -94,7 +94,7 @@ pub struct BoxMap {
     pub n_axes: u32,
     /// Elements of each axis.
     pub size: [u64; 4],
-    /// From an element of each axis but the first to the next.
+    /// Bytes from an element of each axis but the first to the next.
     pub strides: [u64; 3],
     /// Elements of a box in each axis.
     pub box_size: [u32; 4],

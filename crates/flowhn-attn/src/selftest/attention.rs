@@ -1,10 +1,10 @@
 //! Attention against the formula, with every kind of mask.
 
-use flowhn_torch::testing::{Case, Rule, noise};
-use flowhn_torch::{Result, cpu};
+use flowhn_torch::testing::{Case, Outcome, Rule, noise, same_bits};
+use flowhn_torch::{Error, Result, cpu};
 use tch::{Device, Kind, Tensor};
 
-use crate::{Mask, Positions, attention};
+use crate::{Mask, Positions, attention, hopper};
 
 const BATCH: i64 = 2;
 
@@ -37,6 +37,11 @@ pub(super) fn cases() -> Vec<Case> {
             }
         }
     }
+    for kind in [Kind::Float, Kind::BFloat16] {
+        let name = format!("attention: gradients of some inputs alone, {kind:?}");
+        cases.push(Case::new(name, move |device| some_gradients(kind, device)));
+    }
+    cases.push(Case::on_cuda("attention: documents out of order are NaN", falling_documents));
     cases
 }
 
@@ -138,6 +143,45 @@ fn check(pattern: &Pattern, shape: (i64, i64, i64), kind: Kind, device: Device) 
     let plain = |x: &[Tensor]| Ok(vec![formula(&x[0], &x[1], &x[2], &visible)]);
     // Where a query sees one key its weight is 1 and its gradient cancels to 0.
     Rule { kernel: &kernel, plain: &plain, floor: Rule::floor_of(kind) }.check_at_scale(1., &inputs, &[kind; 3], device)
+}
+
+/// Whatever else needs a gradient, an input's is the same, for a gradient of the output that has no memory of its own.
+fn some_gradients(kind: Kind, device: Device) -> Result<String> {
+    let inputs = [(4, 1), (2, 2), (2, 3)]
+        .map(|(heads, seed)| noise(&[BATCH, 150, heads, 64], seed).to_kind(kind).to_device(device));
+    let gradients = |wanted: [bool; 3]| -> Result<[Tensor; 3]> {
+        let leaves: [Tensor; 3] = std::array::from_fn(|i| inputs[i].detach().set_requires_grad(wanted[i]));
+        let o = attention(&leaves[0], &leaves[1], &leaves[2], &Mask::causal())?;
+        o.sum(Kind::Float).f_backward()?;
+        Ok(leaves.map(|leaf| leaf.grad()))
+    };
+    let all = gradients([true; 3])?;
+    for wanted in (1..7).map(|bits| [bits & 1 != 0, bits & 2 != 0, bits & 4 != 0]) {
+        let some = gradients(wanted)?;
+        for i in 0..3 {
+            let is_right = if wanted[i] { same_bits(&some[i], &all[i]) } else { !some[i].defined() };
+            if !is_right {
+                let message = format!("the gradient of input {i} is another where {wanted:?} of the inputs need one");
+                return Err(Error::invalid("attention", message));
+            }
+        }
+    }
+    Ok("the same bits".to_owned())
+}
+
+/// On a device nobody can check that documents follow one another without waiting for it.
+fn falling_documents(device: Device) -> Result<Outcome> {
+    let [q, k, v] = [1, 2, 3].map(|seed| noise(&[1, 4, 2, 64], seed).to_kind(Kind::BFloat16).to_device(device));
+    let segments = Tensor::from_slice(&[1i64, 1, 0, 0]).view([1, 4]).to_device(device);
+    if !hopper::takes(&q, &k, &v)? {
+        return Ok(Outcome::NotRun("our kernels for whole sequences need compute capability 9.0".to_owned()));
+    }
+    let o = attention(&q, &k, &v, &Mask::causal().with_documents(&segments))?;
+    let is_nan = Vec::<bool>::try_from(o.isnan().view([4, -1]).all_dim(1, false).to_device(Device::Cpu))?;
+    match is_nan[..] == [false, false, true, false] {
+        true => Ok("NaN".to_owned().into()),
+        false => Err(Error::invalid("attention", format!("of four tokens these are NaN: {is_nan:?}"))),
+    }
 }
 
 /// `softmax(q k^T / sqrt(d_head)) v` over the visible keys; zeros where there is none.
