@@ -6,8 +6,8 @@
 //   lse   [batch, heads, n], f32, written; or none
 //   first_keys  [batch, n], i32, with SEES 2: the first key that a query sees, never less than that of the query before; below 0 for NaN
 //
-// Tiles are of queries. Each begins with its last keys, of which most rows see some, and goes on with the others from the first on. While a thread turns
-// scores into weights, those before them are multiplied.
+// Tiles are of queries. Each begins with its last keys, of which most rows see some, and goes on with the others from the first on. The products of one
+// step's weights with v are begun together with the next step's scores. One group's exponentials pass beside the other's products.
 //
 // Variants: STAGES, SEES.
 #include "attention_sm90.cuh"
@@ -149,8 +149,6 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) attention_forward(
                 wgmma_wait<1>();
                 wgmma_hold(scores);
                 weigh(key_block, SPANS && key_block * ROWS < own_firsts[ROWS - 1]);
-                // Never so. The assembler would put the wait in front of the exponentials, but it moves no wait over a branch.
-                if (softmax.sum[0] + softmax.sum[1] < 0.f) __trap();
                 wgmma_wait<0>();
                 wgmma_hold(sums);
                 if (is_leader) mbarrier_arrive(held);
