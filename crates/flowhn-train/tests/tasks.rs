@@ -63,6 +63,23 @@ fn batch_one_equals_batch_sixty_four_to_the_bit() {
     }
 }
 
+#[test]
+fn batches_do_not_matter_to_any_row_of_the_table() {
+    let tasks = tasks(1);
+    let mut n_rows = 0;
+    for entry in std::fs::read_dir(repo("configs/paper/tiny")).unwrap() {
+        let path = entry.unwrap().path();
+        if path.ends_with("base.toml") {
+            continue;
+        }
+        let config = RunConfig::load(&path, &[]).unwrap().model;
+        let model = Model::new(&config, Device::Cpu, 5).unwrap();
+        assert_eq!(score(&model, &tasks, Some(1)), score(&model, &tasks, Some(64)), "{}", path.display());
+        n_rows += 1;
+    }
+    assert_eq!(n_rows, 10);
+}
+
 /// The log-likelihood of each choice, by a forward pass over this text alone.
 fn plain(model: &Model, tokenizer: &Tokenizer, context: &str, continuation: &str) -> f64 {
     let encode = |text: &str| tokenizer.encode(text).unwrap().into_iter().map(i64::from).collect::<Vec<_>>();

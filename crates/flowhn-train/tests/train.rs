@@ -3,15 +3,17 @@
 mod common;
 
 use std::ops::ControlFlow;
+use std::path::Path;
 use std::sync::Arc;
 
 use common::storage::SmallDisk;
 use common::{Bench, fresh, lines, resume, sit};
+use flowhn_model::Model;
 use flowhn_split::ScoreCount;
 use flowhn_train::checkpoint::resolve;
-use flowhn_train::data::Score;
+use flowhn_train::data::{Score, ValidationSet};
 use flowhn_train::estimate::{MemoryEstimate, StepFlops};
-use flowhn_train::eval::evaluate;
+use flowhn_train::eval::{TextPartial, evaluate, evaluate_text};
 use flowhn_train::generate::{SampleOptions, StopReason, generate};
 use flowhn_train::metrics::{StepRecord, ValidRecord, read};
 use flowhn_train::observe::{Event, StopFlag};
@@ -56,6 +58,34 @@ fn load(config: &RunConfig) -> Trained {
     Trained::load(&config.run.dir, None, Device::Cpu, None).unwrap()
 }
 
+/// In pieces, to the bit; in batches of one sequence, up to rounding.
+fn text_is_scored_alike(model: &Model, valid: &ValidationSet, want: Score, path: &Path) {
+    assert!(valid.n_batches() > 2, "the text is too short to be scored in pieces");
+    let mut reports = Vec::new();
+    for (fingerprint, stop_after, n_known) in [("a", 1, 0), ("a", 2, 1), ("b", 1, 0), ("a", u64::MAX, 0)] {
+        let mut partial = TextPartial::open(path, fingerprint).unwrap();
+        assert_eq!(partial.n_batches(), n_known, "{fingerprint}: only the same evaluation goes on");
+        let score = evaluate_text(model, valid, true, &mut partial, &mut |done, all| {
+            reports.push((done, all));
+            if done < stop_after { ControlFlow::Continue(()) } else { ControlFlow::Break(()) }
+        });
+        assert_eq!(score.unwrap(), (stop_after == u64::MAX).then_some(want));
+        if stop_after == u64::MAX {
+            partial.remove().unwrap();
+        }
+    }
+    assert_eq!(
+        reports[..4],
+        [(0, valid.n_batches()), (1, valid.n_batches()), (1, valid.n_batches()), (2, valid.n_batches())]
+    );
+    assert!(!path.exists());
+
+    let one_by_one = ValidationSet::new(valid.dataset(), valid.seq_len(), 1, None).unwrap();
+    let alone = evaluate(model, &one_by_one, true).unwrap();
+    assert_eq!((alone.n_targets, alone.text_bytes), (want.n_targets, want.text_bytes));
+    assert!((alone.nats - want.nats).abs() < 1e-6 * want.nats, "{alone:?}, {want:?}");
+}
+
 #[test]
 fn a_checkpoint_evaluates_to_the_loss_that_training_logged_and_speaks() {
     let bench = Bench::new();
@@ -67,6 +97,7 @@ fn a_checkpoint_evaluates_to_the_loss_that_training_logged_and_speaks() {
     assert_eq!(score.nats_per_token().to_bits(), summary.val_loss.to_bits());
     assert_eq!(score.n_targets, trainer.valid().n_targets());
     assert_eq!(score.text_bytes, trainer.valid().text_bytes());
+    text_is_scored_alike(&model, trainer.valid(), score, &config.run.dir.join("sums"));
 
     let options = SampleOptions { max_tokens: 30, ..SampleOptions::default() };
     let speak = |options: &SampleOptions| {

@@ -32,7 +32,12 @@ impl ValidationSet {
 
     /// The batches, from the start.
     pub fn batches(&self) -> impl Iterator<Item = Result<Batch>> {
-        (0..self.n_batches()).map(|idx| self.batch(idx))
+        self.batches_from(0)
+    }
+
+    /// The batches without the `n_skipped` first.
+    pub fn batches_from(&self, n_skipped: u64) -> impl Iterator<Item = Result<Batch>> {
+        (n_skipped..self.n_batches()).map(|idx| self.batch(idx))
     }
 
     /// How many batches there are.

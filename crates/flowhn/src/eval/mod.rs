@@ -1,5 +1,6 @@
 //! `flowhn eval`.
 
+mod progress;
 mod tasks;
 mod text;
 
@@ -20,8 +21,8 @@ pub use tasks::{TaskArgs, TaskFiles, TasksReport, score, write_json};
 const AFTER_HELP: &str = "\
 --tasks scores questions by the likelihood of their choices, zero-shot. The files are JSON lines, one item a line (.jsonl, .jsonl.gz,
 .jsonl.zst): {\"id\", \"context\", \"choices\": [..], \"answer\": index}, and \"suffix\" where the text after a choice is what is scored. What
-does not fit into the model's length is cut off a context's left. What is scored is kept beside the results as it comes, so an
-evaluation that was interrupted goes on when it is started again.
+does not fit into the model's length is cut off a context's left. What is scored is kept as it comes (of tasks beside the results, of text beside the
+token shards), so an evaluation that was interrupted goes on when it is started again.
 
 --json prints one object: checkpoint, step, device, seq_len, plan; with --data: data, tokens, bytes, loss, perplexity, bits_per_byte; with
 --tasks: accuracy {task: fraction}, tasks: a list of {task, items, items_in_file, metric, accuracy, stderr, acc, acc_stderr, acc_norm,

@@ -4,7 +4,6 @@ use std::fmt::Write as _;
 use std::fs;
 use std::ops::ControlFlow;
 use std::path::{Path, PathBuf};
-use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result};
 use clap::builder::RangedU64ValueParser;
@@ -15,13 +14,10 @@ use flowhn_train::tasks::{Partial, Task, TaskOptions, TaskResult, TaskScore, eva
 use serde::{Serialize, Serializer};
 use serde_json::{Map, Value, json};
 
+use super::progress::EvalProgress;
 use crate::checkpoint_args::Trained;
 use crate::console::Console;
 use crate::units::grouped;
-
-const TEMPLATE: &str = "scoring {pos}/{len} [{bar:28}]  ETA {eta}";
-/// Between lines where there is no bar.
-const PAUSE: Duration = Duration::from_secs(10);
 
 /// Which items are scored.
 #[derive(Clone, Debug, clap::Args)]
@@ -104,26 +100,9 @@ pub fn score(
         let known = grouped(partial.len() as u64);
         console.line(format_args!("going on with {known} scores of an evaluation that was interrupted"));
     }
-    let mut bar = None;
-    let mut last_line = Instant::now();
+    let mut progress = EvalProgress::new(console, "texts");
     let mut on_progress = |done: usize, all: usize| {
-        let bar = bar.get_or_insert_with(|| {
-            let bar = console.bar(all as u64, TEMPLATE);
-            if let Some(bar) = &bar {
-                // What was known already must not count as if it had been scored just now.
-                bar.set_position(done as u64);
-                bar.reset_eta();
-            }
-            bar
-        });
-        match bar {
-            Some(bar) => bar.set_position(done as u64),
-            None if last_line.elapsed() > PAUSE => {
-                console.line(format_args!("scored {} of {}", grouped(done as u64), grouped(all as u64)));
-                last_line = Instant::now();
-            }
-            None => {}
-        }
+        progress.report(done as u64, all as u64);
         match stop.is_some_and(StopFlag::is_requested) {
             true => ControlFlow::Break(()),
             false => ControlFlow::Continue(()),
@@ -131,16 +110,14 @@ pub fn score(
     };
     let (model, tokenizer) = (&trained.model, &trained.tokenizer);
     let results = evaluate_tasks(model, tokenizer, tasks, &args.options(), Some(&mut partial), &mut on_progress)?;
-    if let Some(bar) = bar.flatten() {
-        bar.finish_and_clear();
-    }
+    drop(progress);
     let Some(results) = results else { return Ok(None) };
     let accuracy = results.iter().map(|result| (result.score.task.clone(), json!(result.score.accuracy))).collect();
     Ok(Some((TasksReport { accuracy, results, eot_first: args.eot_first, file: String::new() }, partial)))
 }
 
 /// What makes two evaluations give the same scores: weights, the type and the kind of device they are computed with, this program.
-fn fingerprint(trained: &Trained) -> String {
+pub(super) fn fingerprint(trained: &Trained) -> String {
     let device = if trained.model.device().is_cuda() { "cuda" } else { "cpu" };
     let dtype = trained.config.train.dtype;
     format!("{} {dtype} {device} {}", trained.checkpoint.weights_hash(), env!("CARGO_PKG_VERSION"))

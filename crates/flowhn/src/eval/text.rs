@@ -1,12 +1,15 @@
 //! Loss, perplexity and bits per byte of text.
 
+use std::ops::ControlFlow;
 use std::path::PathBuf;
 
-use anyhow::Result;
+use anyhow::{Context, Result};
 use flowhn_train::data::{PrepareOptions, ReadOptions, ValidationSet, prepare};
-use flowhn_train::eval::evaluate;
+use flowhn_train::eval::{TextPartial, evaluate_text};
 use serde::Serialize;
 
+use super::progress::EvalProgress;
+use super::tasks::fingerprint;
 use crate::checkpoint_args::Trained;
 use crate::console::Console;
 use crate::shards::ShardProgress;
@@ -37,7 +40,28 @@ pub fn score(files: &[PathBuf], trained: &Trained, console: &Console) -> Result<
     let dataset = prepare(files, &trained.tokenizer, &options, &shards)?;
     drop(shards);
     let set = ValidationSet::new(&dataset, config.model.seq_len, config.train.batch_size, None)?;
-    let score = evaluate(&trained.model, &set, config.data.reset_documents)?;
+    let fingerprint = format!(
+        "{} {} {} {} {}",
+        fingerprint(trained),
+        dataset.fingerprint(),
+        set.seq_len(),
+        config.train.batch_size,
+        config.data.reset_documents
+    );
+    // Beside the token shards, which are no more than a cache either.
+    let name = format!("eval-{}-{}.partial", trained.checkpoint.weights_hash(), dataset.fingerprint());
+    let mut partial = TextPartial::open(&config.data.cache_dir.join(name), &fingerprint)?;
+    if partial.n_batches() > 0 {
+        console.line(format_args!("going on with an evaluation that was interrupted"));
+    }
+    let mut progress = EvalProgress::new(console, "batches");
+    let score = evaluate_text(&trained.model, &set, config.data.reset_documents, &mut partial, &mut |done, all| {
+        progress.report(done, all);
+        ControlFlow::Continue(())
+    })?;
+    drop(progress);
+    let score = score.context("the evaluation was stopped")?;
+    partial.remove()?;
     Ok(TextReport {
         data: files.iter().map(|file| file.display().to_string()).collect(),
         tokens: set.n_targets(),
