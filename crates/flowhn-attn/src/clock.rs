@@ -6,16 +6,15 @@ use flowhn_torch::kernel::{Arg, Kernel};
 use flowhn_torch::{Error, Result, cpu};
 
 use crate::kernels::DECODE_CLOCK;
-use crate::rotary::rates;
-use crate::{Positions, RotaryTable};
+use crate::{Positions, Rope, RotaryTable};
 
 /// Where a sequence stands that grows by single tokens, on the host and, on CUDA, on the device: there [`Clock::tick`] counts without the
 /// host, so that a step that was captured in a CUDA graph reads another position in every replay.
 ///
 /// ```
-/// use flowhn_attn::Clock;
+/// use flowhn_attn::{Clock, Rope};
 /// use tch::Device;
-/// let mut clock = Clock::new(Some((64, 10000.)), Device::Cpu)?;
+/// let mut clock = Clock::new(Some((64, Rope::new(10000.))), Device::Cpu)?;
 /// clock.move_to(7)?;
 /// clock.tick()?;
 /// assert_eq!(clock.positions().host(), [7]);
@@ -24,8 +23,8 @@ use crate::{Positions, RotaryTable};
 #[derive(Debug)]
 pub struct Clock {
     positions: Positions,
-    /// Features of a head and base of the rotary embedding.
-    rope: Option<(i64, f64)>,
+    /// Features of a head and their rotary embedding.
+    rope: Option<(i64, Rope)>,
     counter: Option<Counter>,
 }
 
@@ -48,11 +47,11 @@ struct Angles {
 }
 
 impl Clock {
-    /// A clock that has not been set, for heads of so many features with a rotary embedding of this base, or for none.
+    /// A clock that has not been set, for heads of so many features with this rotary embedding, or for none.
     ///
     /// # Errors
     /// Those of [`RotaryTable::new`].
-    pub fn new(rope: Option<(i64, f64)>, device: Device) -> Result<Self> {
+    pub fn new(rope: Option<(i64, Rope)>, device: Device) -> Result<Self> {
         let counter = match device {
             Device::Cuda(_) => Some(Counter::new(rope, device)?),
             _ => None,
@@ -103,12 +102,12 @@ impl Clock {
     }
 
     /// Refuses a clock whose angles are not those of a mixer's heads.
-    pub(crate) fn check(&self, op: &'static str, rope: Option<(i64, f64)>) -> Result<()> {
+    pub(crate) fn check(&self, op: &'static str, rope: Option<(i64, Rope)>) -> Result<()> {
         if self.rope == rope {
             return Ok(());
         }
-        let told = |rope: Option<(i64, f64)>| match rope {
-            Some((d_head, theta)) => format!("heads of {d_head} that turn with base {theta}"),
+        let told = |rope: Option<(i64, Rope)>| match rope {
+            Some((d_head, rope)) => format!("heads of {d_head} that turn with {rope}"),
             None => "heads that do not turn".to_owned(),
         };
         Err(Error::invalid(op, format!("the clock is for {}, the mixer has {}", told(self.rope), told(rope))))
@@ -126,10 +125,10 @@ impl Clock {
 }
 
 impl Counter {
-    fn new(rope: Option<(i64, f64)>, device: Device) -> Result<Self> {
-        let angles = |(d_head, theta)| -> Result<Angles> {
-            let table = RotaryTable::new(&[0], d_head, theta, device)?;
-            let rates = cpu::from_slice(&[d_head / 2], &rates(d_head, theta))?.f_to_device(device)?;
+    fn new(rope: Option<(i64, Rope)>, device: Device) -> Result<Self> {
+        let angles = |(d_head, rope): (i64, Rope)| -> Result<Angles> {
+            let table = RotaryTable::new(&[0], d_head, rope, device)?;
+            let rates = cpu::from_slice(&[d_head / 2], &rope.rates(d_head))?.f_to_device(device)?;
             Ok(Angles { rates, table })
         };
         Ok(Self {

@@ -16,6 +16,7 @@ mod kernels;
 mod mask;
 mod mixer;
 mod positions;
+mod rope;
 mod rotary;
 #[cfg(feature = "selftest")]
 pub mod selftest;
@@ -26,8 +27,9 @@ pub use clock::Clock;
 pub use flowhn_torch::{Error, Result};
 pub use kernels::KERNELS;
 pub use mask::{Mask, Order};
-pub use mixer::{AttnConfig, AttnContext, AttnInit, AttnMixer, Bridge, Rope};
+pub use mixer::{AttnConfig, AttnContext, AttnInit, AttnMixer, Bridge};
 pub use positions::Positions;
+pub use rope::{Rope, RopeScaling};
 pub use rotary::{RotaryTable, rotary};
 
 /// The example of the README.

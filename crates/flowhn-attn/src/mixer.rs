@@ -8,14 +8,7 @@ use tch::{Device, Kind, Tensor};
 use flowhn_nn::{Activations, Bias, Init, Linear, Path, RmsNorm};
 use flowhn_torch::{Error, Result, check, split_features};
 
-use crate::{Clock, KvCache, Mask, Positions, attention, decode, rotary};
-
-/// Rotary position embedding of an attention layer.
-#[derive(Clone, Copy, Debug, PartialEq)]
-pub struct Rope {
-    /// The base of the geometric series of rates, often 10000.
-    pub theta: f64,
-}
+use crate::{Clock, KvCache, Mask, Positions, Rope, attention, decode, rotary};
 
 /// Whether queries see beyond the tokens routed to attention.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -149,7 +142,7 @@ impl AttnMixer {
     /// use flowhn_attn::{AttnConfig, AttnContext, AttnInit, AttnMixer, Positions, Rope};
     /// use flowhn_nn::Params;
     /// use tch::{Device, Kind, Tensor};
-    /// let config = AttnConfig { rope: Some(Rope { theta: 10000. }), ..AttnConfig::new(16, 4, 2, 8) };
+    /// let config = AttnConfig { rope: Some(Rope::new(10000.)), ..AttnConfig::new(16, 4, 2, 8) };
     /// let mut params = Params::new(Device::Cpu, 0);
     /// let mixer = AttnMixer::new(&mut params.root().push("attn"), config, AttnInit::normal(0.02))?;
     /// // Attention reads three of a sequence's tokens.
@@ -403,12 +396,12 @@ impl AttnMixer {
     }
 
     fn check_clock(&self, clock: &Clock) -> Result<()> {
-        clock.check(OP, self.config.rope.map(|rope| (self.config.d_head, rope.theta)))
+        clock.check(OP, self.config.rope.map(|rope| (self.config.d_head, rope)))
     }
 
     fn turned(&self, x_bnhp: Tensor, positions: &Positions) -> Result<Tensor> {
         match self.config.rope {
-            Some(Rope { theta }) => rotary(&x_bnhp, &positions.rotary_table(self.config.d_head, theta)?),
+            Some(rope) => rotary(&x_bnhp, &positions.rotary_table(self.config.d_head, rope)?),
             None => Ok(x_bnhp),
         }
     }
@@ -454,8 +447,8 @@ impl AttnConfig {
             format!("n_heads {n_heads} is not a multiple of n_kv_heads {n_kv_heads}")
         } else if rope.is_some() && d_head % 2 != 0 {
             format!("d_head is {d_head}, but rotary embedding needs an even one")
-        } else if let Some(Rope { theta }) = rope.filter(|rope| !(rope.theta > 0. && rope.theta.is_finite())) {
-            format!("rope theta is {theta}, expected a positive number such as 10000")
+        } else if let Some(problem) = rope.and_then(|rope| rope.problem()) {
+            format!("rotary embedding: {problem}")
         } else if window == Some(0) {
             "a window of 0 positions shows nothing; use 1 or more, or no window".to_owned()
         } else {

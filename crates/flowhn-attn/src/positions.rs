@@ -7,7 +7,7 @@ use tch::{Device, Tensor};
 
 use flowhn_torch::{Error, Result, cpu};
 
-use crate::RotaryTable;
+use crate::{Rope, RotaryTable};
 
 /// Absolute positions of some tokens, strictly increasing.
 ///
@@ -68,11 +68,12 @@ impl Positions {
     ///
     /// # Errors
     /// Those of [`RotaryTable::new`].
-    pub fn rotary_table(&self, d_head: i64, theta: f64) -> Result<RotaryTable> {
-        if let Some(table) = self.rotary.get().filter(|table| table.d_head() == d_head && table.theta() == theta) {
+    pub fn rotary_table(&self, d_head: i64, rope: impl Into<Rope>) -> Result<RotaryTable> {
+        let rope = rope.into();
+        if let Some(table) = self.rotary.get().filter(|table| table.d_head() == d_head && table.rope() == rope) {
             return Ok(table.clone());
         }
-        let table = RotaryTable::new(&self.host, d_head, theta, self.device)?;
+        let table = RotaryTable::new(&self.host, d_head, rope, self.device)?;
         Ok(match self.rotary.get() {
             Some(_) => table,
             None => self.rotary.get_or_init(|| table).clone(),

@@ -1,7 +1,7 @@
 //! Rotary position embedding: each pair of features turns by an angle that grows with the token's position.
 //!
 //! Feature `i` of the first half and feature `i` of the second half are a pair (the convention of GPT-NeoX and Llama), turned
-//! by `position * theta^(-2 i / d_head)`. Angles are computed on the host in double precision, so that far positions keep
+//! by `position * theta^(-2 i / d_head)`, or what [`crate::RopeScaling`] makes of it. Angles are computed on the host in double precision, so that far positions keep
 //! their exactness and every device uses the same table.
 
 // b batch, n tokens, h heads, p d_head
@@ -15,6 +15,7 @@ use flowhn_torch::kernel::rows::{aligned, with_dense_rows};
 use flowhn_torch::kernel::{Arg, Kernel, kind_define};
 use flowhn_torch::{BackwardCtx, Error, ForwardCtx, Function, Result, apply, check};
 
+use crate::Rope;
 use crate::kernels::ROTARY;
 
 /// Elements that one task of the CPU path turns.
@@ -26,35 +27,33 @@ pub struct RotaryTable {
     cos: Tensor,
     sin: Tensor,
     d_head: i64,
-    theta: f64,
+    rope: Rope,
 }
 
 impl RotaryTable {
     /// The table of `positions`, for heads of `d_head` features, on `device`.
     ///
     /// # Errors
-    /// [`Error::Invalid`] unless `d_head` is even and positive and `theta` positive and finite.
-    pub fn new(positions: &[i64], d_head: i64, theta: f64, device: Device) -> Result<Self> {
+    /// [`Error::Invalid`] unless `d_head` is even and positive, and the numbers of `rope`, a base where nothing scales, are positive and finite.
+    pub fn new(positions: &[i64], d_head: i64, rope: impl Into<Rope>, device: Device) -> Result<Self> {
+        let rope = rope.into();
         if d_head <= 0 || d_head % 2 != 0 {
             return Err(Error::invalid(
                 "rotary",
                 format!("d_head is {d_head}, but features turn in pairs: it must be even"),
             ));
         }
-        if !(theta > 0. && theta.is_finite()) {
-            return Err(Error::invalid(
-                "rotary",
-                format!("theta is {theta}, expected a positive number such as 10000"),
-            ));
+        if let Some(problem) = rope.problem() {
+            return Err(Error::invalid("rotary", problem));
         }
-        let rates = rates(d_head, theta);
+        let rates = rope.rates(d_head);
         let angles = positions.iter().flat_map(|&position| rates.iter().map(move |rate| position as f64 * rate));
         let (sin, cos): (Vec<f32>, Vec<f32>) =
             angles.map(f64::sin_cos).map(|(sin, cos)| (sin as f32, cos as f32)).unzip();
         let table = |values: &[f32]| -> Result<Tensor> {
             Ok(cpu::from_slice(&[positions.len() as i64, d_head / 2], values)?.f_to_device(device)?)
         };
-        Ok(Self { cos: table(&cos)?, sin: table(&sin)?, d_head, theta })
+        Ok(Self { cos: table(&cos)?, sin: table(&sin)?, d_head, rope })
     }
 
     /// The cosines and the sines.
@@ -67,9 +66,9 @@ impl RotaryTable {
         self.d_head
     }
 
-    /// The base of the geometric series of rates.
-    pub fn theta(&self) -> f64 {
-        self.theta
+    /// How fast pairs turn.
+    pub fn rope(&self) -> Rope {
+        self.rope
     }
 
     /// Number of positions.
@@ -81,11 +80,6 @@ impl RotaryTable {
     pub fn is_empty(&self) -> bool {
         self.len() == 0
     }
-}
-
-/// Radians that each pair of features turns by from one position to the next.
-pub(crate) fn rates(d_head: i64, theta: f64) -> Vec<f64> {
-    (0..d_head / 2).map(|i| theta.powf(-2. * i as f64 / d_head as f64)).collect()
 }
 
 impl Clone for RotaryTable {

@@ -1,6 +1,6 @@
 //! From the sizes of a configuration to those that the mixers' crates take.
 
-use flowhn_attn::{AttnConfig, Bridge, Rope};
+use flowhn_attn::{AttnConfig, Bridge};
 use flowhn_split::SsmShape;
 use flowhn_ssm::{GateNorm, GroupOrder, Mamba1Config, Mamba2Config, SsmConfig};
 
@@ -14,7 +14,7 @@ pub(crate) fn attn(config: &ModelConfig, block_idx: usize) -> AttnConfig {
         n_heads: config.attn.n_heads as i64,
         n_kv_heads: config.attn.n_kv_heads as i64,
         d_head: config.attn.d_head as i64,
-        rope: config.rope_theta.map(|theta| Rope { theta }),
+        rope: config.rope,
         bridge: match config.attn.bridge {
             flowhn_split::Bridge::None => Bridge::None,
             flowhn_split::Bridge::Kv => Bridge::Kv,

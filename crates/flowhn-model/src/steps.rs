@@ -54,7 +54,7 @@ struct Captured {
 impl Steps {
     pub fn new(model: &Model, batch: usize) -> Result<Self> {
         let (config, device) = (model.config(), model.device());
-        let rope = config.rope_theta.map(|theta| (config.attn.d_head as i64, theta));
+        let rope = config.rope.map(|rope| (config.attn.d_head as i64, rope));
         let ids_b1 = Tensor::f_zeros([batch as i64, 1], (Kind::Int64, device))?;
         Ok(Self { clock: Clock::new(rope, device)?, ids_b1, patterns: HashMap::new(), n_moves: 0 })
     }

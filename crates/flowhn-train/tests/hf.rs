@@ -67,6 +67,7 @@ fn model_of(imported: &Imported) -> Model {
 fn every_family_comes_in_computes_and_goes_out_again() {
     for (name, family) in [
         ("llama_biases_mqa", Family::Llama),
+        ("llama_scaled_positions", Family::Llama),
         ("mamba_untied_biases", Family::Mamba),
         ("mamba2_one_group_tied", Family::Mamba2),
         ("mamba2_strided_biases", Family::Mamba2),

@@ -109,7 +109,7 @@ fn appends(rope: bool, d_head: i64, kind: Kind, device: Device) -> Result<String
     let (q, k, v) = (part(n_heads, 1), part(n_kv_heads, 2), part(n_kv_heads, 3));
     let positions: Vec<i64> = (0..n).map(|i| START + i + i / 9).collect();
     let theta = 10_000.;
-    let mut clock = Clock::new(rope.then_some((d_head, theta)), device)?;
+    let mut clock = Clock::new(rope.then_some((d_head, Rope::new(theta))), device)?;
     let mut cache = KvCache::new();
     let mut turned_q = Vec::new();
     for (i, &position) in (0..n).zip(&positions) {
@@ -148,7 +148,7 @@ fn appends(rope: bool, d_head: i64, kind: Kind, device: Device) -> Result<String
 /// A mixer, by what is not plain about it.
 type Change = fn(AttnConfig) -> AttnConfig;
 
-const ROPE: Option<Rope> = Some(Rope { theta: 10_000. });
+const ROPE: Option<Rope> = Some(Rope::new(10_000.));
 
 const MIXERS: [(&str, Change); 5] = [
     ("plain", |config| config),
@@ -165,7 +165,7 @@ fn steps_equal_pieces(change: Change, device: Device) -> Result<String> {
     let mut params = Params::new(device, 0);
     let mixer = AttnMixer::new(&mut params.root(), config, AttnInit::normal(0.3))?;
     let x = noise(&[batch, n, d_model], 1).to_kind(Kind::Float).to_device(device);
-    let mut clock = Clock::new(config.rope.map(|rope| (config.d_head, rope.theta)), device)?;
+    let mut clock = Clock::new(config.rope.map(|rope| (config.d_head, rope)), device)?;
     let (mut by_steps, mut by_pieces) = (KvCache::new(), KvCache::new());
     let mut worst = 0f64;
     for i in 0..n {

@@ -14,7 +14,7 @@ const D: i64 = 12;
 fn configs() -> Vec<AttnConfig> {
     let mut configs = Vec::new();
     for bridge in [Bridge::None, Bridge::Kv] {
-        for rope in [None, Some(Rope { theta: 10000. })] {
+        for rope in [None, Some(Rope::new(10000.))] {
             for window in [None, Some(6)] {
                 for (n_heads, n_kv_heads, d_head) in [(4, 2, 8), (3, 1, 6)] {
                     let sizes = AttnConfig::new(D, n_heads, n_kv_heads, d_head);
@@ -137,7 +137,7 @@ fn tokens_routed_elsewhere_reach_the_cache_of_a_bridge() {
 
 #[test]
 fn weights_have_their_rows_in_the_order_queries_keys_values() {
-    let config = AttnConfig { rope: Some(Rope { theta: 100. }), ..configs()[0] };
+    let config = AttnConfig { rope: Some(Rope::new(100.)), ..configs()[0] };
     let AttnConfig { n_heads: h, n_kv_heads: k, d_head: p, .. } = config;
     let at = positions(&[2, 3, 7, 11, 12]);
     let x = noise(&[2, 5, D], 2, Kind::Float);
@@ -166,7 +166,7 @@ fn weights_have_their_rows_in_the_order_queries_keys_values() {
 
 #[test]
 fn only_distances_matter_where_rotary_is_on() {
-    let config = AttnConfig { rope: Some(Rope { theta: 10000. }), ..configs()[0] };
+    let config = AttnConfig { rope: Some(Rope::new(10000.)), ..configs()[0] };
     let (_params, mixer) = new(config);
     let x = noise(&[2, 4, D], 3, Kind::Float);
     let at = |offset: i64, gap: i64| {
@@ -234,8 +234,8 @@ fn mistakes_are_named() {
     };
     assert!(bad(AttnConfig { n_kv_heads: 3, ..base }).contains("n_heads 4 is not a multiple of n_kv_heads 3"));
     assert!(bad(AttnConfig { d_head: 0, ..base }).contains("must all be positive"));
-    assert!(bad(AttnConfig { d_head: 7, rope: Some(Rope { theta: 1e4 }), ..base }).contains("needs an even one"));
-    assert!(bad(AttnConfig { rope: Some(Rope { theta: -1. }), ..base }).contains("theta is -1"));
+    assert!(bad(AttnConfig { d_head: 7, rope: Some(Rope::new(1e4)), ..base }).contains("needs an even one"));
+    assert!(bad(AttnConfig { rope: Some(Rope::new(-1.)), ..base }).contains("theta is -1"));
     assert!(bad(AttnConfig { window: Some(0), ..base }).contains("window of 0"));
 
     let at = positions(&[0, 1, 2]);
@@ -267,12 +267,17 @@ fn mistakes_are_named() {
 #[test]
 fn a_clock_of_other_angles_is_refused() {
     let sizes = AttnConfig::new(D, 4, 2, 8);
-    let turning = AttnConfig { rope: Some(Rope { theta: 10000. }), ..sizes };
+    let turning = AttnConfig { rope: Some(Rope::new(10000.)), ..sizes };
     let x = noise(&[2, 1, D], 3, Kind::Float);
     for (config, fitting) in [(sizes, None), (turning, Some((8, 10000.)))] {
         let (_params, mixer) = new(config);
         for rope in [None, Some((8, 10000.)), Some((6, 10000.)), Some((8, 500.))] {
-            let outcome = mixer.step(&x, None, &Clock::new(rope, Device::Cpu).unwrap(), &mut KvCache::new());
+            let outcome = mixer.step(
+                &x,
+                None,
+                &Clock::new(rope.map(|(d_head, theta)| (d_head, Rope::new(theta))), Device::Cpu).unwrap(),
+                &mut KvCache::new(),
+            );
             match rope == fitting {
                 true => assert_eq!(outcome.unwrap().size(), [2, 1, D]),
                 false => assert!(outcome.unwrap_err().to_string().contains("the clock is for"), "{rope:?}"),

@@ -3,6 +3,7 @@
 mod raw;
 mod strict;
 
+use flowhn_attn::{Rope, RopeScaling};
 use flowhn_split::{
     AttnShape, BlockForm, BlockOptions, BlockShape, Branch, Bridge, Fusion, GateNorm, MlpShape, ModelShape, Policy,
     Routing, Sharing, SplitSettings, SsmShape, policy_per_block,
@@ -12,7 +13,7 @@ pub use raw::{BlockKind, GroupOrder, InitKind, Mixer, PolicyList, RawModel};
 pub use strict::{from_table, load_table};
 
 use crate::{Error, Result};
-use raw::{RawAttn, RawSplit, RawSsm};
+use raw::{RawAttn, RawRopeScaling, RawSplit, RawSsm};
 
 /// A model whose sizes fit together. Made from the `[model]` section by [`ModelConfig::check`].
 #[derive(Clone, Debug, PartialEq)]
@@ -41,8 +42,8 @@ pub struct ModelConfig {
     pub padding_idx: Option<usize>,
     /// The attention mixer.
     pub attn: AttnShape,
-    /// Base of the rotary embedding's wavelengths; `None` for no positions.
-    pub rope_theta: Option<f64>,
+    /// The rotary embedding; `None` for no positions.
+    pub rope: Option<Rope>,
     /// The state-space mixer.
     pub ssm: SsmShape,
     /// Which group of B and C a head of Mamba-2 reads.
@@ -109,7 +110,7 @@ impl ModelConfig {
             init: raw.init,
             padding_idx: raw.padding_idx,
             attn,
-            rope_theta: raw.attn.rope.then_some(raw.attn.rope_theta),
+            rope: raw.attn.rope(),
             ssm,
             group_order: raw.ssm.group_order.unwrap_or_default(),
             norm_groups: raw.ssm.norm_groups.unwrap_or(1),
@@ -176,8 +177,9 @@ impl ModelConfig {
                 n_heads: Some(self.attn.n_heads),
                 n_kv_heads: Some(self.attn.n_kv_heads),
                 d_head: Some(self.attn.d_head),
-                rope: self.rope_theta.is_some(),
-                rope_theta: self.rope_theta.unwrap_or(10_000.),
+                rope: self.rope.is_some(),
+                rope_theta: self.rope.map_or(10_000., |rope| rope.theta),
+                rope_scaling: self.rope.and_then(|rope| RawRopeScaling::of(rope.scaling)),
                 bridge: self.attn.bridge,
                 bias: self.options.attn_bias,
                 window: self.options.window,
@@ -310,6 +312,15 @@ fn check_attn(raw: &RawAttn, d_model: usize, has_attn: bool) -> Result<AttnShape
     }
     if raw.rope && (raw.rope_theta.is_nan() || raw.rope_theta <= 1.) {
         return Err(Error::value("model.attn.rope_theta", format!("{} is not above 1", raw.rope_theta)));
+    }
+    if let Some(scaling) = &raw.rope_scaling {
+        if !raw.rope {
+            let message = "there is nothing to scale with model.attn.rope = false".to_owned();
+            return Err(Error::value("model.attn.rope_scaling", message));
+        }
+        if let Some(problem) = RopeScaling::from(*scaling).problem() {
+            return Err(Error::value("model.attn.rope_scaling", problem));
+        }
     }
     Ok(AttnShape { n_heads, n_kv_heads: raw.n_kv_heads.unwrap_or(n_heads), d_head, bridge: raw.bridge })
 }
@@ -464,6 +475,31 @@ mod tests {
         ] {
             let error = read(&[(from, to)]).unwrap_err().to_string();
             assert!(error.contains(want), "{to}: {error}");
+        }
+    }
+
+    #[test]
+    fn rotary_scaling_reads_back_or_is_refused_by_name() {
+        let with = |rope: bool, scaling: &str| {
+            read(&[("n_kv_heads = 2", &format!("n_kv_heads = 2\nrope = {rope}\nrope_scaling = {{ {scaling} }}"))])
+        };
+        let llama =
+            "type = \"llama3\", factor = 8.0, low_freq_factor = 1.0, high_freq_factor = 4.0, original_seq_len = 64";
+        for scaling in [llama, "type = \"linear\", factor = 2.5"] {
+            let config = with(true, scaling).unwrap();
+            assert!(config.rope.unwrap().scaling != RopeScaling::None);
+            let text = toml::to_string(&config.to_raw()).unwrap();
+            assert_eq!(ModelConfig::check(from_table(text.parse().unwrap()).unwrap()).unwrap(), config);
+        }
+        for (rope, scaling, want) in [
+            (false, llama, "model.attn.rope = false"),
+            (true, "type = \"linear\", factor = 0.0", "factor of rotary scaling is 0"),
+            (true, "type = \"linear\"", "factor"),
+            (true, "type = \"yarn\", factor = 2.0", "yarn"),
+            (true, "type = \"linear\", factor = 2.0, beta = 1.0", "beta"),
+        ] {
+            let message = with(rope, scaling).unwrap_err().to_string();
+            assert!(message.contains(want) && message.contains("attn.rope_scaling"), "{message}");
         }
     }
 }

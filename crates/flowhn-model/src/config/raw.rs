@@ -2,6 +2,7 @@
 
 use std::fmt;
 
+use flowhn_attn::{Rope, RopeScaling};
 use flowhn_split::{AttnFrac, Bridge, Cycle, Fusion, GateNorm, Policy, Window};
 use serde::{Deserialize, Deserializer, Serialize, Serializer, de};
 
@@ -96,6 +97,8 @@ pub(super) struct RawAttn {
     pub(super) d_head: Option<usize>,
     pub(super) rope: bool,
     pub(super) rope_theta: f64,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub(super) rope_scaling: Option<RawRopeScaling>,
     pub(super) bridge: Bridge,
     pub(super) bias: bool,
     #[serde(skip_serializing_if = "Option::is_none")]
@@ -111,10 +114,49 @@ impl Default for RawAttn {
             d_head: None,
             rope: false,
             rope_theta: 10_000.,
+            rope_scaling: None,
             bridge: Bridge::None,
             bias: false,
             window: None,
             global_blocks: Vec::new(),
+        }
+    }
+}
+
+impl RawAttn {
+    pub(super) fn rope(&self) -> Option<Rope> {
+        let scaling = self.rope_scaling.map_or(RopeScaling::None, RopeScaling::from);
+        self.rope.then_some(Rope { theta: self.rope_theta, scaling })
+    }
+}
+
+/// `model.attn.rope_scaling`.
+#[derive(Clone, Copy, Debug, Serialize, Deserialize)]
+#[serde(tag = "type", rename_all = "snake_case", deny_unknown_fields)]
+pub(super) enum RawRopeScaling {
+    Linear { factor: f64 },
+    Llama3 { factor: f64, low_freq_factor: f64, high_freq_factor: f64, original_seq_len: usize },
+}
+
+impl RawRopeScaling {
+    pub(super) fn of(scaling: RopeScaling) -> Option<Self> {
+        match scaling {
+            RopeScaling::None => None,
+            RopeScaling::Linear { factor } => Some(Self::Linear { factor }),
+            RopeScaling::Llama3 { factor, low_freq_factor, high_freq_factor, original_len: original_seq_len } => {
+                Some(Self::Llama3 { factor, low_freq_factor, high_freq_factor, original_seq_len })
+            }
+        }
+    }
+}
+
+impl From<RawRopeScaling> for RopeScaling {
+    fn from(raw: RawRopeScaling) -> Self {
+        match raw {
+            RawRopeScaling::Linear { factor } => Self::Linear { factor },
+            RawRopeScaling::Llama3 { factor, low_freq_factor, high_freq_factor, original_seq_len: original_len } => {
+                Self::Llama3 { factor, low_freq_factor, high_freq_factor, original_len }
+            }
         }
     }
 }

@@ -7,8 +7,9 @@ use flowhn_split::{Fusion, GateNorm, SsmShape};
 use serde_json::{Value, json};
 
 use super::keys::Keys;
-use super::read::{expanded, outer, padding_or_0, rope_theta};
+use super::read::{expanded, outer, padding_or_0, rope};
 use super::write::ratio;
+use super::write::rope_scaling;
 use crate::config::{GroupOrder, ModelConfig};
 use crate::names::Fold;
 use crate::{Error, Result};
@@ -51,7 +52,7 @@ pub(super) fn read(keys: &Keys) -> Result<(String, Fold)> {
     let _ = write!(
         section,
         "d_ff = {}\nmlp_bias = {}\nfusion = \"none\"\nshared_norm = true\n{}\
-         [attn]\nn_heads = {n_heads}\nn_kv_heads = {}\nd_head = {}\nbias = {}\nrope = true\nrope_theta = {:e}\n\
+         [attn]\nn_heads = {n_heads}\nn_kv_heads = {}\nd_head = {}\nbias = {}\n{}\
          [ssm]\nmixer = \"mamba2\"\nd_inner = {d_inner}\nd_state = {d_state}\nd_conv = {}\nd_head = {d_head}\n\
          n_groups = {n_groups}\nchunk_len = {}\n{norm}\nconv_bias = {}\nproj_bias = {}\nout_proj_bias = {}\n",
         keys.size("intermediate_size")?,
@@ -60,7 +61,7 @@ pub(super) fn read(keys: &Keys) -> Result<(String, Fold)> {
         keys.size_or("num_key_value_heads", n_kv_heads)?,
         keys.size_or("head_dim", d_model / n_heads.max(1))?,
         keys.flag_or("attention_bias", false)?,
-        rope_theta(keys, 100_000.)?,
+        rope(keys, 100_000.)?,
         keys.size_or("mamba_d_conv", 4)?,
         keys.size_or("mamba_chunk_size", 256)?,
         keys.flag_or("mamba_conv_bias", true)?,
@@ -145,7 +146,7 @@ pub(super) fn write(config: &ModelConfig) -> Result<Value> {
             return refuse(what);
         }
     }
-    let Some(rope_theta) = config.rope_theta else { return refuse("no positions (model.attn.rope = false)") };
+    let Some(rope) = config.rope else { return refuse("no positions (model.attn.rope = false)") };
     Ok(json!({
         "architectures": ["FalconH1ForCausalLM"],
         "model_type": "falcon_h1",
@@ -158,8 +159,8 @@ pub(super) fn write(config: &ModelConfig) -> Result<Value> {
         "mlp_bias": options.mlp_bias,
         "max_position_embeddings": config.seq_len,
         "rms_norm_eps": config.rms_norm_eps,
-        "rope_theta": rope_theta,
-        "rope_scaling": null,
+        "rope_theta": rope.theta,
+        "rope_scaling": rope_scaling(rope),
         "mamba_d_ssm": d_inner,
         "mamba_expand": ratio(d_inner, config.d_model),
         "mamba_n_heads": n_heads,
@@ -191,6 +192,7 @@ mod tests {
     use super::super::{read_config, write_config};
     use super::*;
     use crate::names::Family;
+    use flowhn_attn::Rope;
     use tch::{Kind, Tensor};
 
     /// The keys and the kind of numbers that the released models have.
@@ -221,7 +223,7 @@ mod tests {
         assert_eq!((model.family, model.ignored.len()), (Family::FalconH1, 0), "{:?}", model.ignored);
         let config = &model.config;
         assert_eq!(config.ssm, SsmShape::Mamba2 { d_inner: 1536, d_state: 128, d_conv: 4, d_head: 64, n_groups: 1 });
-        assert_eq!((config.attn.d_q(), config.attn.d_kv(), config.rope_theta), (512, 128, Some(1e11)));
+        assert_eq!((config.attn.d_q(), config.attn.d_kv(), config.rope), (512, 128, Some(Rope::new(1e11))));
         assert_eq!((config.options.gate_norm, config.options.shared_norm), (GateNorm::None, true));
         assert_eq!((config.padding_idx, config.tie_embeddings, config.options.ssm_out_bias), (Some(0), false, false));
 
@@ -245,7 +247,7 @@ mod tests {
             TEXT.replace("\"rope_theta\": 100000000000.0", &format!("\"rope_parameters\": {parameters}"))
         };
         let model = read_config(&nested(r#"{"rope_theta": 500.0, "rope_type": "default"}"#), 64).unwrap();
-        assert_eq!((model.config.rope_theta, model.ignored.len()), (Some(500.), 0));
+        assert_eq!((model.config.rope, model.ignored.len()), (Some(Rope::new(500.)), 0));
         for (parameters, want) in [
             (r#"{"rope_theta": 500.0, "rope_type": "yarn"}"#, "`rope_type` is \"yarn\""),
             (r#"{"rope_theta": 500.0, "factor": 2.0}"#, "`rope_parameters` has factor"),
@@ -320,7 +322,7 @@ mod tests {
         };
         assert!(refused(|config| config.options.shared_norm = false).contains("model.shared_norm"));
         assert!(refused(|config| config.fusion = Fusion::Mean).contains("model.fusion"));
-        assert!(refused(|config| config.rope_theta = None).contains("model.attn.rope"));
+        assert!(refused(|config| config.rope = None).contains("model.attn.rope"));
         assert!(refused(|config| config.d_ff = 0).contains("model.d_ff"));
         assert!(refused(|config| config.options.window = Some(8)).contains("model.attn.window"));
         assert!(refused(|config| config.options.mixer_norms = true).contains("model.mixer_norms"));

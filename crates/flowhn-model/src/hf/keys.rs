@@ -119,6 +119,14 @@ impl Keys {
         }
     }
 
+    /// A number that has no default.
+    pub fn number(&self, key: &str) -> Result<f64> {
+        match self.map.get(key) {
+            None | Some(Value::Null) => Err(Error::Input(format!("the configuration has no `{key}`"))),
+            Some(_) => self.number_or(key, 0.),
+        }
+    }
+
     pub fn number_or(&self, key: &str, default: f64) -> Result<f64> {
         let Some(value) = self.get(key) else { return Ok(default) };
         value.as_f64().ok_or_else(|| wrong(key, value, "a number"))

@@ -78,7 +78,7 @@ fn llama(keys: &Keys) -> Result<String> {
     keys.only("attention_dropout", &[json!(0), json!(0.0)])?;
     Ok(format!(
         "{}d_ff = {}\nmlp_bias = {}\n{}\
-         [attn]\nn_heads = {n_heads}\nn_kv_heads = {}\nd_head = {}\nbias = {}\nrope = true\nrope_theta = {:e}\n",
+         [attn]\nn_heads = {n_heads}\nn_kv_heads = {}\nd_head = {}\nbias = {}\n{}",
         outer(keys, "rms_norm_eps", 1e-6, false)?,
         keys.size("intermediate_size")?,
         keys.flag_or("mlp_bias", false)?,
@@ -86,7 +86,7 @@ fn llama(keys: &Keys) -> Result<String> {
         keys.size_or("num_key_value_heads", n_heads)?,
         keys.size_or("head_dim", d_model / n_heads.max(1))?,
         keys.flag_or("attention_bias", false)?,
-        rope_theta(keys, 10_000.)?,
+        rope(keys, 10_000.)?,
     ))
 }
 
@@ -194,16 +194,49 @@ pub(super) fn padding_or_0(keys: &Keys) -> Result<String> {
     Ok(padding(if keys.has("pad_token_id") { keys.maybe_size("pad_token_id")? } else { Some(0) }))
 }
 
-/// The base of rotary positions that nothing scales; transformers 5 writes it one level down.
-pub(super) fn rope_theta(keys: &Keys, default: f64) -> Result<f64> {
-    keys.only("rope_scaling", &[json!({"rope_type": "default"}), json!({"type": "default"})])?;
-    let theta = keys.number_or("rope_theta", default)?;
-    let Some(inner) = keys.inner("rope_parameters")? else { return Ok(theta) };
-    inner.only("rope_type", &[json!("default")])?;
-    let theta = inner.number_or("rope_theta", theta)?;
-    match inner.left_over().as_slice() {
-        [] => Ok(theta),
-        keys => Err(Error::Input(format!("`rope_parameters` has {}, which is not supported", keys.join(", ")))),
+/// Rotary positions, as lines of the attention's section. What scales them is in `rope_scaling`; transformers 5 writes that and the base one
+/// level down.
+pub(super) fn rope(keys: &Keys, default: f64) -> Result<String> {
+    let mut theta = keys.number_or("rope_theta", default)?;
+    let mut scaling = String::new();
+    for (key, has_theta) in [("rope_scaling", false), ("rope_parameters", true)] {
+        let Some(inner) = keys.inner(key)? else { continue };
+        if has_theta {
+            theta = inner.number_or("rope_theta", theta)?;
+        }
+        let found = rope_scaling(&inner).map_err(|error| match error {
+            Error::Input(message) => Error::Input(format!("`{key}`: {message}")),
+            other => other,
+        })?;
+        if let Some(found) = found {
+            scaling = format!("rope_scaling = {found}\n");
+        }
+        if let [first, ..] = &inner.left_over()[..] {
+            return Err(Error::Input(format!("`{key}` has {first}, which is not supported")));
+        }
+    }
+    Ok(format!("rope = true\nrope_theta = {theta:e}\n{scaling}"))
+}
+
+/// What scales rotary positions, as TOML.
+fn rope_scaling(keys: &Keys) -> Result<Option<String>> {
+    let kind = keys.text("rope_type").or_else(|| keys.text("type")).unwrap_or("default").to_owned();
+    // Older files have the type twice.
+    keys.ignore(&["rope_type", "type"]);
+    let factor = || keys.number("factor");
+    match kind.as_str() {
+        "default" => Ok(None),
+        "linear" => Ok(Some(format!("{{ type = \"linear\", factor = {:e} }}", factor()?))),
+        "llama3" => Ok(Some(format!(
+            "{{ type = \"llama3\", factor = {:e}, low_freq_factor = {:e}, high_freq_factor = {:e}, original_seq_len = {} }}",
+            factor()?,
+            keys.number("low_freq_factor")?,
+            keys.number("high_freq_factor")?,
+            keys.size("original_max_position_embeddings")?,
+        ))),
+        _ => {
+            Err(Error::Input(format!("`rope_type` is {kind:?}, supported are \"default\", \"linear\" and \"llama3\"")))
+        }
     }
 }
 

@@ -1,5 +1,6 @@
 //! From a configuration of ours to a `config.json`, where there is one for it.
 
+use flowhn_attn::{Rope, RopeScaling};
 use flowhn_split::{Bridge, GateNorm, Policy, Sharing, SsmShape, policy_per_block};
 use serde_json::{Map, Value, json};
 
@@ -73,10 +74,10 @@ fn members(config: &ModelConfig, policies: &[Policy]) -> Result<(Family, Value)>
     if all(Sharing::Parallel) {
         return falcon_h1::write(config).map(|json| (Family::FalconH1, json));
     }
-    if all(Sharing::AttnOnly) && config.rope_theta.is_some() {
+    if let Some(rope) = config.rope.filter(|_| all(Sharing::AttnOnly)) {
         return match config.d_ff {
             0 => refuse("attention without an MLP (model.d_ff = 0)"),
-            _ => Ok((Family::Llama, llama(config))),
+            _ => Ok((Family::Llama, llama(config, rope))),
         };
     }
     if options.mlp_bias || (options.attn_bias && !all(Sharing::SsmOnly)) {
@@ -95,7 +96,7 @@ fn members(config: &ModelConfig, policies: &[Policy]) -> Result<(Family, Value)>
             }
             no_padding(config, "Mamba-2").map(|()| (Family::Mamba2, mamba2(config)))
         }
-        SsmShape::Mamba1 { inner_norms, .. } if config.d_ff > 0 && config.rope_theta.is_none() => {
+        SsmShape::Mamba1 { inner_norms, .. } if config.d_ff > 0 && config.rope.is_none() => {
             if !inner_norms && !all(Sharing::AttnOnly) {
                 return refuse("Mamba with an MLP and without inner norms (model.ssm.inner_norms = false)");
             }
@@ -135,7 +136,22 @@ fn add_outer(object: &mut Map<String, Value>, config: &ModelConfig) {
     }
 }
 
-fn llama(config: &ModelConfig) -> Value {
+/// What scales rotary positions, in the words of transformers; null where nothing does.
+pub(super) fn rope_scaling(rope: Rope) -> Value {
+    match rope.scaling {
+        RopeScaling::None => Value::Null,
+        RopeScaling::Linear { factor } => json!({"rope_type": "linear", "factor": factor}),
+        RopeScaling::Llama3 { factor, low_freq_factor, high_freq_factor, original_len } => json!({
+            "rope_type": "llama3",
+            "factor": factor,
+            "low_freq_factor": low_freq_factor,
+            "high_freq_factor": high_freq_factor,
+            "original_max_position_embeddings": original_len,
+        }),
+    }
+}
+
+fn llama(config: &ModelConfig, rope: Rope) -> Value {
     json!({
         "architectures": ["LlamaForCausalLM"],
         "model_type": "llama",
@@ -148,8 +164,8 @@ fn llama(config: &ModelConfig) -> Value {
         "mlp_bias": config.options.mlp_bias,
         "max_position_embeddings": config.seq_len,
         "rms_norm_eps": config.rms_norm_eps,
-        "rope_theta": config.rope_theta,
-        "rope_scaling": null,
+        "rope_theta": rope.theta,
+        "rope_scaling": rope_scaling(rope),
         "pad_token_id": config.padding_idx,
     })
 }

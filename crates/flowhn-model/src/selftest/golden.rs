@@ -9,11 +9,12 @@ use super::{case, ensure};
 use crate::golden::check_golden_bytes;
 use crate::{MAX_REL_GRAD, MAX_REL_OUTPUT, Result};
 
-const FILES: [(&str, &[u8]); 10] = [
+const FILES: [(&str, &[u8]); 11] = [
     ("flowhn_no_split", include_bytes!("../../tests/golden/flowhn_no_split.safetensors")),
     ("flowhn_ae_split", include_bytes!("../../tests/golden/flowhn_ae_split.safetensors")),
     ("flowhn_fa_split", include_bytes!("../../tests/golden/flowhn_fa_split.safetensors")),
     ("llama_biases_mqa", include_bytes!("../../tests/golden/llama_biases_mqa.safetensors")),
+    ("llama_scaled_positions", include_bytes!("../../tests/golden/llama_scaled_positions.safetensors")),
     ("mamba_untied_biases", include_bytes!("../../tests/golden/mamba_untied_biases.safetensors")),
     ("mamba2_one_group_tied", include_bytes!("../../tests/golden/mamba2_one_group_tied.safetensors")),
     ("mamba2_strided_biases", include_bytes!("../../tests/golden/mamba2_strided_biases.safetensors")),

@@ -4,7 +4,7 @@
     pip install torch==2.11.0 transformers==4.57.6 safetensors && python make.py [FOLDER [CASE...]]
 
 Without arguments it writes the cases of SHIPPED beside itself; with a folder all cases, or those named, into it. The files that ship are
-of 4.49.0, but for Falcon-H1's, which that version does not have; groups of Mamba-2 are strided in `mamba2_strided_biases` of that version
+of 4.49.0, but for Falcon-H1's, which that version does not have, and `llama_scaled_positions`; groups of Mamba-2 are strided in `mamba2_strided_biases` of that version
 and contiguous since 4.52.
 
 One safetensors file a case; the metadata key `config` is the model's config.json. Keys: input_ids, logits, loss (mean next-token
@@ -35,7 +35,7 @@ from transformers import (
 
 # Small enough to ship: each is below 100 KB.
 SHIPPED = ["llama_biases_mqa", "mamba_untied_biases", "mamba2_one_group_tied", "mamba2_strided_biases", "jamba_offset_biases"]
-SHIPPED += ["falcon_h1_multipliers", "falcon_h1_norm_before_gate"]
+SHIPPED += ["falcon_h1_multipliers", "falcon_h1_norm_before_gate", "llama_scaled_positions"]
 
 
 def llama(**sizes):
@@ -86,6 +86,16 @@ CASES = {
     "llama_tied": (lambda: llama(tie_word_embeddings=True, num_attention_heads=2, num_key_value_heads=2, pad_token_id=3), (1, 17)),
     "llama_wide_heads": (lambda: llama(head_dim=10, num_hidden_layers=3, rms_norm_eps=1e-5), (3, 7)),
     "llama_heads_of_two": (lambda: llama(hidden_size=24, num_attention_heads=6, num_key_value_heads=3, head_dim=2), (2, 1 + 64)),
+    "llama_scaled_positions": (
+        lambda: llama(
+            head_dim=8, rope_theta=500.0, max_position_embeddings=256,
+            rope_scaling=dict(
+                rope_type="llama3", factor=4.0, low_freq_factor=1.0, high_freq_factor=4.0, original_max_position_embeddings=64,
+            ),
+        ),
+        (2, 29),
+    ),
+    "llama_stretched_positions": (lambda: llama(rope_scaling=dict(rope_type="linear", factor=2.5)), (1, 23)),
     "mamba_untied_biases": (lambda: mamba(use_bias=True, tie_word_embeddings=False, conv_kernel=3, time_step_rank=2), (2, 13)),
     "mamba_no_conv_bias": (lambda: mamba(use_conv_bias=False, state_size=16, time_step_rank=5, conv_kernel=2), (1, 31)),
     "mamba_expand": (lambda: mamba(expand=1.5, layer_norm_epsilon=1e-6, conv_kernel=5, hidden_size=20), (3, 5)),

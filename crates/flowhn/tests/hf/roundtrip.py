@@ -131,7 +131,7 @@ def refused_by_name(folder):
     attempt(lambda tensors, _: tensors.update(extra=torch.zeros(2)), ["left over", "extra"])
     attempt(lambda tensors, _: tensors.update({norm: torch.zeros(5)}), ["wrong shape", norm, "[5]", "[12]"])
     attempt(lambda _, keys: keys.update(hidden_act="gelu"), ["hidden_act", "gelu"])
-    attempt(lambda _, keys: keys.update(rope_scaling={"rope_type": "linear", "factor": 2.0}), ["rope_scaling"])
+    attempt(lambda _, keys: keys.update(rope_scaling={"rope_type": "yarn", "factor": 2.0}), ["rope_scaling", "yarn", "llama3"])
     attempt(lambda _, keys: keys.update(model_type="gpt2"), ["gpt2", "llama, mamba, mamba2, jamba and falcon_h1"])
     (folder / "empty").mkdir()
     (folder / "empty/config.json").write_text(json.dumps(config))
