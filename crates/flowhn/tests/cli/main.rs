@@ -6,6 +6,7 @@ mod bench;
 mod contract;
 mod interrupted;
 mod refused;
+mod rows;
 mod selftest;
 mod speeds;
 mod tasks;
