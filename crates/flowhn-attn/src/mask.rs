@@ -112,23 +112,22 @@ impl<'a> Mask<'a> {
         }
         let keys = start..end;
         let window_is_idle = window.is_none_or(|window| last - k[start] < window);
-        let (is_causal, is_without_gaps) = (*q == k[keys.clone()], last - first == n - 1);
+        let window = window.filter(|_| !window_is_idle);
+        let is_causal = *q == k[keys.clone()];
+        // Without gaps, so many positions are so many keys.
+        let slides = self.n_sinks == 0 && is_causal && last - first == n - 1;
         let has_spans = is_causal
             && keys.len() == k.len()
-            && (window_is_idle || self.n_sinks == 0 && is_without_gaps)
+            && (window.is_none() || slides)
             && (self.segments.is_none() || self.documents.is_some());
-        let pattern = match self.segments {
-            None if window_is_idle && k[end - 1] <= first => Pattern::All,
-            None if window_is_idle && is_causal => Pattern::Causal,
-            // Without gaps, so many positions are so many keys.
+        let pattern = match (self.segments, window) {
+            (None, None) if k[end - 1] <= first => Pattern::All,
+            (None, None) if is_causal => Pattern::Causal,
             _ if takes.spans && has_spans => {
-                let window = window.filter(|_| !window_is_idle);
                 Pattern::Spans { segments_bn: self.documents.map(Tensor::shallow_clone), window }
             }
-            None if takes.windows && self.n_sinks == 0 && is_causal && is_without_gaps => {
-                Pattern::Window(window.expect("without one, all before is seen"))
-            }
-            _ => Pattern::Dense(self.dense(batch, n, m, &keys, window.filter(|_| !window_is_idle), device)?),
+            (None, Some(window)) if takes.windows && slides => Pattern::Window(window),
+            _ => Pattern::Dense(self.dense(batch, n, m, &keys, window, device)?),
         };
         let sees_itself = q.iter().all(|position| k.binary_search(position).is_ok());
         Ok(Visible { keys, pattern, sees_itself })
@@ -246,4 +245,53 @@ pub(crate) enum Pattern {
     },
     /// Those with `true`: bool, `[batch or 1, 1, n, keys]`.
     Dense(Tensor),
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const ALL: Takes = Takes { windows: true, spans: true };
+    const WINDOWS: Takes = Takes { windows: true, spans: false };
+
+    fn told(mask: &Mask, n: i64, takes: Takes) -> String {
+        match mask.resolve("test", [1, n, n], Device::Cpu, takes).unwrap().pattern {
+            Pattern::All => "all".to_owned(),
+            Pattern::Causal => "causal".to_owned(),
+            Pattern::Window(window) => format!("window {window}"),
+            Pattern::Spans { segments_bn, window } => format!("spans {} {window:?}", segments_bn.is_some()),
+            Pattern::Dense(_) => "dense".to_owned(),
+        }
+    }
+
+    #[test]
+    fn patterns_are_chosen_as_far_as_the_operator_takes_them() {
+        let ids = Tensor::from_slice(&[0i64, 0, 1, 1, 1, 2]).view([1, 6]);
+        let (plain, documents) = (Mask::causal(), Mask::causal().with_documents(&ids));
+        for (mask, spans, windows) in [
+            (plain, "causal", "causal"),
+            (plain.with_window(6), "causal", "causal"),
+            (plain.with_window(3), "spans false Some(3)", "window 3"),
+            (plain.with_window(3).with_sinks(1), "dense", "dense"),
+            (documents, "spans true None", "dense"),
+            (documents.with_window(9), "spans true None", "dense"),
+            (documents.with_window(2), "spans true Some(2)", "dense"),
+            (documents.with_window(2).with_sinks(1), "dense", "dense"),
+            // Ids that need not rise.
+            (plain.with_segments(&ids, &ids), "dense", "dense"),
+        ] {
+            assert_eq!((told(&mask, 6, ALL).as_str(), told(&mask, 6, WINDOWS).as_str()), (spans, windows), "{mask:?}");
+        }
+        assert_eq!(told(&plain, 1, ALL), "all");
+    }
+
+    #[test]
+    fn positions_with_gaps_are_no_spans_under_a_window() {
+        let positions = Positions::new(&[0, 1, 3, 4, 6, 7], Device::Cpu).unwrap();
+        let mask = Mask::positions(&positions, &positions);
+        assert_eq!(told(&mask, 6, ALL), "causal");
+        assert_eq!(told(&mask.with_window(3), 6, ALL), "dense");
+        let ids = Tensor::zeros([1, 6], (Kind::Int64, Device::Cpu));
+        assert_eq!(told(&mask.with_documents(&ids), 6, ALL), "spans true None");
+    }
 }

@@ -124,16 +124,14 @@ impl Function for Rotary {
     const NAME: &'static str = "rotary";
 
     fn forward(&mut self, _ctx: &mut ForwardCtx, inputs: &[&Tensor]) -> Result<Vec<Tensor>> {
-        Ok(vec![turn(inputs[0], &self.table, Sense::Forth)?])
+        let x = inputs[0];
+        let room = || Ok(Tensor::f_empty(x.size(), (x.kind(), x.device()))?);
+        Ok(vec![turn(x, &self.table, Sense::Forth, room)?])
     }
 
     fn backward(&self, ctx: &BackwardCtx, grads: &[Tensor]) -> Result<Vec<Option<Tensor>>> {
         let dy = &grads[0];
-        let dx = match dy.device() {
-            Device::Cuda(_) if dy.numel() > 0 => turn_on_cuda(dy, &self.table, Sense::Back, ctx.grad_place(0, dy)?)?,
-            _ => turn(dy, &self.table, Sense::Back)?,
-        };
-        Ok(vec![Some(dx)])
+        Ok(vec![Some(turn(dy, &self.table, Sense::Back, || ctx.grad_place(0, dy))?)])
     }
 }
 
@@ -144,13 +142,14 @@ enum Sense {
     Back,
 }
 
-fn turn(x: &Tensor, table: &RotaryTable, sense: Sense) -> Result<Tensor> {
+/// On CUDA the result is written to what `room` gives; elsewhere nobody asks for it.
+fn turn(x: &Tensor, table: &RotaryTable, sense: Sense, room: impl FnOnce() -> Result<Tensor>) -> Result<Tensor> {
     match (x.device(), x.kind()) {
         _ if x.numel() == 0 => Ok(x.f_zeros_like()?),
         (Device::Cpu, Kind::Float) => turn_on_cpu::<f32>(x, table, sense),
         (Device::Cpu, Kind::Double) => turn_on_cpu::<f64>(x, table, sense),
         (Device::Cpu, Kind::BFloat16) => turn_on_cpu::<bf16>(x, table, sense),
-        (Device::Cuda(_), _) => turn_on_cuda(x, table, sense, Tensor::f_empty(x.size(), (x.kind(), x.device()))?),
+        (Device::Cuda(_), _) => turn_on_cuda(x, table, sense, room()?),
         _ => turn_by_ops(x, table, sense),
     }
 }
@@ -280,7 +279,10 @@ mod tests {
         for (kind, tol) in [(Kind::Float, 1e-6), (Kind::Double, 1e-12), (Kind::BFloat16, 1e-2)] {
             let x = Tensor::randn([3, 5, 4, 6], (Kind::Float, Device::Cpu)).to_kind(kind).transpose(1, 2);
             for sense in [Sense::Forth, Sense::Back] {
-                let (cpu, ops) = (turn(&x, &table, sense).unwrap(), turn_by_ops(&x, &table, sense).unwrap());
+                let (cpu, ops) = (
+                    turn(&x, &table, sense, || unreachable!("not CUDA")).unwrap(),
+                    turn_by_ops(&x, &table, sense).unwrap(),
+                );
                 assert_eq!(cpu.kind(), kind);
                 assert_close("turned", &cpu, &ops, tol);
             }

@@ -1,7 +1,7 @@
 //! Long sequences, and tensors of more than 2^31 elements.
 
 use flowhn_torch::testing::{Case, Outcome, Rule, noise, same_bits};
-use flowhn_torch::{Error, MemoryStats, Result};
+use flowhn_torch::{Error, Result};
 use tch::{Device, Kind, Tensor};
 
 use super::attention::formula;
@@ -57,12 +57,8 @@ fn long(n: i64, document_len: Option<i64>, device: Device) -> Result<String> {
 /// Offsets past 2^31: the last sequence of a large batch against the same sequence alone.
 fn huge(device: Device) -> Result<Outcome> {
     const NEEDED_BYTES: u64 = 48 << 30;
-    let Device::Cuda(device_idx) = device else { return Err(Error::invalid("huge", "not a CUDA device")) };
-    MemoryStats::empty_cache()?;
-    let free = MemoryStats::of(device_idx)?.free_bytes;
-    if free < NEEDED_BYTES {
-        let reason = format!("it takes {} GiB of device memory, {} are free", NEEDED_BYTES >> 30, free >> 30);
-        return Ok(Outcome::NotRun(reason));
+    if let Some(not_run) = Outcome::without_room(device, NEEDED_BYTES)? {
+        return Ok(not_run);
     }
     tch::manual_seed(1);
     let (batch, n, heads, kv_heads, width) = (1026, 512, 64, 2, 64);

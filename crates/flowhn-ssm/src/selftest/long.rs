@@ -1,7 +1,7 @@
 //! Long sequences and tensors of more than 2^31 elements.
 
 use flowhn_torch::testing::{Case, Outcome, Rule, max_rel, noise};
-use flowhn_torch::{Error, MemoryStats, Result};
+use flowhn_torch::{Error, Result};
 use tch::{Device, Kind, Tensor};
 
 use crate::{CausalConv1d, SelectiveScan, Ssd, causal_conv1d, selective_scan, ssd};
@@ -113,12 +113,8 @@ fn long(subject: &Subject, seq_len: i64, kind: Kind, device: Device) -> Result<S
 /// Offsets past 2^31: the last sequence of a large batch against the same sequence alone.
 fn huge(subject: &Subject, device: Device) -> Result<Outcome> {
     const NEEDED_BYTES: u64 = 60 << 30;
-    let Device::Cuda(device_idx) = device else { return Err(Error::invalid("huge", "not a CUDA device")) };
-    MemoryStats::empty_cache()?;
-    let free = MemoryStats::of(device_idx)?.free_bytes;
-    if free < NEEDED_BYTES {
-        let reason = format!("it takes {} GiB of device memory, {} are free", NEEDED_BYTES >> 30, free >> 30);
-        return Ok(Outcome::NotRun(reason));
+    if let Some(not_run) = Outcome::without_room(device, NEEDED_BYTES)? {
+        return Ok(not_run);
     }
     let (batch, seq_len, width) = (17, 65536, 2048);
     let make = |input: &Input| {

@@ -4,7 +4,7 @@ use std::fmt;
 
 use tch::Device;
 
-use crate::Result;
+use crate::{Error, MemoryStats, Result};
 
 /// What a check that found nothing wrong says.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -13,6 +13,20 @@ pub enum Outcome {
     Passed(String),
     /// It cannot be run here, and why.
     NotRun(String),
+}
+
+impl Outcome {
+    /// What a check says that takes this much memory of a CUDA device where less is free, once nothing is cached any more.
+    ///
+    /// # Errors
+    /// [`Error::Invalid`] for another device, and those of asking.
+    pub fn without_room(device: Device, n_bytes: u64) -> Result<Option<Self>> {
+        let Device::Cuda(device_idx) = device else { return Err(Error::invalid("room", "not a CUDA device")) };
+        MemoryStats::empty_cache()?;
+        let free = MemoryStats::of(device_idx)?.free_bytes;
+        let told = || format!("it takes {} GiB of device memory, {} are free", n_bytes >> 30, free >> 30);
+        Ok((free < n_bytes).then(|| Self::NotRun(told())))
+    }
 }
 
 impl From<String> for Outcome {
