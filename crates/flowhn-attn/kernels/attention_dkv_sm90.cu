@@ -1,10 +1,10 @@
 // The gradients of the keys and values of attention on Hopper.
 //
-//   P = exp(scale q k^T - lse),   dS = P (do v^T - delta),   dv = P^T do,   dk = scale dS^T q,   summed over the heads that share a key head
+//   P = exp(scale q k^T - lse ln 2),   dS = P (do v^T - delta),   dv = P^T do,   dk = scale dS^T q,   summed over the heads that share a key head
 //
 //   q, do   boxes of 128 rows of [batch, heads, n, 64], bf16;   k, v  of [batch, key heads, n, 64];   dk, dv  the same, 16 rows
-//   lse, delta    [batch, heads, n], f32
-//   last_queries  [batch, n], i32, with SEES 2: the last query that sees a key; never less than that of the key before
+//   lse, delta    [batch, heads, padded(n)], f32, lse base 2; behind n a large number and 0
+//   last_queries  [batch, padded(n)], i32, with SEES 2: the last query that sees a key; never less than that of the key before
 //
 // Tiles are of keys and multiplied transposed: scores are k q^T, so that P^T and dS^T are in registers as products take their first factor. Of the
 // queries at the diagonal the second group is seen by the second half only.
@@ -74,7 +74,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) attention_dkv(
     const __grid_constant__ BoxMap q, const __grid_constant__ BoxMap k, const __grid_constant__ BoxMap v, const __grid_constant__ BoxMap dout,
     const __grid_constant__ BoxMap dk, const __grid_constant__ BoxMap dv, const float* lse, const float* delta, const int* last_queries, int n_batches,
     int n_key_heads, int group_size, int n, float scale) {
-    const int n_blocks = ceil_div(n, ROWS), n_sequences = n_batches * n_key_heads, n_tiles = n_blocks * n_sequences;
+    const int n_blocks = ceil_div(n, ROWS);
     const unsigned own_barriers = Memory::own_barriers(), ring_barriers = Memory::ring_barriers();
     Memory::init();
     Ring<2> own;
@@ -82,42 +82,27 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) attention_dkv(
 
     if (threadIdx.x < GROUP) {
         registers_give<40>();
-        const int lane = threadIdx.x;
-        for (Tiles tiles; lane < 32 && tiles.tile() < n_tiles; tiles.round++) {
-            const int tile = tiles.tile();
-            const int block = tile / n_sequences, sequence = tile % n_sequences, key_head = sequence % n_key_heads, batch = sequence / n_key_heads;
-            const int first = block * ROWS;
+        for (Tiles<false> tiles(n, n_batches, n_key_heads); threadIdx.x == 0 && tiles.has_one(); tiles.next()) {
+            const auto [block, first, sequence, key_head, batch] = tiles.tile();
             own.wait_empty(own_barriers);
-            if (lane == 0) {
-                mbarrier_expect(own.full(own_barriers), 2 * TILE_BYTES);
-                box_load(Memory::own_tile(own.slot, K), k, 0, first, key_head, batch, own.full(own_barriers));
-                box_load(Memory::own_tile(own.slot, V), v, 0, first, key_head, batch, own.full(own_barriers));
-            }
+            mbarrier_expect(own.full(own_barriers), 2 * TILE_BYTES + SPANS * NUMBERS_BYTES);
+            box_load(Memory::own_tile(own.slot, K), k, 0, first, key_head, batch, own.full(own_barriers));
+            box_load(Memory::own_tile(own.slot, V), v, 0, first, key_head, batch, own.full(own_barriers));
             int last_block = n_blocks - 1;
             if constexpr (SPANS) {
-                const int* of_batch = last_queries + (i64)batch * n;
-                #pragma unroll
-                for (int i = lane; i < ROWS; i += 32) Memory::own_rows<int>(own.slot, LAST_QUERY)[i] = of_batch[min(first + i, n - 1)];
-                mbarrier_arrive(own.full(own_barriers));
-                last_block = of_batch[min(first + ROWS, n) - 1] / ROWS;
+                const int* of_tile = last_queries + (i64)batch * padded(n) + first;
+                bulk_load(smem_address(Memory::own_rows<int>(own.slot, LAST_QUERY)), of_tile, NUMBERS_BYTES, own.full(own_barriers));
+                last_block = of_tile[ROWS - 1] / ROWS;
             }
             own.next();
             for (int head = key_head * group_size; head < (key_head + 1) * group_size; head++) {
-                const i64 at = ((i64)batch * (n_key_heads * group_size) + head) * n;
+                const i64 at = ((i64)batch * (n_key_heads * group_size) + head) * padded(n);
                 for (int query_block = CAUSAL ? block : 0; query_block <= last_block; query_block++, ring.next()) {
-                    ring.wait_empty(ring_barriers);
-                    if (lane == 0) {
-                        mbarrier_expect(ring.full(ring_barriers), 2 * TILE_BYTES);
-                        box_load(Memory::ring_tile(ring.slot, Q), q, 0, query_block * ROWS, head, batch, ring.full(ring_barriers));
-                        box_load(Memory::ring_tile(ring.slot, DO), dout, 0, query_block * ROWS, head, batch, ring.full(ring_barriers));
-                    }
-                    #pragma unroll
-                    for (int i = lane; i < ROWS; i += 32) {
-                        int row = query_block * ROWS + i;
-                        Memory::ring_rows<float>(ring.slot, LSE)[i] = row < n ? lse[at + row] * LOG2_E : NO_WEIGHT;
-                        Memory::ring_rows<float>(ring.slot, DELTA)[i] = row < n ? delta[at + row] : 0.f;
-                    }
-                    mbarrier_arrive(ring.full(ring_barriers));
+                    const int first_query = query_block * ROWS;
+                    copy_pair<Memory>(ring, q, dout, first_query, head, batch, 2 * NUMBERS_BYTES);
+                    const unsigned full = ring.full(ring_barriers);
+                    bulk_load(smem_address(Memory::ring_rows<float>(ring.slot, LSE)), lse + at + first_query, NUMBERS_BYTES, full);
+                    bulk_load(smem_address(Memory::ring_rows<float>(ring.slot, DELTA)), delta + at + first_query, NUMBERS_BYTES, full);
                 }
             }
         }
@@ -126,9 +111,9 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) attention_dkv(
         const bool is_leader = threadIdx.x % 32 == 0;
         const float c = scale * LOG2_E;
         unsigned sent_from = 0;
-        for (Tiles tiles; tiles.tile() < n_tiles; tiles.round++, own.next()) {
-            const int tile = tiles.tile();
-            const int block = tile / n_sequences, sequence = tile % n_sequences, first = block * ROWS, first_block = CAUSAL ? block : 0;
+        for (Tiles<false> tiles(n, n_batches, n_key_heads); tiles.has_one(); tiles.next(), own.next()) {
+            const auto [block, first, sequence, key_head, batch] = tiles.tile();
+            const int first_block = CAUSAL ? block : 0;
             const unsigned k_tile = Memory::own_tile(own.slot, K), v_tile = Memory::own_tile(own.slot, V);
             own.wait_full(own_barriers);
             int last_block = n_blocks - 1, last_query[2] = {};
@@ -161,8 +146,8 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) attention_dkv(
                 }
             }
             // Of the tiles of keys and values each group has read its own rows only.
-            send(dk, k_sums, scale, scale, k_tile, first, sequence % n_key_heads, sequence / n_key_heads, n);
-            send(dv, v_sums, 1.f, 1.f, v_tile, first, sequence % n_key_heads, sequence / n_key_heads, n);
+            send(dk, k_sums, scale, scale, k_tile, first, key_head, batch, n);
+            send(dv, v_sums, 1.f, 1.f, v_tile, first, key_head, batch, n);
             sent_from = own.empty(own_barriers);
         }
         if (is_leader) box_wait_read<0>();

@@ -1,10 +1,10 @@
 // The gradient of the queries of attention on Hopper, and what the kernel for keys and values needs.
 //
-//   P = exp(scale q k^T - lse),   delta = sum over d of do o,   dS = P (do v^T - delta),   dq = scale dS k
+//   P = exp(scale q k^T - lse ln 2),   delta = sum over d of do o,   dS = P (do v^T - delta),   dq = scale dS k
 //
 //   q, o, do, dq  boxes of [batch, heads, n, 64], bf16: 128 rows, dq 16;   k, v  of [batch, key heads, n, 64], 128 rows
-//   lse         [batch, heads, n], f32;   delta  the same, written
-//   first_keys  [batch, n], i32, with SEES 2: the first key that a query sees; never less than that of the query before
+//   lse         [batch, heads, padded(n)], f32, base 2, a large number behind n;   delta  the same, written, 0 there
+//   first_keys  [batch, padded(n)], i32, with SEES 2: the first key that a query sees; never less than that of the query before
 //
 // Tiles are of queries. Of the keys at the diagonal the first group sees the first half only. The product with the keys is under way while the
 // next two begin.
@@ -80,7 +80,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) attention_dq(
     const __grid_constant__ BoxMap q, const __grid_constant__ BoxMap k, const __grid_constant__ BoxMap v, const __grid_constant__ BoxMap o,
     const __grid_constant__ BoxMap dout, const __grid_constant__ BoxMap dq, const float* lse, float* delta, const int* first_keys, int n_batches,
     int n_heads, int group_size, int n, float scale) {
-    const int n_blocks = ceil_div(n, ROWS), n_sequences = n_batches * n_heads, n_tiles = n_blocks * n_sequences;
+    const int n_blocks = ceil_div(n, ROWS);
     const unsigned own_barriers = Memory::own_barriers(), ring_barriers = Memory::ring_barriers();
     Memory::init();
     Ring<2> own;
@@ -88,36 +88,25 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) attention_dq(
 
     if (threadIdx.x < GROUP) {
         registers_give<40>();
-        const int lane = threadIdx.x;
-        for (Tiles tiles; lane < 32 && tiles.tile() < n_tiles; tiles.round++) {
-            const int tile = tiles.tile();
-            const int block = n_blocks - 1 - tile / n_sequences, sequence = tile % n_sequences, head = sequence % n_heads, batch = sequence / n_heads;
-            const int first = block * ROWS, key_head = head / group_size;
+        for (Tiles<true> tiles(n, n_batches, n_heads); threadIdx.x == 0 && tiles.has_one(); tiles.next()) {
+            const auto [block, first, sequence, head, batch] = tiles.tile();
+            const int key_head = head / group_size;
             own.wait_empty(own_barriers);
-            if (lane == 0) {
-                mbarrier_expect(own.full(own_barriers), 3 * TILE_BYTES);
-                box_load(Memory::own_tile(own.slot, Q), q, 0, first, head, batch, own.full(own_barriers));
-                box_load(Memory::own_tile(own.slot, DO), dout, 0, first, head, batch, own.full(own_barriers));
-                box_load(Memory::own_tile(own.slot, O), o, 0, first, head, batch, own.full(own_barriers));
+            mbarrier_expect(own.full(own_barriers), 3 * TILE_BYTES + (1 + SPANS) * NUMBERS_BYTES);
+            box_load(Memory::own_tile(own.slot, Q), q, 0, first, head, batch, own.full(own_barriers));
+            box_load(Memory::own_tile(own.slot, DO), dout, 0, first, head, batch, own.full(own_barriers));
+            box_load(Memory::own_tile(own.slot, O), o, 0, first, head, batch, own.full(own_barriers));
+            const float* of_lse = lse + (i64)sequence * padded(n) + first;
+            bulk_load(smem_address(Memory::own_rows<float>(own.slot, LSE)), of_lse, NUMBERS_BYTES, own.full(own_barriers));
+            int first_block = 0;
+            if constexpr (SPANS) {
+                const int* of_tile = first_keys + (i64)batch * padded(n) + first;
+                bulk_load(smem_address(Memory::own_rows<int>(own.slot, FIRST_KEY)), of_tile, NUMBERS_BYTES, own.full(own_barriers));
+                first_block = of_tile[0] / ROWS;
             }
-            const i64 at = (i64)sequence * n;
-            #pragma unroll
-            for (int i = lane; i < ROWS; i += 32) {
-                int row = first + i;
-                Memory::own_rows<float>(own.slot, LSE)[i] = row < n ? lse[at + row] * LOG2_E : NO_WEIGHT;
-                if (SPANS) Memory::own_rows<int>(own.slot, FIRST_KEY)[i] = first_keys[(i64)batch * n + min(row, n - 1)];
-            }
-            mbarrier_arrive(own.full(own_barriers));
             own.next();
-            const int first_block = SPANS ? first_keys[(i64)batch * n + first] / ROWS : 0;
             for (int key_block = first_block; key_block < (CAUSAL ? block + 1 : n_blocks); key_block++, ring.next()) {
-                ring.wait_empty(ring_barriers);
-                if (lane == 0) {
-                    mbarrier_expect(ring.full(ring_barriers), 2 * TILE_BYTES);
-                    box_load(Memory::ring_tile(ring.slot, K), k, 0, key_block * ROWS, key_head, batch, ring.full(ring_barriers));
-                    box_load(Memory::ring_tile(ring.slot, V), v, 0, key_block * ROWS, key_head, batch, ring.full(ring_barriers));
-                }
-                __syncwarp();
+                copy_pair<Memory>(ring, k, v, key_block * ROWS, key_head, batch, 0);
             }
         }
     } else {
@@ -125,9 +114,8 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) attention_dq(
         const bool is_leader = threadIdx.x % 32 == 0;
         const float c = scale * LOG2_E;
         unsigned sent_from = 0;
-        for (Tiles tiles; tiles.tile() < n_tiles; tiles.round++, own.next()) {
-            const int tile = tiles.tile();
-            const int block = n_blocks - 1 - tile / n_sequences, sequence = tile % n_sequences, first = block * ROWS;
+        for (Tiles<true> tiles(n, n_batches, n_heads); tiles.has_one(); tiles.next(), own.next()) {
+            const auto [block, first, sequence, head, batch] = tiles.tile();
             const unsigned q_tile = Memory::own_tile(own.slot, Q), do_tile = Memory::own_tile(own.slot, DO), o_tile = Memory::own_tile(own.slot, O);
             own.wait_full(own_barriers);
             Own mine;
@@ -138,7 +126,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) attention_dq(
                 mine.lse[half] = Memory::own_rows<float>(own.slot, LSE)[row];
                 mine.first_key[half] = SPANS ? own_firsts[row] : 0;
                 mine.delta[half] = row_delta(o_tile, do_tile, row);
-                if (threadIdx.x % 4 == 0 && first + row < n) delta[(i64)sequence * n + first + row] = mine.delta[half];
+                if (threadIdx.x % 4 == 0) delta[(i64)sequence * padded(n) + first + row] = mine.delta[half];
             }
             if (sent_from && is_leader) box_wait_read<0>(), mbarrier_arrive(sent_from);
             const int first_block = SPANS ? own_firsts[0] / ROWS : 0, last_block = CAUSAL ? block : n_blocks - 1;
@@ -168,7 +156,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) attention_dq(
             wgmma_hold(sums);
             if (is_leader) mbarrier_arrive(ring.empty(ring_barriers));
             ring.next();
-            send(dq, sums, scale, scale, q_tile, first, sequence % n_heads, sequence / n_heads, n);
+            send(dq, sums, scale, scale, q_tile, first, head, batch, n);
             sent_from = own.empty(own_barriers);
         }
         if (is_leader) box_wait_read<0>();

@@ -1,10 +1,10 @@
 // Attention on Hopper.
 //
-//   o = softmax(scale q k^T) v,   lse = log sum exp(scale q k^T)
+//   o = softmax(scale q k^T) v,   lse = log2 sum exp(scale q k^T)
 //
 //   q, o  boxes of [batch, heads, n, 64], bf16: 128 rows, o 16;   k, v  of [batch, key heads, n, 64], 128 rows
-//   lse   [batch, heads, n], f32, written; or none
-//   first_keys  [batch, n], i32, with SEES 2: the first key that a query sees, never less than that of the query before; below 0 for NaN
+//   lse   [batch, heads, padded(n)], f32, written, a large number behind n; or none
+//   first_keys  [batch, padded(n)], i32, with SEES 2: the first key that a query sees, never less than that of the query before; below 0 for NaN
 //
 // Tiles are of queries. Each begins with its last keys, of which most rows see some, and goes on with the others from the first on. The products of one
 // step's weights with v are begun together with the next step's scores. One group's exponentials pass beside the other's products.
@@ -59,7 +59,7 @@ template <int PIECES> __device__ __forceinline__ void round_weights(unsigned (&r
 extern "C" __global__ void __launch_bounds__(THREADS, 1) attention_forward(
     const __grid_constant__ BoxMap q, const __grid_constant__ BoxMap k, const __grid_constant__ BoxMap v, const __grid_constant__ BoxMap o, float* lse,
     const int* first_keys, int n_batches, int n_heads, int group_size, int n, float scale) {
-    const int n_blocks = ceil_div(n, ROWS), n_sequences = n_batches * n_heads, n_tiles = n_blocks * n_sequences;
+    const int n_blocks = ceil_div(n, ROWS);
     const unsigned own_barriers = Memory::own_barriers(), ring_barriers = Memory::ring_barriers();
     Memory::init();
     Ring<2> own;
@@ -67,35 +67,23 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) attention_forward(
 
     if (threadIdx.x < GROUP) {
         registers_give<40>();
-        const int lane = threadIdx.x;
-        for (Tiles tiles; lane < 32 && tiles.tile() < n_tiles; tiles.round++) {
-            const int tile = tiles.tile();
-            const int block = n_blocks - 1 - tile / n_sequences, sequence = tile % n_sequences, head = sequence % n_heads, batch = sequence / n_heads;
-            const int first = block * ROWS, key_head = head / group_size;
+        for (Tiles<true> tiles(n, n_batches, n_heads); threadIdx.x == 0 && tiles.has_one(); tiles.next()) {
+            const auto [block, first, sequence, head, batch] = tiles.tile();
+            const int key_head = head / group_size;
             own.wait_empty(own_barriers);
-            if (lane == 0) {
-                mbarrier_expect(own.full(own_barriers), TILE_BYTES);
-                box_load(Memory::own_tile(own.slot, Q), q, 0, first, head, batch, own.full(own_barriers));
-            }
+            mbarrier_expect(own.full(own_barriers), TILE_BYTES + SPANS * NUMBERS_BYTES);
+            box_load(Memory::own_tile(own.slot, Q), q, 0, first, head, batch, own.full(own_barriers));
             int first_block = 0;
             if constexpr (SPANS) {
-                const int* of_batch = first_keys + (i64)batch * n;
-                #pragma unroll
-                for (int i = lane; i < ROWS; i += 32) Memory::own_rows<int>(own.slot, FIRST_KEY)[i] = of_batch[min(first + i, n - 1)];
-                mbarrier_arrive(own.full(own_barriers));
-                first_block = of_batch[first] / ROWS;
+                const int* of_tile = first_keys + (i64)batch * padded(n) + first;
+                bulk_load(smem_address(Memory::own_rows<int>(own.slot, FIRST_KEY)), of_tile, NUMBERS_BYTES, own.full(own_barriers));
+                first_block = of_tile[0] / ROWS;
             }
             own.next();
             const int last_block = CAUSAL ? block : n_blocks - 1;
             for (int i = first_block; i <= last_block; i++, ring.next()) {
                 const int key_block = i == first_block ? last_block : i - 1;
-                ring.wait_empty(ring_barriers);
-                if (lane == 0) {
-                    mbarrier_expect(ring.full(ring_barriers), 2 * TILE_BYTES);
-                    box_load(Memory::ring_tile(ring.slot, K), k, 0, key_block * ROWS, key_head, batch, ring.full(ring_barriers));
-                    box_load(Memory::ring_tile(ring.slot, V), v, 0, key_block * ROWS, key_head, batch, ring.full(ring_barriers));
-                }
-                __syncwarp();
+                copy_pair<Memory>(ring, k, v, key_block * ROWS, key_head, batch, 0);
             }
         }
     } else {
@@ -104,9 +92,9 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) attention_forward(
         const int t = threadIdx.x % 4, group = own_group();
         const float c = scale * LOG2_E;
         unsigned sent_from = 0;
-        for (Tiles tiles; tiles.tile() < n_tiles; tiles.round++, own.next()) {
-            const int tile = tiles.tile();
-            const int block = n_blocks - 1 - tile / n_sequences, sequence = tile % n_sequences, first = block * ROWS, query = first + own_row();
+        for (Tiles<true> tiles(n, n_batches, n_heads); tiles.has_one(); tiles.next(), own.next()) {
+            const auto [block, first, sequence, head, batch] = tiles.tile();
+            const int query = first + own_row();
             const unsigned q_tile = Memory::own_tile(own.slot, Q);
             own.wait_full(own_barriers);
             const int* own_firsts = Memory::own_rows<int>(own.slot, FIRST_KEY);
@@ -172,9 +160,9 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) attention_forward(
                 sum += __shfl_xor_sync(FULL_WARP, sum, 2);
                 if (SPANS && first_key[half] < 0) sum = __uint_as_float(0x7fc00000u);
                 inverse[half] = 1.f / sum;
-                if (lse && t == 0 && query + 8 * half < n) lse[(i64)sequence * n + query + 8 * half] = softmax.largest[half] * scale + logf(sum);
+                if (lse && t == 0) lse[(i64)sequence * padded(n) + query + 8 * half] = query + 8 * half < n ? fmaf(softmax.largest[half], c, lg2(sum)) : NO_WEIGHT;
             }
-            send(o, sums, inverse[0], inverse[1], q_tile, first, sequence % n_heads, sequence / n_heads, n);
+            send(o, sums, inverse[0], inverse[1], q_tile, first, head, batch, n);
             sent_from = own.empty(own_barriers);
         }
         if (is_leader) box_wait_read<0>();

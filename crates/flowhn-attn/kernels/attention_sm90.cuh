@@ -1,11 +1,13 @@
 // What the kernels of attention on Hopper share: forward, the gradient of the queries, the gradients of keys and values.
 //
 // A tile is 128 queries, or 128 keys, of one head of one sequence, and heads are 64 wide. Blocks stay for the whole launch and
-// have many tiles. One warp copies, through a ring, what belongs to the tile and what it is multiplied with;
+// have many tiles. One thread copies, through a ring, what belongs to the tile and what it is multiplied with;
 // it is ahead by as much as the ring holds, so that a tile begins without waiting. Two groups of four warps have 64 rows of the tile each.
 //
 // A thread's results of a product of 64 rows are of rows g and g + 8 of its warp's 16 and, of each 8 columns, 2 t and 2 t + 1, where its lane is
 // 4 g + t; rounded, that is how products take their first factor from registers.
+//
+// Numbers of rows, one each, are in memory for whole tiles: `padded(n)` for n rows.
 //
 // SEES: what a query sees.  0 every key;  1 CAUSAL, keys up to its own position;  2 SPANS, of these the ones from `first_keys` on (spans.cu).
 #pragma once
@@ -15,22 +17,36 @@
 #ifdef __CUDA_ARCH_FEAT_SM90_ALL
 constexpr int D_HEAD = 64, ROWS = 128, ROW_BYTES = D_HEAD * 2, TILE_BYTES = ROWS * ROW_BYTES;
 constexpr int GROUP = 128, GROUPS = 2, WARPS = 4 * GROUPS, THREADS = GROUP * (1 + GROUPS), GROUP_ROWS = ROWS / GROUPS;
+constexpr int NUMBERS_BYTES = ROWS * 4;
 constexpr bool CAUSAL = SEES >= 1, SPANS = SEES == 2;
-// A logarithm of a sum that makes every weight 0.
+// The logarithm of a sum that makes every weight 0: that of rows which are not there.
 constexpr float NO_WEIGHT = 1e30f;
 
-// The tiles of this block, those with most to do first: every `gridDim.x`th, there and back, so that all blocks have about as much to do.
-struct Tiles {
-    int round = 0;
-    __device__ __forceinline__ int tile() const {
-        return round * gridDim.x + (round % 2 ? gridDim.x - 1 - blockIdx.x : blockIdx.x);
+__device__ __forceinline__ int ceil_div(int n, int step) { return (n + step - 1) / step; }
+__device__ __forceinline__ int padded(int n) { return ceil_div(n, ROWS) * ROWS; }
+
+// Rows `first` to `first` + 127 of one head of one sequence; `sequence` counts heads of all sequences.
+struct Tile {
+    int block, first, sequence, head, batch;
+};
+
+// The tiles of this block, those with most to do first: every `gridDim.x`th, there and back, so that all blocks have about as much to do. Where
+// attention is causal the last queries have most to do (`LAST_FIRST`), and the first keys.
+template <bool LAST_FIRST> struct Tiles {
+    int n_blocks, n_heads, n_sequences, round;
+    __device__ __forceinline__ Tiles(int n, int n_batches, int n_heads)
+        : n_blocks(ceil_div(n, ROWS)), n_heads(n_heads), n_sequences(n_batches * n_heads), round(0) {}
+    __device__ __forceinline__ int number() const { return round * gridDim.x + (round % 2 ? gridDim.x - 1 - blockIdx.x : blockIdx.x); }
+    __device__ __forceinline__ bool has_one() const { return number() < n_blocks * n_sequences; }
+    __device__ __forceinline__ void next() { round++; }
+    __device__ __forceinline__ Tile tile() const {
+        const int block = LAST_FIRST ? n_blocks - 1 - number() / n_sequences : number() / n_sequences, sequence = number() % n_sequences;
+        return {block, block * ROWS, sequence, sequence % n_heads, sequence / n_heads};
     }
 };
 
-__device__ __forceinline__ int ceil_div(int n, int step) { return (n + step - 1) / step; }
-
 // A place in a ring of `N` slots of shared memory, each with two barriers: one that is full when what was copied is there, one that is empty when
-// every reader has gone on. The warp that copies and each of the others go round on their own.
+// every reader has gone on. The thread that copies and each warp of the others go round on their own.
 template <int N> struct Ring {
     int slot, round;
     __device__ __forceinline__ Ring() : slot(0), round(0) {}
@@ -38,8 +54,8 @@ template <int N> struct Ring {
         slot = slot + 1 == N ? 0 : slot + 1;
         round ^= slot == 0;
     }
-    static __device__ __forceinline__ void init(unsigned barriers, int n_full, int n_empty) {
-        for (int i = 0; i < N; i++) mbarrier_init(barriers + i * 16, n_full), mbarrier_init(barriers + i * 16 + 8, n_empty);
+    static __device__ __forceinline__ void init(unsigned barriers) {
+        for (int i = 0; i < N; i++) mbarrier_init(barriers + i * 16, 1), mbarrier_init(barriers + i * 16 + 8, WARPS);
     }
     __device__ __forceinline__ unsigned full(unsigned barriers) const { return barriers + slot * 16; }
     __device__ __forceinline__ unsigned empty(unsigned barriers) const { return barriers + slot * 16 + 8; }
@@ -50,13 +66,13 @@ template <int N> struct Ring {
 // Where things lie in shared memory: two slots of OWN tiles of the block's rows, STAGES slots of two tiles that come and go, the numbers that come
 // with either, for each row, and the barriers.
 template <int OWN, int OWN_NUMBERS, int NUMBERS> struct Layout {
-    static constexpr int RING = 2 * OWN * TILE_BYTES, OWN_ROWS = RING + STAGES * 2 * TILE_BYTES, RING_ROWS = OWN_ROWS + 2 * OWN_NUMBERS * ROWS * 4;
-    static constexpr int OWN_BARRIERS = RING_ROWS + STAGES * NUMBERS * ROWS * 4, RING_BARRIERS = OWN_BARRIERS + 2 * 16, END = RING_BARRIERS + STAGES * 16;
+    static constexpr int RING = 2 * OWN * TILE_BYTES, OWN_ROWS = RING + STAGES * 2 * TILE_BYTES, RING_ROWS = OWN_ROWS + 2 * OWN_NUMBERS * NUMBERS_BYTES;
+    static constexpr int OWN_BARRIERS = RING_ROWS + STAGES * NUMBERS * NUMBERS_BYTES, RING_BARRIERS = OWN_BARRIERS + 2 * 16, END = RING_BARRIERS + STAGES * 16;
     static __device__ __forceinline__ void init() {
         unsigned base = smem_address(shared_memory());
         if (threadIdx.x == 0) {
-            Ring<2>::init(base + OWN_BARRIERS, OWN_NUMBERS > 0 ? 33 : 1, WARPS);
-            Ring<STAGES>::init(base + RING_BARRIERS, NUMBERS > 0 ? 33 : 1, WARPS);
+            Ring<2>::init(base + OWN_BARRIERS);
+            Ring<STAGES>::init(base + RING_BARRIERS);
             mbarrier_init_fence();
         }
         __syncthreads();
@@ -72,6 +88,16 @@ template <int OWN, int OWN_NUMBERS, int NUMBERS> struct Layout {
         return reinterpret_cast<T*>(shared_memory() + RING_ROWS) + (slot * NUMBERS + i) * ROWS;
     }
 };
+
+// Starts copying the pair of tiles that comes next to the ring, as soon as its slot is empty, which is told of so many bytes besides.
+template <class Memory> __device__ __forceinline__ void copy_pair(const Ring<STAGES>& ring, const BoxMap& a, const BoxMap& b, int row, int head, int batch,
+                                                                  int n_more_bytes) {
+    const unsigned barriers = Memory::ring_barriers(), full = ring.full(barriers);
+    ring.wait_empty(barriers);
+    mbarrier_expect(full, 2 * TILE_BYTES + n_more_bytes);
+    box_load(Memory::ring_tile(ring.slot, 0), a, 0, row, head, batch, full);
+    box_load(Memory::ring_tile(ring.slot, 1), b, 0, row, head, batch, full);
+}
 
 // The rows of a tile that a thread's results are of: this one and the eighth after it, counted in the tile.
 __device__ __forceinline__ int own_row() { return (threadIdx.x - GROUP) / 32 * 16 + threadIdx.x % 32 / 4; }

@@ -1,7 +1,7 @@
 //! Attention of whole sequences on Hopper by kernels of our own (`docs/kernels/attention.md`): heads of 64 in bf16, causal, within
 //! documents and windows, or all of it. Equal runs give equal bits.
 
-// b batch, n tokens, h query heads, k key heads, p d_head
+// b batch, n tokens, t those of whole tiles, h query heads, k key heads, p d_head
 
 use tch::{Device, Kind, Tensor};
 
@@ -15,7 +15,7 @@ use crate::mask::Pattern;
 const D_HEAD: i64 = 64;
 /// Queries, or keys, of a tile.
 const TILE: i64 = 128;
-/// A group of four warps that copies and two that multiply.
+/// A group of four warps, of which one thread copies, and two that multiply.
 const N_THREADS: u32 = 384;
 /// Rows that a warp stores at a time.
 const STORED_ROWS: u32 = 16;
@@ -105,30 +105,31 @@ pub(crate) fn attend(inputs: [&Tensor; 3], pattern: &Pattern) -> Result<Tensor> 
     Ok(apply(Attention { sees, spans, scale }, &inputs)?.swap_remove(0))
 }
 
-/// The first key that each query sees and the last query that sees each key, `[b, n]`, i32.
+/// The first key that each query sees and the last query that sees each key, `[b, padded(n)]`, i32.
 struct Spans {
-    first_keys_bn: Tensor,
-    last_queries_bn: Tensor,
+    first_keys_bt: Tensor,
+    last_queries_bt: Tensor,
 }
 
 impl Spans {
     fn of([batch, n]: [i64; 2], device: Device, segments_bn: Option<&Tensor>, window: Option<i64>) -> Result<Self> {
         let segments_bn = segments_bn.map(|segments| segments.f_contiguous()).transpose()?;
-        let empty = || Tensor::f_empty([batch, n], (Kind::Int, device));
-        let (first_keys_bn, last_queries_bn) = (empty()?, empty()?);
+        let empty = || Tensor::f_empty([batch, padded(n)], (Kind::Int, device));
+        let (first_keys_bt, last_queries_bt) = (empty()?, empty()?);
         Kernel { source: &SPANS, entry: "spans", defines: &[] }.launch(
-            [batch as u32, ((n + SPANS_THREADS - 1) / SPANS_THREADS) as u32, 1],
+            [batch as u32, ((padded(n) + SPANS_THREADS - 1) / SPANS_THREADS) as u32, 1],
             SPANS_THREADS as u32,
             0,
             &[
                 Arg::opt(segments_bn.as_ref()),
-                Arg::Tensor(&first_keys_bn),
-                Arg::Tensor(&last_queries_bn),
+                Arg::Tensor(&first_keys_bt),
+                Arg::Tensor(&last_queries_bt),
                 Arg::I32(n as i32),
+                Arg::I32(padded(n) as i32),
                 Arg::I32(window.map_or(0, |window| window.min(n) as i32)),
             ],
         )?;
-        Ok(Self { first_keys_bn, last_queries_bn })
+        Ok(Self { first_keys_bt, last_queries_bt })
     }
 }
 
@@ -175,10 +176,10 @@ impl Shape {
         Ok(Self { batch, n, n_heads, n_kv_heads, group_size: n_heads / n_kv_heads, device_idx })
     }
 
-    /// An f32 for each query, `[b, h, n]`.
+    /// An f32 for each query, `[b, h, padded(n)]`.
     fn numbers(&self) -> Result<Tensor> {
         let device = Device::Cuda(self.device_idx);
-        Ok(Tensor::f_empty([self.batch, self.n_heads, self.n], (Kind::Float, device))?)
+        Ok(Tensor::f_empty([self.batch, self.n_heads, padded(self.n)], (Kind::Float, device))?)
     }
 }
 
@@ -188,7 +189,7 @@ impl Function for Attention {
     fn forward(&mut self, ctx: &mut ForwardCtx, inputs: &[&Tensor]) -> Result<Vec<Tensor>> {
         let shape = Shape::of(inputs[0], inputs[1])?;
         let o_bnhp = Tensor::f_empty(inputs[0].size(), (Kind::BFloat16, inputs[0].device()))?;
-        let log_sums_bhn = ctx.is_recorded().then(|| shape.numbers()).transpose()?;
+        let log_sums_bht = ctx.is_recorded().then(|| shape.numbers()).transpose()?;
         let [q, k, v, o] = heads_first([inputs[0], inputs[1], inputs[2], &o_bnhp])?;
         let kernel =
             Kernel { source: &ATTENTION_FORWARD, entry: "attention_forward", defines: &macros(&FORWARD, self.sees) };
@@ -197,12 +198,12 @@ impl Function for Attention {
             tiles(&k),
             tiles(&v),
             stored(&o),
-            Arg::opt(log_sums_bhn.as_ref()),
-            self.spans(|spans| &spans.first_keys_bn),
+            Arg::opt(log_sums_bht.as_ref()),
+            self.spans(|spans| &spans.first_keys_bt),
         ];
         self.launch(&kernel, &FORWARD, &shape, shape.n_heads, args)?;
-        if let Some(log_sums_bhn) = &log_sums_bhn {
-            for tensor in [inputs[0], inputs[1], inputs[2], &o_bnhp, log_sums_bhn] {
+        if let Some(log_sums_bht) = &log_sums_bht {
+            for tensor in [inputs[0], inputs[1], inputs[2], &o_bnhp, log_sums_bht] {
                 ctx.save(tensor);
             }
         }
@@ -210,11 +211,11 @@ impl Function for Attention {
     }
 
     fn backward(&self, ctx: &BackwardCtx, grads: &[Tensor]) -> Result<Vec<Option<Tensor>>> {
-        let [q_bnhp, k_bnkp, v_bnkp, o_bnhp, log_sums_bhn] = ctx.saved() else {
+        let [q_bnhp, k_bnkp, v_bnkp, o_bnhp, log_sums_bht] = ctx.saved() else {
             return Err(Error::invalid(Self::NAME, "the saved tensors are not five"));
         };
         let shape = Shape::of(q_bnhp, k_bnkp)?;
-        let deltas_bhn = shape.numbers()?;
+        let deltas_bht = shape.numbers()?;
         let dout_bnhp = if fits(&grads[0]) { grads[0].shallow_clone() } else { dense(&grads[0])? };
         let grad = |input_idx: usize, input: &Tensor| -> Result<Tensor> {
             let place = ctx.grad_place(input_idx, input)?;
@@ -227,8 +228,8 @@ impl Function for Attention {
 
         let kernel = Kernel { source: &ATTENTION_DQ, entry: "attention_dq", defines: &macros(&DQ, self.sees) };
         let mut args = vec![tiles(&q), tiles(&k), tiles(&v), tiles(&o), tiles(&dout), stored(&dq)];
-        args.extend([Arg::Tensor(log_sums_bhn), Arg::Tensor(&deltas_bhn)]);
-        args.push(self.spans(|spans| &spans.first_keys_bn));
+        args.extend([Arg::Tensor(log_sums_bht), Arg::Tensor(&deltas_bht)]);
+        args.push(self.spans(|spans| &spans.first_keys_bt));
         self.launch(&kernel, &DQ, &shape, shape.n_heads, args)?;
         if !ctx.needs_grad(1) && !ctx.needs_grad(2) {
             return Ok(vec![Some(dq_bnhp), None, None]);
@@ -237,11 +238,16 @@ impl Function for Attention {
         let [dk, dv] = heads_first([&dk_bnkp, &dv_bnkp])?;
         let kernel = Kernel { source: &ATTENTION_DKV, entry: "attention_dkv", defines: &macros(&DKV, self.sees) };
         let mut args = vec![tiles(&q), tiles(&k), tiles(&v), tiles(&dout), stored(&dk), stored(&dv)];
-        args.extend([Arg::Tensor(log_sums_bhn), Arg::Tensor(&deltas_bhn)]);
-        args.push(self.spans(|spans| &spans.last_queries_bn));
+        args.extend([Arg::Tensor(log_sums_bht), Arg::Tensor(&deltas_bht)]);
+        args.push(self.spans(|spans| &spans.last_queries_bt));
         self.launch(&kernel, &DKV, &shape, shape.n_kv_heads, args)?;
         Ok(vec![Some(dq_bnhp), Some(dk_bnkp), Some(dv_bnkp)])
     }
+}
+
+/// Rows of whole tiles.
+fn padded(n: i64) -> i64 {
+    (n + TILE - 1) / TILE * TILE
 }
 
 fn tiles(heads: &Tensor) -> Arg<'_> {

@@ -311,6 +311,11 @@ __device__ __forceinline__ void box_store(const BoxMap& map, int column, int row
     asm volatile("cp.async.bulk.tensor.4d.global.shared::cta.bulk_group [%0, {%1, %2, %3, %4}], [%5];" ::"l"(&map), "r"(column), "r"(row),
                  "r"(matrix), "r"(stack), "r"(src) : "memory");
 }
+// Starts copying neighbouring bytes to shared memory and tells the barrier of them; both places and the number are multiples of 16.
+__device__ __forceinline__ void bulk_load(unsigned dst, const void* src, int n_bytes, unsigned barrier) {
+    asm volatile("cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1], %2, [%3];" ::"r"(dst),
+                 "l"(__cvta_generic_to_global(src)), "r"(n_bytes), "r"(barrier) : "memory");
+}
 __device__ __forceinline__ void box_commit() { asm volatile("cp.async.bulk.commit_group;" ::: "memory"); }
 // Waits until at most `N` of this thread's latest groups of stores still read shared memory.
 template <int N> __device__ __forceinline__ void box_wait_read() { asm volatile("cp.async.bulk.wait_group.read %0;" ::"n"(N) : "memory"); }
