@@ -58,8 +58,6 @@ template <int PIECES> __device__ __forceinline__ void add_queries(float (&v_sums
             ds_rounded[piece / 2][piece % 2 * 2 + half] = pack_bf16(p[0] * (dp[0] - deltas.x), p[1] * (dp[1] - deltas.y));
         }
     }
-    // Every lane has read its numbers when the first gives the slot back.
-    __syncwarp();
     wgmma_hold(p_rounded), wgmma_hold(ds_rounded);
     wgmma_hold(v_sums), wgmma_hold(k_sums);
     wgmma_fence();
@@ -77,8 +75,8 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) attention_dkv(
     const int n_blocks = ceil_div(n, ROWS);
     const unsigned own_barriers = Memory::own_barriers(), ring_barriers = Memory::ring_barriers();
     Memory::init();
-    Ring<2> own;
-    Ring<STAGES> ring;
+    Memory::OwnRing own;
+    Memory::PairRing ring;
 
     if (threadIdx.x < GROUP) {
         registers_give<40>();
@@ -108,7 +106,6 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) attention_dkv(
         }
     } else {
         registers_take<232>();
-        const bool is_leader = threadIdx.x % 32 == 0;
         const float c = scale * LOG2_E;
         unsigned sent_from = 0;
         for (Tiles<false> tiles(n, n_batches, n_key_heads); tiles.has_one(); tiles.next(), own.next()) {
@@ -138,10 +135,8 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) attention_dkv(
                     } else {
                         add_queries<16>(v_sums, k_sums, k_tile, v_tile, ring.slot, c, first, first_query, 0, last_query[0], last_query[1], has_border, is_first);
                     }
-                    if (is_leader) {
-                        mbarrier_arrive(ring.empty(ring_barriers));
-                        if (sent_from) box_wait_read<0>(), mbarrier_arrive(sent_from);
-                    }
+                    ring.hand_back(ring.empty(ring_barriers));
+                    if (sent_from) hand_back_sent<Memory>(sent_from);
                     sent_from = 0;
                 }
             }
@@ -150,7 +145,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) attention_dkv(
             send(dv, v_sums, 1.f, 1.f, v_tile, first, key_head, batch, n);
             sent_from = own.empty(own_barriers);
         }
-        if (is_leader) box_wait_read<0>();
+        wait_for_sent();
     }
 }
 #endif

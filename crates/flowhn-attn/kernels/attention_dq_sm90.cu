@@ -50,7 +50,7 @@ template <int PIECES> __device__ __forceinline__ void add_keys(float (&sums)[D_H
     wgmma_commit();
     wgmma_wait<1>();
     wgmma_hold(scores);
-    if (held && threadIdx.x % 32 == 0) mbarrier_arrive(held);
+    if (held) Memory::PairRing::hand_back(held);
     if (has_border) {
         const int query = first + own_row(), key = first_key + threadIdx.x % 4 * 2;
         hide(scores, [&](int piece, int half, int j) {
@@ -83,8 +83,8 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) attention_dq(
     const int n_blocks = ceil_div(n, ROWS);
     const unsigned own_barriers = Memory::own_barriers(), ring_barriers = Memory::ring_barriers();
     Memory::init();
-    Ring<2> own;
-    Ring<STAGES> ring;
+    Memory::OwnRing own;
+    Memory::PairRing ring;
 
     if (threadIdx.x < GROUP) {
         registers_give<40>();
@@ -111,7 +111,6 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) attention_dq(
         }
     } else {
         registers_take<232>();
-        const bool is_leader = threadIdx.x % 32 == 0;
         const float c = scale * LOG2_E;
         unsigned sent_from = 0;
         for (Tiles<true> tiles(n, n_batches, n_heads); tiles.has_one(); tiles.next(), own.next()) {
@@ -128,7 +127,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) attention_dq(
                 mine.delta[half] = row_delta(o_tile, do_tile, row);
                 if (threadIdx.x % 4 == 0) delta[(i64)sequence * padded(n) + first + row] = mine.delta[half];
             }
-            if (sent_from && is_leader) box_wait_read<0>(), mbarrier_arrive(sent_from);
+            if (sent_from) hand_back_sent<Memory>(sent_from);
             const int first_block = SPANS ? own_firsts[0] / ROWS : 0, last_block = CAUSAL ? block : n_blocks - 1;
             float sums[D_HEAD / 8][4];
             unsigned held = 0;
@@ -154,12 +153,12 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) attention_dq(
             }
             wgmma_wait<0>();
             wgmma_hold(sums);
-            if (is_leader) mbarrier_arrive(ring.empty(ring_barriers));
+            ring.hand_back(ring.empty(ring_barriers));
             ring.next();
             send(dq, sums, scale, scale, q_tile, first, head, batch, n);
             sent_from = own.empty(own_barriers);
         }
-        if (is_leader) box_wait_read<0>();
+        wait_for_sent();
     }
 }
 #endif

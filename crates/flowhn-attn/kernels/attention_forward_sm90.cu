@@ -62,8 +62,8 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) attention_forward(
     const int n_blocks = ceil_div(n, ROWS);
     const unsigned own_barriers = Memory::own_barriers(), ring_barriers = Memory::ring_barriers();
     Memory::init();
-    Ring<2> own;
-    Ring<STAGES> ring;
+    Memory::OwnRing own;
+    Memory::PairRing ring;
 
     if (threadIdx.x < GROUP) {
         registers_give<40>();
@@ -88,7 +88,6 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) attention_forward(
         }
     } else {
         registers_take<232>();
-        const bool is_leader = threadIdx.x % 32 == 0;
         const int t = threadIdx.x % 4, group = own_group();
         const float c = scale * LOG2_E;
         unsigned sent_from = 0;
@@ -121,7 +120,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) attention_forward(
             wgmma_commit();
             wgmma_wait<0>();
             wgmma_hold(scores);
-            if (sent_from && is_leader) box_wait_read<0>(), mbarrier_arrive(sent_from);
+            if (sent_from) hand_back_sent<Memory>(sent_from);
             weigh(last_block, CAUSAL || last_block * ROWS + ROWS > n);
             round_weights<16>(rounded, scores);
             wgmma_hold(rounded), wgmma_hold(sums);
@@ -139,7 +138,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) attention_forward(
                 weigh(key_block, SPANS && key_block * ROWS < own_firsts[ROWS - 1]);
                 wgmma_wait<0>();
                 wgmma_hold(sums);
-                if (is_leader) mbarrier_arrive(held);
+                Memory::PairRing::hand_back(held);
                 scale_rows(sums, kept);
                 round_weights<16>(rounded, scores);
                 wgmma_hold(rounded), wgmma_hold(sums);
@@ -149,7 +148,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) attention_forward(
             wgmma_commit();
             wgmma_wait<0>();
             wgmma_hold(sums);
-            if (is_leader) mbarrier_arrive(ring.empty(ring_barriers));
+            ring.hand_back(ring.empty(ring_barriers));
             ring.next();
 
             float inverse[2];
@@ -165,7 +164,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) attention_forward(
             send(o, sums, inverse[0], inverse[1], q_tile, first, head, batch, n);
             sent_from = own.empty(own_barriers);
         }
-        if (is_leader) box_wait_read<0>();
+        wait_for_sent();
     }
 }
 #endif

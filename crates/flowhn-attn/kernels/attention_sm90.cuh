@@ -46,8 +46,9 @@ template <bool LAST_FIRST> struct Tiles {
 };
 
 // A place in a ring of `N` slots of shared memory, each with two barriers: one that is full when what was copied is there, one that is empty when
-// every reader has gone on. The thread that copies and each warp of the others go round on their own.
-template <int N> struct Ring {
+// every reader has gone on. The thread that copies and each warp of the others go round on their own. A slot of tiles only is handed back by one
+// lane of each warp, one with numbers, which lanes read by themselves, by every lane (EACH_LANE).
+template <int N, bool EACH_LANE> struct Ring {
     int slot, round;
     __device__ __forceinline__ Ring() : slot(0), round(0) {}
     __device__ __forceinline__ void next() {
@@ -55,24 +56,30 @@ template <int N> struct Ring {
         round ^= slot == 0;
     }
     static __device__ __forceinline__ void init(unsigned barriers) {
-        for (int i = 0; i < N; i++) mbarrier_init(barriers + i * 16, 1), mbarrier_init(barriers + i * 16 + 8, WARPS);
+        for (int i = 0; i < N; i++) mbarrier_init(barriers + i * 16, 1), mbarrier_init(barriers + i * 16 + 8, EACH_LANE ? 32 * WARPS : WARPS);
     }
     __device__ __forceinline__ unsigned full(unsigned barriers) const { return barriers + slot * 16; }
     __device__ __forceinline__ unsigned empty(unsigned barriers) const { return barriers + slot * 16 + 8; }
     __device__ __forceinline__ void wait_full(unsigned barriers) const { mbarrier_wait(full(barriers), round); }
     __device__ __forceinline__ void wait_empty(unsigned barriers) const { mbarrier_wait(empty(barriers), round ^ 1); }
+    // By every lane of a warp, with the `empty` of the slot.
+    static __device__ __forceinline__ void hand_back(unsigned barrier) {
+        if (EACH_LANE || threadIdx.x % 32 == 0) mbarrier_arrive(barrier);
+    }
 };
 
 // Where things lie in shared memory: two slots of OWN tiles of the block's rows, STAGES slots of two tiles that come and go, the numbers that come
 // with either, for each row, and the barriers.
 template <int OWN, int OWN_NUMBERS, int NUMBERS> struct Layout {
+    typedef Ring<2, (OWN_NUMBERS > 0)> OwnRing;
+    typedef Ring<STAGES, (NUMBERS > 0)> PairRing;
     static constexpr int RING = 2 * OWN * TILE_BYTES, OWN_ROWS = RING + STAGES * 2 * TILE_BYTES, RING_ROWS = OWN_ROWS + 2 * OWN_NUMBERS * NUMBERS_BYTES;
     static constexpr int OWN_BARRIERS = RING_ROWS + STAGES * NUMBERS * NUMBERS_BYTES, RING_BARRIERS = OWN_BARRIERS + 2 * 16, END = RING_BARRIERS + STAGES * 16;
     static __device__ __forceinline__ void init() {
         unsigned base = smem_address(shared_memory());
         if (threadIdx.x == 0) {
-            Ring<2>::init(base + OWN_BARRIERS);
-            Ring<STAGES>::init(base + RING_BARRIERS);
+            OwnRing::init(base + OWN_BARRIERS);
+            PairRing::init(base + RING_BARRIERS);
             mbarrier_init_fence();
         }
         __syncthreads();
@@ -90,13 +97,23 @@ template <int OWN, int OWN_NUMBERS, int NUMBERS> struct Layout {
 };
 
 // Starts copying the pair of tiles that comes next to the ring, as soon as its slot is empty, which is told of so many bytes besides.
-template <class Memory> __device__ __forceinline__ void copy_pair(const Ring<STAGES>& ring, const BoxMap& a, const BoxMap& b, int row, int head, int batch,
+template <class Memory> __device__ __forceinline__ void copy_pair(const typename Memory::PairRing& ring, const BoxMap& a, const BoxMap& b, int row, int head, int batch,
                                                                   int n_more_bytes) {
     const unsigned barriers = Memory::ring_barriers(), full = ring.full(barriers);
     ring.wait_empty(barriers);
     mbarrier_expect(full, 2 * TILE_BYTES + n_more_bytes);
     box_load(Memory::ring_tile(ring.slot, 0), a, 0, row, head, batch, full);
     box_load(Memory::ring_tile(ring.slot, 1), b, 0, row, head, batch, full);
+}
+
+// Until what this warp has sent is read.
+__device__ __forceinline__ void wait_for_sent() {
+    if (threadIdx.x % 32 == 0) box_wait_read<0>();
+}
+// Hands the slot of own rows back from which this warp has sent.
+template <class Memory> __device__ __forceinline__ void hand_back_sent(unsigned barrier) {
+    wait_for_sent();
+    Memory::OwnRing::hand_back(barrier);
 }
 
 // The rows of a tile that a thread's results are of: this one and the eighth after it, counted in the tile.

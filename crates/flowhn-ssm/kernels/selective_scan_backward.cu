@@ -97,8 +97,8 @@ __device__ __forceinline__ void open_handovers() {
     if (threadIdx.x > 0) return;
     #pragma unroll 1
     for (int i = 0; i < HANDOVERS * SUM_WARPS; i++) {
-        mbarrier_init(handover_barrier(0, 0, i), TEAMS - 1);
-        mbarrier_init(handover_barrier(1, 0, i), 1);
+        mbarrier_init(handover_barrier(0, 0, i), 32 * (TEAMS - 1));
+        mbarrier_init(handover_barrier(1, 0, i), 32);
     }
     mbarrier_init_fence();
 #endif
@@ -115,12 +115,11 @@ __device__ __forceinline__ void wait_for_turn(bool is_last_team, int handover, i
 #endif
 }
 
-// After them.
+// After them, every lane for itself.
 __device__ __forceinline__ void end_turn(bool is_last_team, int handover) {
 #if TEAMS > 1
     int warp = thread_of_team() / 32;
-    __syncwarp();
-    if (warp < SUM_WARPS && threadIdx.x % 32 == 0) mbarrier_arrive(handover_barrier(is_last_team, handover, warp));
+    if (warp < SUM_WARPS) mbarrier_arrive(handover_barrier(is_last_team, handover, warp));
 #endif
 }
 
