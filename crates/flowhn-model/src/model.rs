@@ -10,8 +10,8 @@ use std::rc::Rc;
 
 use flowhn_attn::Clock;
 use flowhn_nn::{
-    Bias, Decay, Embedding, Fp8Projections, HeadMatrix, Init, Linear, Params, Residual, RmsNorm, Weight, check_ids,
-    linear, linear_cross_entropy, token_losses,
+    Bias, Decay, Embedding, Fp8Projections, HeadMatrix, Init, LOGITS_BYTES, Linear, Params, Residual, RmsNorm, Weight,
+    check_ids, linear, linear_cross_entropy_within, token_losses,
 };
 use flowhn_split::{ModelShape, Owner, Routing, SplitPlan};
 use flowhn_torch::{Priority, Stream, catch, timeline};
@@ -68,6 +68,8 @@ pub struct Model {
     side: Option<Stream>,
     capture_stream: Cell<Option<Stream>>,
     recompute_every: RecomputeEvery,
+    /// The most that the logits of a chunk of tokens take in a loss.
+    logits_bytes: u64,
     fp8: Fp8Projections,
     embed: Embedding,
     /// Learned tokens in front of every sequence, `[n_meta, d_model]`.
@@ -197,6 +199,7 @@ impl Model {
             side: None,
             capture_stream: Cell::new(None),
             recompute_every: RecomputeEvery::default(),
+            logits_bytes: LOGITS_BYTES,
             fp8: Fp8Projections::default(),
             embed,
             meta,
@@ -267,6 +270,12 @@ impl Model {
     /// Chooses the blocks that [`Model::backward`] recomputes: less memory for more FLOPs, and the same bits.
     pub fn set_recompute_every(&mut self, every: RecomputeEvery) {
         self.recompute_every = every;
+    }
+
+    /// Chooses the most bytes that logits take at a time in [`Model::loss`] on CUDA, [`flowhn_nn::LOGITS_BYTES`] unless set: more are fewer passes over
+    /// the gradient of the head ([`flowhn_nn::linear_cross_entropy_within`]), whose last bits they decide.
+    pub fn set_logits_bytes(&mut self, n_bytes: u64) {
+        self.logits_bytes = n_bytes;
     }
 
     /// Begins a training step: where projections are in fp8, chooses the scales and rounds the weights. It belongs before the step's
@@ -365,7 +374,8 @@ impl Model {
         targets_t: &Tensor,
     ) -> Result<Tensor> {
         let x_td = self.before_head(x_bld)?;
-        catch(|| linear_cross_entropy(&x_td, weight_vd, targets_t, IGNORE_INDEX)).map_err(Error::from)
+        let loss = || linear_cross_entropy_within(&x_td, weight_vd, targets_t, IGNORE_INDEX, self.logits_bytes);
+        catch(loss).map_err(Error::from)
     }
 
     /// Normed hidden states as rows `[batch * seq_len, d_model]`.

@@ -15,8 +15,7 @@ use crate::{Weight, linear};
 /// The matrix of an LM head, `[vocab_size, d_model]`: made from a tensor or from a [`Weight`].
 ///
 /// A tensor is in the type of the activations, or f32 beside bf16, and is then rounded for each call. A weight may be in any type: on
-/// CUDA its bf16 copy, if it keeps one, meets bf16 activations. The gradient goes to the tensor or the weight's master, as exact as it
-/// was summed.
+/// CUDA its bf16 copy, if it keeps one, meets bf16 activations. The gradient goes to the tensor or to [`Weight::grad_leaf`], in that one's type.
 #[derive(Clone, Copy, Debug)]
 pub struct HeadMatrix<'a>(Source<'a>);
 
@@ -39,23 +38,29 @@ impl<'a> From<&'a Weight> for HeadMatrix<'a> {
 }
 
 impl HeadMatrix<'_> {
-    /// What the gradient goes to: in the type of x, or f32 beside bf16.
-    fn master(&self, x: &Tensor) -> Tensor {
+    /// What the gradient goes to: in the type of x, or f32 beside bf16. Its values may mean nothing.
+    fn leaf(&self, x: &Tensor) -> Tensor {
         match self.0 {
             Source::Tensor(tensor) => tensor.shallow_clone(),
-            Source::Weight(weight) if x.kind() == Kind::BFloat16 => weight.master().shallow_clone(),
+            Source::Weight(weight) if x.kind() == Kind::BFloat16 => weight.grad_leaf().shallow_clone(),
             Source::Weight(weight) => weight.to(x.kind()),
         }
     }
 
-    /// What the products take, in the type of x and without autograd.
-    fn factor(&self, x: &Tensor, master: &Tensor) -> Result<Tensor> {
-        match self.0 {
-            Source::Weight(weight) if linear::meets_bf16_copy(x, weight) => weight.bf16(),
-            _ => Ok(tch::no_grad(|| master.f_to_kind(x.kind()))?.f_detach()?),
-        }
+    /// What the products take, in the type of x, dense and without autograd.
+    fn factor(&self, x: &Tensor) -> Result<Tensor> {
+        let values = match self.0 {
+            Source::Weight(weight) if linear::meets_bf16_copy(x, weight) => return weight.bf16(),
+            Source::Weight(weight) => weight.master(),
+            Source::Tensor(tensor) => tensor,
+        };
+        Ok(tch::no_grad(|| values.f_to_kind(x.kind())?.f_contiguous())?.f_detach()?)
     }
 }
+
+/// The most bytes that logits take at a time on CUDA unless a caller says otherwise: half a GiB, enough rows for the matrix products to run
+/// at full speed.
+pub const LOGITS_BYTES: u64 = 512 << 20;
 
 /// Returns the mean over tokens of `-ln softmax(x W^T)[target]`, leaving out tokens whose target is `ignore_index`.
 ///
@@ -67,7 +72,7 @@ impl HeadMatrix<'_> {
 ///
 /// On CUDA nothing waits for the device, so a target outside the vocabulary is no error there: it makes the loss and
 /// the gradients NaN. [`check_ids`](crate::check_ids) finds it before targets are copied to the device. The logits of a
-/// chunk, or the exponentials in their place, take at most half a GiB.
+/// chunk, or the exponentials in their place, take at most [`LOGITS_BYTES`] ([`linear_cross_entropy_within`] takes another number).
 ///
 /// # Shapes
 /// - `x_td`: `[n_tokens, d_model]`, f32, bf16 or, on the CPU, f64
@@ -96,17 +101,30 @@ pub fn linear_cross_entropy<'a>(
     targets_t: &Tensor,
     ignore_index: i64,
 ) -> Result<Tensor> {
+    linear_cross_entropy_within(x_td, weight_vd, targets_t, ignore_index, LOGITS_BYTES)
+}
+
+/// As [`linear_cross_entropy`], with at most `logits_bytes` for the logits of a chunk on CUDA, but no fewer than those of 256 tokens, and never
+/// more than 2 GiB. Each chunk adds to the gradient of `W`, reads it and writes it; fewer and larger chunks save that traffic. (On the CPU, where chunks
+/// stay in the caches, the number changes nothing.)
+///
+/// # Errors
+/// As there.
+pub fn linear_cross_entropy_within<'a>(
+    x_td: &Tensor,
+    weight_vd: impl Into<HeadMatrix<'a>>,
+    targets_t: &Tensor,
+    ignore_index: i64,
+    logits_bytes: u64,
+) -> Result<Tensor> {
     const OP: &str = LinearCrossEntropyCpu::NAME;
     let weight_vd = weight_vd.into();
-    let master_vd = weight_vd.master(x_td);
-    check_arguments(OP, x_td, &master_vd, targets_t)?;
+    let leaf_vd = weight_vd.leaf(x_td);
+    check_arguments(OP, x_td, &leaf_vd, targets_t)?;
+    let inputs = [x_td, &leaf_vd, targets_t, &weight_vd.factor(x_td)?];
     let mut outputs = match x_td.device() {
-        Device::Cpu => apply(LinearCrossEntropyCpu { ignore_index }, &[x_td, &master_vd, targets_t])?,
-        Device::Cuda(_) => {
-            let factor_vd = weight_vd.factor(x_td, &master_vd)?;
-            let function = LinearCrossEntropyCuda::new(ignore_index, master_vd.kind());
-            apply(function, &[x_td, &master_vd, targets_t, &factor_vd])?
-        }
+        Device::Cpu => apply(LinearCrossEntropyCpu { ignore_index }, &inputs)?,
+        Device::Cuda(_) => apply(LinearCrossEntropyCuda::new(ignore_index, logits_bytes, leaf_vd.kind()), &inputs)?,
         got => return Err(no_kernel(OP, "x_td", got)),
     };
     Ok(outputs.swap_remove(0))
@@ -138,27 +156,21 @@ pub fn token_losses<'a>(
 ) -> Result<Tensor> {
     const OP: &str = "token_losses";
     let weight_vd = weight_vd.into();
-    let master_vd = weight_vd.master(x_td);
-    check_arguments(OP, x_td, &master_vd, targets_t)?;
+    check_arguments(OP, x_td, &weight_vd.leaf(x_td), targets_t)?;
+    let factor_vd = weight_vd.factor(x_td)?;
     match x_td.device() {
         Device::Cpu => {}
         Device::Cuda(_) => {
-            let factor_vd = weight_vd.factor(x_td, &master_vd)?;
             return tch::no_grad(|| cuda::head::token_losses(x_td, &factor_vd, targets_t, ignore_index));
         }
         got => return Err(no_kernel(OP, "x_td", got)),
     }
     let targets_t = targets_t.contiguous();
-    let targets = check_ids(OP, "targets_t", &targets_t, master_vd.size()[0], Some(ignore_index))?;
+    let targets = check_ids(OP, "targets_t", &targets_t, factor_vd.size()[0], Some(ignore_index))?;
     tch::no_grad(|| {
         for_float_kind!(OP, "x_td", x_td.kind(),
-            T => head::losses::<T>(&x_td.contiguous(), &in_kind(&master_vd, x_td), targets, ignore_index))
+            T => head::losses::<T>(&x_td.contiguous(), &factor_vd, targets, ignore_index))
     })
-}
-
-/// The weight as the products take it.
-fn in_kind(weight: &Tensor, x: &Tensor) -> Tensor {
-    weight.to_kind(x.kind()).contiguous()
 }
 
 fn check_arguments(op: &'static str, x_td: &Tensor, weight_vd: &Tensor, targets_t: &Tensor) -> Result<()> {
@@ -178,6 +190,7 @@ fn check_arguments(op: &'static str, x_td: &Tensor, weight_vd: &Tensor, targets_
     Ok(())
 }
 
+/// The inputs are x, the leaf that the gradient of the weight goes to, the targets, and the weight in the type of x.
 struct LinearCrossEntropyCpu {
     ignore_index: i64,
 }
@@ -186,11 +199,11 @@ impl Function for LinearCrossEntropyCpu {
     const NAME: &'static str = "linear_cross_entropy";
 
     fn forward(&mut self, ctx: &mut ForwardCtx, inputs: &[&Tensor]) -> Result<Vec<Tensor>> {
-        let (x, weight, targets) = (inputs[0].contiguous(), in_kind(inputs[1], inputs[0]), inputs[2].contiguous());
+        let (x, targets, weight) = (inputs[0].contiguous(), inputs[2].contiguous(), inputs[3]);
         let targets = check_ids(Self::NAME, "targets_t", &targets, weight.size()[0], Some(self.ignore_index))?;
         let wanted = head::Wanted { x: ctx.needs_grad(0), weight: ctx.needs_grad(1) };
         let done = for_float_kind!(Self::NAME, "x_td", x.kind(),
-            T => head::loss_and_grads::<T>(&x, &weight, targets, self.ignore_index, wanted, inputs[1].kind()))?;
+            T => head::loss_and_grads::<T>(&x, weight, targets, self.ignore_index, wanted, inputs[1].kind()))?;
         if ctx.is_recorded() {
             // A gradient that nobody wants is saved as an empty tensor, so that the positions stay fixed.
             for grad in [done.dx, done.dweight] {
@@ -210,6 +223,6 @@ impl Function for LinearCrossEntropyCpu {
                 false => (grad * &grads[0]).to_kind(grad.kind()),
             })
         };
-        Ok(vec![scaled(0), scaled(1), None])
+        Ok(vec![scaled(0), scaled(1), None, None])
     }
 }

@@ -18,6 +18,7 @@
 //! cuda_graph = true            # on a GPU: the step is captured once and replayed; false launches its operators one by one
 //! branches = "serial"          # "streams" on a GPU: attention runs on a stream of its own, beside the state-space branch
 //! grads = "fp32"               # type of projections' gradients until the update; "bf16" with dtype = "bf16" takes 2 bytes an element, not 4
+//! logits_mib = 512             # on a GPU: most memory for the head's logits at a time; 2048, the most, is up to a twentieth of the head faster
 //! recompute_every = 0          # 1 computes every block's activations anew in the backward pass, 2 every second's; 0 keeps all
 //! seed = 0                     # initial weights and the order of the text
 //! lr = 1e-3                    # peak learning rate
@@ -150,6 +151,8 @@ pub struct TrainConfig {
     pub branches: Branches,
     /// The type of projections' gradients between the backward pass and the update.
     pub grads: Dtype,
+    /// The most memory that the head's logits take at a time on a GPU, MiB.
+    pub logits_mib: u64,
     /// Which blocks' activations are not kept for the backward pass but computed anew.
     pub recompute_every: RecomputeEvery,
     /// Seed of initial weights and of the order of the text.
@@ -202,6 +205,7 @@ impl Default for TrainConfig {
             cuda_graph: true,
             branches: Branches::Serial,
             grads: Dtype::Fp32,
+            logits_mib: flowhn_nn::LOGITS_BYTES >> 20,
             recompute_every: RecomputeEvery(0),
             seed: 0,
             lr: 1e-3,
@@ -386,6 +390,9 @@ impl TrainConfig {
         if let Some((key, value)) = fractions.into_iter().find(|(_, value)| !(0. ..=1.).contains(value)) {
             return Err(Error::setting(key, value, "it must be in 0..=1"));
         }
+        if !(1..=2048).contains(&self.logits_mib) {
+            return Err(Error::setting("train.logits_mib", self.logits_mib, "it must be in 1..=2048"));
+        }
         if self.linears == Linears::Fp8 && self.dtype != Dtype::Bf16 {
             let want =
                 "8-bit floats are made of bf16 activations: set train.dtype = \"bf16\", or train.linears = \"dtype\"";
@@ -421,6 +428,11 @@ impl TrainConfig {
             }
         }
         Ok(())
+    }
+
+    /// [`TrainConfig::logits_mib`] in bytes.
+    pub fn logits_bytes(&self) -> u64 {
+        self.logits_mib << 20
     }
 
     /// The learning rate of every update.

@@ -109,7 +109,7 @@ impl MemoryEstimate {
     ///
     /// Activations follow from the traffic that `flowhn_split` counts for a forward pass: every intermediate result is written
     /// once and read about once, and is kept, so half of the traffic that is not weights. Of a block that is recomputed the input is
-    /// kept, and all of one such block at a time.
+    /// kept, and all of one such block at a time. The head's logits take what a GPU gives them, `train.logits_mib` at most; on a CPU they are a few MiB.
     ///
     /// # Errors
     /// As [`Estimate::new`].
@@ -137,8 +137,12 @@ impl MemoryEstimate {
         }
         // The embedding's output, the final norm's, and the head's input kept in its type.
         let outer = 3 * element.size_bytes() * (model.seq_len * model.d_model) as u64;
-        let activations_bytes = train.batch_size as u64 * (kept + largest + outer);
-        let in_bf16 = if train.grads == Dtype::Bf16 { in_blocks } else { 0 };
+        let all_logits = element.size_bytes() * (train.batch_size * model.seq_len * model.vocab_size) as u64;
+        let logits = all_logits.min(train.logits_bytes());
+        let activations_bytes = train.batch_size as u64 * (kept + largest + outer) + logits;
+        let is_own_and_whole = !model.tie_embeddings && all_logits == logits;
+        let head = if is_own_and_whole { (model.vocab_size * model.d_model) as u64 } else { 0 };
+        let in_bf16 = if train.grads == Dtype::Bf16 { in_blocks + head } else { 0 };
         let (parameters_bytes, gradients_bytes, optimizer_bytes) =
             ((4 + copies) * parameters, 4 * parameters - 2 * in_bf16, train.optim_state.n_bytes(parameters));
         let total_bytes = parameters_bytes + gradients_bytes + optimizer_bytes + activations_bytes;

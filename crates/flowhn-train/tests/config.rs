@@ -85,6 +85,8 @@ fn impossible_values_are_refused_by_name() {
         ("[train]\ndtype = \"fp16\"", "train.dtype"),
         ("[train]\nlinears = \"fp8\"", "train.linears = fp8"),
         ("[train]\ngrads = \"bf16\"", "train.grads = bf16: they come from bf16 activations"),
+        ("[train]\nlogits_mib = 0", "train.logits_mib = 0: it must be in 1..=2048"),
+        ("[train]\nlogits_mib = 4096", "train.logits_mib = 4096: it must be in 1..=2048"),
         ("[train]\ndtype = \"bf16\"\ngrads = \"bf16\"\ngrad_accum = 2", "train.grads = bf16: sums over micro-batches"),
         ("[train]\nsteps = -4", "train.steps"),
     ] {

@@ -314,6 +314,14 @@ fn kept_types_and_recomputed_blocks_show_in_the_estimate() {
     let saved = fp32.gradients_bytes - bf16.gradients_bytes;
     assert!(saved > 0 && saved < fp32.gradients_bytes / 2 && fp32.total_bytes - bf16.total_bytes == saved, "{saved}");
 
+    // 64 sequences of 48 tokens, 320 words in bf16: all their logits, or a MiB of them. Where they are several chunks, the head's gradient stays f32.
+    let many =
+        |sets: &[&str]| of(&[&["train.batch_size=64", "train.grad_accum=1", "train.dtype=bf16"], sets].concat()).0;
+    let (all, some) = (many(&[]), many(&["train.logits_mib=1"]));
+    assert_eq!(all.activations_bytes - some.activations_bytes, 64 * 48 * 320 * 2 - (1 << 20));
+    let grads = |sets: &[&str]| many(&[&["train.grads=bf16"], sets].concat()).gradients_bytes;
+    assert_eq!(grads(&["train.logits_mib=1"]) - grads(&[]), 2 * 320 * 32);
+
     // The first of two blocks; both; and the same model FLOPs each time.
     let (half, all) = (of(&["train.recompute_every=2"]), of(&["train.recompute_every=1"]));
     assert!(half.1.recomputed > 0 && half.1.recomputed < all.1.recomputed && flops.recomputed == 0);

@@ -35,13 +35,16 @@ impl Model {
         Ok(())
     }
 
-    /// Leaves gradients of the blocks' projections in bf16, see [`flowhn_nn::Params::use_bf16_grads`]. Those of embedding and head, which
-    /// are sums over tokens and over chunks of them, stay f32.
+    /// Leaves gradients of the blocks' projections in bf16, see [`flowhn_nn::Params::use_bf16_grads`], and that of a head with a matrix of its own
+    /// where the logits of `n_tokens` are one chunk ([`Model::set_logits_bytes`]). Where they are several, it is a sum of products and stays f32, as does that
+    /// of the embedding.
     ///
     /// # Errors
     /// [`Error::Tensor`] if there is no memory.
-    pub fn use_bf16_grads(&self) -> Result<()> {
-        Ok(self.params.use_bf16_grads(is_in_block)?)
+    pub fn use_bf16_grads(&self, n_tokens: usize) -> Result<()> {
+        let logits_bytes = (n_tokens * self.config.vocab_size * Kind::BFloat16.elt_size_in_bytes()) as u64;
+        let is_one_chunk = logits_bytes <= self.logits_bytes;
+        Ok(self.params.use_bf16_grads(|name| is_in_block(name) || is_one_chunk && name == "lm_head.weight")?)
     }
 
     /// How many projections take their products in fp8.

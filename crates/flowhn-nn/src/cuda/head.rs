@@ -13,6 +13,7 @@ use flowhn_torch::kernel::{Arg, Kernel, KernelSource, kind_define};
 use flowhn_torch::{BackwardCtx, Error, ForwardCtx, Function, Result, Sum, product_into};
 
 use super::product_sm90::{CLUSTER_ROWS, up_to};
+use crate::LOGITS_BYTES;
 use crate::kernels::{CROSS_ENTROPY, SCALED_CAST};
 
 use exponentials::Exponentials;
@@ -20,33 +21,38 @@ pub(crate) use exponentials::{GRAD, LOSSES_ONLY, STORE, SUMS_ONLY};
 use logits::Logits;
 pub(crate) use logits::RowVariant;
 
-/// The most that a chunk's logits, or the exponentials in their place, take: enough rows for the matrix products to run at full speed
-/// and for few passes over the gradient of the weight, which each chunk adds to.
-const CHUNK_BYTES: i64 = 512 << 20;
+/// The most that a chunk's logits may take, whatever a caller allows: the kernels count its elements in 32 bits.
+const MAX_LOGITS_BYTES: u64 = 2 << 30;
 
 pub(crate) struct LinearCrossEntropyCuda {
     ignore_index: i64,
+    logits_bytes: u64,
     weight_kind: Kind,
     /// Whether a backward has handed out the gradients.
     is_spent: AtomicBool,
 }
 
 impl LinearCrossEntropyCuda {
-    pub(crate) fn new(ignore_index: i64, weight_kind: Kind) -> Self {
-        Self { ignore_index, weight_kind, is_spent: AtomicBool::new(false) }
+    pub(crate) fn new(ignore_index: i64, logits_bytes: u64, weight_kind: Kind) -> Self {
+        Self { ignore_index, logits_bytes, weight_kind, is_spent: AtomicBool::new(false) }
     }
 }
 
-/// The inputs are x, the master of the weight, which the gradient goes to, the targets, and the weight in the type of x.
+/// The inputs are x, the leaf that the gradient of the weight goes to, the targets, and the weight in the type of x.
 impl Function for LinearCrossEntropyCuda {
     const NAME: &'static str = "linear_cross_entropy";
 
     fn forward(&mut self, ctx: &mut ForwardCtx, inputs: &[&Tensor]) -> Result<Vec<Tensor>> {
-        let head = Head::new(Self::NAME, inputs[0], inputs[3], inputs[2], self.ignore_index)?;
+        let head = Head::new(Self::NAME, inputs[0], inputs[3], inputs[2], self.ignore_index, self.logits_bytes)?;
         let mut gradients = Gradients {
             scale: head.scale()?,
             dx: ctx.needs_grad(0).then(|| head.empty(&head.x.size(), head.x.kind())).transpose()?,
-            dweight: ctx.needs_grad(1).then(|| WeightGrad::new(&head.weight)).transpose()?,
+            dweight: ctx.needs_grad(1).then(|| WeightGrad {
+                weight: head.weight.shallow_clone(),
+                n_tokens: head.n_tokens,
+                kind: self.weight_kind,
+                sum: None,
+            }),
         };
         let wants_any = gradients.dx.is_some() || gradients.dweight.is_some();
         let losses = head.losses(wants_any.then_some(&mut gradients))?;
@@ -79,7 +85,7 @@ impl Function for LinearCrossEntropyCuda {
 
 /// Loss of each token, `[t]`.
 pub(crate) fn token_losses(x: &Tensor, weight: &Tensor, targets: &Tensor, ignore_index: i64) -> Result<Tensor> {
-    Head::new("token_losses", x, weight, targets, ignore_index)?.losses(None)
+    Head::new("token_losses", x, weight, targets, ignore_index, LOGITS_BYTES)?.losses(None)
 }
 
 /// The arguments as the kernels take them, dense.
@@ -90,6 +96,8 @@ struct Head {
     weight: Tensor,
     targets: Tensor,
     ignore_index: i64,
+    /// The most that a chunk's logits, or the exponentials in their place, take.
+    logits_bytes: i64,
     n_tokens: i64,
     vocab_size: i64,
 }
@@ -102,7 +110,14 @@ struct Gradients {
 }
 
 impl Head {
-    fn new(op: &'static str, x: &Tensor, weight: &Tensor, targets: &Tensor, ignore_index: i64) -> Result<Self> {
+    fn new(
+        op: &'static str,
+        x: &Tensor,
+        weight: &Tensor,
+        targets: &Tensor,
+        ignore_index: i64,
+        logits_bytes: u64,
+    ) -> Result<Self> {
         kind_define(op, "x_td", x)?;
         let (n_tokens, vocab_size) = (x.size()[0], weight.size()[0]);
         if i32::try_from(n_tokens.max(vocab_size)).is_err() {
@@ -111,7 +126,8 @@ impl Head {
             return Err(Error::invalid(op, message));
         }
         let [x, weight, targets] = [x.f_contiguous()?, weight.f_contiguous()?, targets.f_contiguous()?];
-        Ok(Self { op, x, weight, targets, ignore_index, n_tokens, vocab_size })
+        let logits_bytes = logits_bytes.min(MAX_LOGITS_BYTES) as i64;
+        Ok(Self { op, x, weight, targets, ignore_index, logits_bytes, n_tokens, vocab_size })
     }
 
     fn scale(&self) -> Result<Tensor> {
@@ -153,35 +169,42 @@ impl Head {
     }
 }
 
-/// Rows of a chunk: as many as fit, in chunks of nearly one size instead of a small rest at the end, each of whole tiles of the
-/// matrix products.
-fn chunk_rows(n_tokens: i64, row_bytes: i64) -> i64 {
-    let most = (CHUNK_BYTES / row_bytes / CLUSTER_ROWS * CLUSTER_ROWS).max(CLUSTER_ROWS);
+/// Rows of a chunk: as many as fit into `n_bytes`, in chunks of nearly one size instead of a small rest at the end, each of whole tiles
+/// of the matrix products.
+fn chunk_rows(n_tokens: i64, row_bytes: i64, n_bytes: i64) -> i64 {
+    let most = (n_bytes / row_bytes / CLUSTER_ROWS * CLUSTER_ROWS).max(CLUSTER_ROWS);
     let n_chunks = (up_to(n_tokens, most) / most).max(1);
     up_to((n_tokens + n_chunks - 1) / n_chunks, CLUSTER_ROWS).min(n_tokens).max(1)
 }
 
-/// The gradient of the weight while chunks are added to it, in f32.
+/// The gradient of the weight while chunks are added to it.
 struct WeightGrad {
-    sum: Tensor,
-    is_empty: bool,
+    weight: Tensor,
+    n_tokens: i64,
+    /// The type that the gradient has in the end.
+    kind: Kind,
+    sum: Option<Tensor>,
 }
 
 impl WeightGrad {
-    fn new(weight: &Tensor) -> Result<Self> {
-        Ok(Self { sum: Tensor::f_empty(weight.size(), (Kind::Float, weight.device()))?, is_empty: true })
-    }
-
-    /// Adds `dlogits^T x`, in f32 also where the factors are bf16.
+    /// Adds `dlogits^T x`: in f32 also where the factors are bf16, unless the chunk is all there is and leaves its product in the type of
+    /// the gradient.
     fn add_product(&mut self, dlogits: &Tensor, x: &Tensor) -> Result<()> {
-        let sum = if self.is_empty { Sum::New } else { Sum::Old };
-        product_into(&dlogits.f_tr()?, x, &self.sum, sum)?;
-        self.is_empty = false;
+        let dlogits_t = dlogits.f_tr()?;
+        if let Some(sum) = &self.sum {
+            product_into(&dlogits_t, x, sum, Sum::Old)?;
+            return Ok(());
+        }
+        let kind = if x.size()[0] == self.n_tokens { self.kind } else { Kind::Float };
+        let sum = Tensor::f_empty(self.weight.size(), (kind, self.weight.device()))?;
+        product_into(&dlogits_t, x, &sum, Sum::New)?;
+        self.sum = Some(sum);
         Ok(())
     }
 
     fn finish(self) -> Result<Tensor> {
-        Ok(if self.is_empty { self.sum.f_zeros_like()? } else { self.sum })
+        let zeros = || Tensor::f_zeros(self.weight.size(), (self.kind, self.weight.device()));
+        Ok(self.sum.map_or_else(zeros, Ok)?)
     }
 }
 
@@ -215,11 +238,13 @@ mod tests {
 
     #[test]
     fn chunks_are_nearly_equal_and_fit() {
-        for vocab_size in [8, 1000, 50_264, 65_536, 262_144] {
+        let limits = [LOGITS_BYTES, MAX_LOGITS_BYTES].map(|n_bytes| n_bytes as i64);
+        let vocab_sizes = [8, 1000, 50_264, 65_536, 262_144];
+        for (n_bytes, vocab_size) in limits.into_iter().flat_map(|n_bytes| vocab_sizes.map(|size| (n_bytes, size))) {
             for n_tokens in [1, 31, 1000, 4096, 16_384, 32_768, 100_000] {
-                let (row_bytes, n_rows) = (2 * vocab_size, chunk_rows(n_tokens, 2 * vocab_size));
+                let (row_bytes, n_rows) = (2 * vocab_size, chunk_rows(n_tokens, 2 * vocab_size, n_bytes));
                 assert!(n_rows >= 1 && n_rows <= n_tokens);
-                assert!(n_rows * row_bytes <= CHUNK_BYTES, "{n_rows} rows of {row_bytes} bytes");
+                assert!(n_rows * row_bytes <= n_bytes, "{n_rows} rows of {row_bytes} bytes");
                 let n_chunks = (n_tokens + n_rows - 1) / n_rows;
                 assert!(
                     n_chunks * n_rows - n_tokens < n_chunks * CLUSTER_ROWS,
@@ -227,5 +252,6 @@ mod tests {
                 );
             }
         }
+        assert_eq!(chunk_rows(16_384, 2 * 65_536, 2 << 30), 16_384, "one chunk where all fit");
     }
 }

@@ -4,7 +4,9 @@ use flowhn_torch::testing::{Case, Rule, noise, same_bits};
 use flowhn_torch::{Error, Result};
 use tch::{Device, Kind, Tensor};
 
-use crate::{HeadMatrix, Weight, linear_cross_entropy, reference, token_losses};
+use crate::{
+    HeadMatrix, LOGITS_BYTES, Weight, linear_cross_entropy, linear_cross_entropy_within, reference, token_losses,
+};
 
 const IGNORED: i64 = -100;
 
@@ -64,6 +66,10 @@ pub(super) fn cases() -> Vec<Case> {
         cases.push(Case::new(name, move |device| check_kinds(70, d_model, 300, kinds, device)));
         let name = format!("linear_cross_entropy: BFloat16, rows of {d_model}, a weight with its bf16 copy");
         cases.push(Case::new(name, move |device| bf16_copy(d_model, device)));
+        for (chunks, logits_bytes) in [("several chunks", 1 << 16), ("one chunk", LOGITS_BYTES)] {
+            let name = format!("linear_cross_entropy: BFloat16, rows of {d_model}, gradient in bf16, {chunks}");
+            cases.push(Case::new(name, move |device| bf16_grad(d_model, logits_bytes, device)));
+        }
     }
     cases
 }
@@ -166,6 +172,34 @@ fn bf16_copy(d_model: i64, device: Device) -> Result<String> {
     let loss = token_losses(&x, &weight, &targets, IGNORED)?.max().double_value(&[]);
     expect((loss - 90_f64.ln()).abs() < 1e-5, "the copy is not what the products take")?;
     Ok("the same bits, from the copy".to_owned())
+}
+
+/// Chunks of other sizes give the same gradients up to rounding, also where the weight's is bf16.
+fn bf16_grad(d_model: i64, logits_bytes: u64, device: Device) -> Result<String> {
+    let (n_tokens, vocab_size) = (700, 300);
+    let on = |shape: &[i64], seed, kind| noise(shape, seed).to_kind(kind).to_device(device);
+    let (x, targets) = (on(&[n_tokens, d_model], 4, Kind::BFloat16), targets(n_tokens, vocab_size).to_device(device));
+    let weight = Weight::new(on(&[vocab_size, d_model], 5, Kind::Float).set_requires_grad(true));
+    let results = |logits_bytes: u64| -> Result<[Tensor; 3]> {
+        weight.clear_grad()?;
+        let x = x.detach().set_requires_grad(true);
+        let loss = linear_cross_entropy_within(&x, &weight, &targets, IGNORED, logits_bytes)?;
+        loss.f_backward()?;
+        let dweight =
+            weight.grad()?.ok_or_else(|| Error::invalid("linear_cross_entropy", "the weight has no gradient"))?;
+        Ok([loss.detach(), x.grad(), dweight])
+    };
+    let want = results(LOGITS_BYTES)?;
+    weight.use_bf16_grad()?;
+    let got = results(logits_bytes)?;
+    expect(want[2].kind() == Kind::Float && got[2].kind() == Kind::BFloat16, "the gradient's type is another")?;
+    let mut errors = Vec::new();
+    for (want, got) in want.iter().zip(&got) {
+        let (want, got) = (want.to_kind(Kind::Double), got.to_kind(Kind::Double));
+        errors.push(((&got - &want).abs().max() / want.abs().max()).double_value(&[]));
+    }
+    expect(errors[0] < 1e-6 && errors[1..].iter().all(|&error| error < 1. / 128.), &format!("off by {errors:?}"))?;
+    Ok(format!("off by {:.1e} (loss), {:.1e} (x), {:.1e} (weight)", errors[0], errors[1], errors[2]))
 }
 
 fn all_ignored(d_model: i64, kind: Kind, device: Device) -> Result<String> {

@@ -112,12 +112,13 @@ pub(crate) fn model(config: &RunConfig, device: Device) -> Result<Model> {
     model.set_compute_kind(train.dtype.kind());
     model.set_branches(train.branches)?;
     model.set_recompute_every(train.recompute_every);
+    model.set_logits_bytes(train.logits_bytes());
     model.set_linears(train.linears).map_err(|error| {
         let want = format!("{error}; train.linears = \"dtype\" computes in the type of activations");
         Error::setting("train.linears", "fp8", want)
     })?;
     if train.grads == Dtype::Bf16 {
-        model.use_bf16_grads()?;
+        model.use_bf16_grads(train.batch_size * config.model.seq_len)?;
     }
     Ok(model)
 }

@@ -126,7 +126,7 @@ impl<'a> Exponentials<'a> {
         let n_column_tiles = up_to(head.vocab_size, FORM.columns) / FORM.columns;
         let has_scaled = wants_dweight && !wants_dx;
         let row_bytes = if gradients.is_some() { 2 * self.row_stride() } else { 4 * n_column_tiles };
-        let n_rows = chunk_rows(head.n_tokens, row_bytes);
+        let n_rows = chunk_rows(head.n_tokens, row_bytes, head.logits_bytes);
         let gradient = || -> Result<ChunkGradient> {
             Ok(ChunkGradient {
                 exponentials: head.empty(&[n_rows, self.row_stride()], Kind::BFloat16)?,

@@ -26,7 +26,8 @@ impl<'a> Logits<'a> {
         let losses = self.head.floats(&[*n_tokens])?;
         // Rows begin at 16 bytes, whatever the vocabulary.
         let row_stride = (vocab_size + 7) / 8 * 8;
-        let n_rows = chunk_rows(*n_tokens, row_stride * x.kind().elt_size_in_bytes() as i64);
+        let row_bytes = row_stride * x.kind().elt_size_in_bytes() as i64;
+        let n_rows = chunk_rows(*n_tokens, row_bytes, self.head.logits_bytes);
         let buffer = self.head.empty(&[n_rows, row_stride], x.kind())?;
         let weight_t = weight.f_tr()?;
         for start in (0..*n_tokens).step_by(n_rows as usize) {
