@@ -7,6 +7,10 @@
 //   merge_residual:                out[b, p] = x[b, p] + branch_k[b, j]
 //   merge_sums:                    out[b, p] = branch_k[b, j] + change_k[b, j]
 //
+// and, where both routes are the whole sequence,
+//
+//   concat_sums:                   out[b, p] = [branch_0[b, p] + change_0[b, p], branch_1[b, p] + change_1[b, p]]
+//
 // All tensors: [batch, tokens, d], last axis dense, the others of any strides. Copies know no dtype: they move words of WORD
 // bytes, in which strides and `n_words`, the length of a row, are counted; strides of the sums count elements.
 //
@@ -97,4 +101,18 @@ merge_sums(const X* branch0, const X* branch1, const X* change0, const X* change
     const X* branch = (token.route ? branch1 : branch0) + strides.start(token.b, token.j);
     const X* change = (token.route ? change1 : change0) + changes.start(token.b, token.j);
     add_rows(branch, change, out + ((i64)token.b * seq_len + token.p) * d, d, aligned);
+}
+
+// A warp takes one of the halves of a token.
+extern "C" __global__ void __launch_bounds__(256)
+concat_sums(const X* branch0, const X* branch1, const X* change0, const X* change1, X* out, i64 branch0_batch, i64 branch0_token,
+            i64 branch1_batch, i64 branch1_token, i64 change0_batch, i64 change0_token, i64 change1_batch, i64 change1_token, int batch,
+            int seq_len, int d, int aligned) {
+    i64 half = (i64)blockIdx.x * 8 + threadIdx.x / 32;
+    if (half >= 2LL * batch * seq_len) return;
+    bool is_second = half % 2;
+    int token = (int)(half / 2), b = (int)((unsigned)token / (unsigned)seq_len), p = token - b * seq_len;
+    RowStrides strides = is_second ? RowStrides{branch1_batch, branch1_token} : RowStrides{branch0_batch, branch0_token};
+    RowStrides changes = is_second ? RowStrides{change1_batch, change1_token} : RowStrides{change0_batch, change0_token};
+    add_rows((is_second ? branch1 : branch0) + strides.start(b, p), (is_second ? change1 : change0) + changes.start(b, p), out + half * d, d, aligned);
 }

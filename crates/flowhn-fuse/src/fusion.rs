@@ -21,7 +21,7 @@ use tch::Tensor;
 use flowhn_nn::{Activations, Bias, Init, Linear, Path, Residual, RmsNorm};
 use flowhn_torch::{Error, Result, check};
 
-use crate::merge::merge_sums_for;
+use crate::merge::{concat_sums, merge_sums_for};
 use crate::{Route, merge, merge_residual, merge_residual_norm};
 
 /// A way to fuse the branches.
@@ -234,6 +234,10 @@ impl Fusion {
             let _checked = self.outputs(OP, Some(&a.x), Some(&s.x), attn, ssm)?;
             let projected = proj.forward(merge_sums_for(proj, a, s, attn, ssm)?)?;
             return normed(x_bld, Some(&projected));
+        }
+        if let (Form::Proj(proj), Topology::Both, Some(a), Some(s)) = (&self.form, self.shape.topology, a, s) {
+            let _checked = self.outputs(OP, Some(&a.x), Some(&s.x), attn, ssm)?;
+            return normed(x_bld, Some(&proj.forward(concat_sums(s, a)?)?));
         }
         let [a, s] = [a, s].map(|x| x.map(Residual::sum).transpose());
         let (a_bnd, s_bmd) = self.outputs(OP, a?.as_ref(), s?.as_ref(), attn, ssm)?;

@@ -7,7 +7,7 @@ use tch::Tensor;
 use flowhn_nn::{Activations, Fp8Place, Linear, RmsNorm, residual_norm, residual_norm_to, rms_norm};
 use flowhn_torch::{BackwardCtx, Error, ForwardCtx, Function, Result, apply, check};
 
-use crate::cuda::{GatherNorm, SplitNorm};
+use crate::cuda::{GatherNorm, SplitNorm, TwinNorm};
 use crate::{Route, pieces};
 
 /// The tokens of one branch, in order: `y_bnd[:, j] = x_bld[:, route.positions()[j]]`.
@@ -121,6 +121,10 @@ pub(crate) fn normed_split(
     weights: [&Tensor; 2],
     eps: [f64; 2],
 ) -> Result<SplitNormed> {
+    if is_twin(x_bld, attn, ssm, eps) {
+        let [sum_bld, attn_bnd, ssm_bmd] = apply_twin_norm(x_bld, delta_bld, weights, eps[0], false)?;
+        return Ok(SplitNormed { sum_bld, attn_bnd, ssm_bmd });
+    }
     if attn.is_all() && ssm.is_all() {
         let (sum_bld, attn_bnd) = residual_norm(x_bld, delta_bld, weights[0], eps[0])?;
         let (sum_bld, ssm_bmd) = residual_norm(&sum_bld, None, weights[1], eps[1])?;
@@ -205,6 +209,12 @@ pub(crate) fn normed_split_tokens(
         reader.fp8_place(&[batch, route.len() as i64, d], x_bld.kind())
     };
     let places = [place(readers[0], attn)?, place(readers[1], ssm)?];
+    if is_twin(x_bld, attn, ssm, eps) && places.iter().all(Option::is_none) {
+        let [sum_bld, attn_normed, ssm_normed, attn_bnd, ssm_bmd] =
+            apply_twin_norm(x_bld, delta_bld, weights, eps[0], true)?;
+        let (attn_normed, ssm_normed) = (attn_normed.into(), ssm_normed.into());
+        return Ok(SplitTokens { sum_bld, attn_bnd, attn_normed, ssm_bmd, ssm_normed });
+    }
     let given = places.clone();
     let [attn_place, ssm_place] = places;
     if !is_fused(x_bld, attn, ssm, eps) {
@@ -227,6 +237,24 @@ pub(crate) fn normed_split_tokens(
 /// Whether one kernel does a split and the norms behind it.
 fn is_fused(x_bld: &Tensor, attn: &Route, ssm: &Route, eps: [f64; 2]) -> bool {
     x_bld.device().is_cuda() && attn.partitions_with(ssm) && eps[0] == eps[1]
+}
+
+/// Whether one kernel norms all tokens for both branches.
+fn is_twin(x_bld: &Tensor, attn: &Route, ssm: &Route, eps: [f64; 2]) -> bool {
+    x_bld.device().is_cuda() && attn.is_all() && ssm.is_all() && eps[0] == eps[1]
+}
+
+fn apply_twin_norm<const N: usize>(
+    x_bld: &Tensor,
+    delta_bld: Option<&Tensor>,
+    weights: [&Tensor; 2],
+    eps: f64,
+    with_tokens: bool,
+) -> Result<[Tensor; N]> {
+    let inputs: Vec<&Tensor> =
+        [Some(x_bld), Some(weights[0]), Some(weights[1]), delta_bld].into_iter().flatten().collect();
+    let outputs = apply(TwinNorm { eps, n_inputs: inputs.len(), with_tokens }, &inputs)?;
+    outputs.try_into().map_err(|_| Error::invalid("twin_norm", "the function lost its outputs"))
 }
 
 fn apply_split_norm<const N: usize>(

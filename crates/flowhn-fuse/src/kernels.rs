@@ -11,6 +11,10 @@ pub(crate) static TOKENS: KernelSource =
 pub(crate) static ROUTED_NORM: KernelSource =
     KernelSource { name: "routed_norm.cu", text: include_str!("../kernels/routed_norm.cu"), headers: &[] };
 
+/// RMSNorm of every token for two branches.
+pub(crate) static TWIN_NORM: KernelSource =
+    KernelSource { name: "twin_norm.cu", text: include_str!("../kernels/twin_norm.cu"), headers: &[] };
+
 /// Two sums and their merge, rounded to fp8.
 pub(crate) static MERGE_FP8: KernelSource =
     KernelSource { name: "merge_fp8.cu", text: include_str!("../kernels/merge_fp8.cu"), headers: &[] };
@@ -51,6 +55,21 @@ pub const KERNELS: &[KernelSpec] = &[
             &routed_norm(RowForm::new(4, 1024, 1), 1, true),
         ],
     },
+    KernelSpec {
+        source: &TWIN_NORM,
+        variants: &[
+            &twin_norm(RowForm::new(1, 512, 2), 0, false),
+            &twin_norm(RowForm::new(1, 512, 1), 0, false),
+            &twin_norm(RowForm::new(1, 512, 1), 0, true),
+            &twin_norm(RowForm::new(4, 1024, 1), 0, false),
+            &twin_norm(RowForm::new(4, 1024, 1), 0, true),
+            &twin_norm(RowForm::new(1, 512, 2), 1, false),
+            &twin_norm(RowForm::new(1, 512, 1), 1, false),
+            &twin_norm(RowForm::new(1, 512, 1), 1, true),
+            &twin_norm(RowForm::new(4, 1024, 1), 1, false),
+            &twin_norm(RowForm::new(4, 1024, 1), 1, true),
+        ],
+    },
     KernelSpec { source: &MERGE_FP8, variants: &[MERGE_FP8_DEFINES] },
 ];
 
@@ -58,6 +77,11 @@ pub const KERNELS: &[KernelSpec] = &[
 pub(crate) const fn routed_norm(form: RowForm, x_kind: i64, branch_grads: bool) -> [(&'static str, i64); 5] {
     let [x_kind, vectors, threads, blocks] = form.defines(x_kind);
     [x_kind, vectors, threads, blocks, ("BRANCH_GRADS", branch_grads as i64)]
+}
+
+/// The macros of `twin_norm.cu`.
+pub(crate) const fn twin_norm(form: RowForm, x_kind: i64, branch_grads: bool) -> [(&'static str, i64); 5] {
+    routed_norm(form, x_kind, branch_grads)
 }
 
 /// The macros of the forward pass of `routed_norm.cu` that rounds.

@@ -103,6 +103,19 @@ pub(crate) fn merge_sums_for(
     }
 }
 
+/// The sums of two branches that both read every token, features side by side: `[batch, seq_len, 2 d]`.
+pub(crate) fn concat_sums(first: &Residual, second: &Residual) -> Result<Tensor> {
+    let (Some(change0), Some(change1), true) = (&first.change, &second.change, first.x.device().is_cuda()) else {
+        return Ok(Tensor::f_cat(&[first.sum()?, second.sum()?], -1)?);
+    };
+    const OP: &str = ConcatSums::NAME;
+    for (arg, x) in [("second", &second.x), ("change of the first", change0), ("change of the second", change1)] {
+        check::shape(OP, arg, x, &first.x.size())?;
+        check::kind(OP, arg, x, &[first.x.kind()])?;
+    }
+    one(apply(ConcatSums, &[&first.x, &second.x, change0, change1])?)
+}
+
 /// `x_bld + merge(a, s)` in one pass over the sequence: the residual add of a block.
 ///
 /// # Shapes
@@ -262,6 +275,30 @@ impl Function for MergeSums {
         let take = if self.is_read_in_fp8 { pieces::take_both } else { pieces::take_grads };
         let (a_bnd, s_bmd) = take(&grads[0], &self.attn, &self.ssm)?;
         Ok(vec![Some(a_bnd.shallow_clone()), Some(s_bmd.shallow_clone()), Some(a_bnd), Some(s_bmd)])
+    }
+}
+
+/// On CUDA only.
+struct ConcatSums;
+
+impl Function for ConcatSums {
+    const NAME: &'static str = "concat_sums";
+
+    fn forward(&mut self, _ctx: &mut ForwardCtx, inputs: &[&Tensor]) -> Result<Vec<Tensor>> {
+        let [first, second, change0, change1] = inputs else { unreachable!("four inputs") };
+        Ok(vec![cuda::concat_sums([first, second], [change0, change1])?])
+    }
+
+    fn backward(&self, _ctx: &BackwardCtx, grads: &[Tensor]) -> Result<Vec<Option<Tensor>>> {
+        let d = grads[0].size()[2] / 2;
+        let half = |idx: i64| grads[0].f_narrow(2, idx * d, d);
+        Ok([0, 1, 0, 1]
+            .map(half)
+            .into_iter()
+            .collect::<std::result::Result<Vec<_>, _>>()?
+            .into_iter()
+            .map(Some)
+            .collect())
     }
 }
 

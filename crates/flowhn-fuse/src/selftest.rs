@@ -9,7 +9,7 @@ use flowhn_torch::{Error, Result};
 use tch::{Device, Kind, Tensor};
 
 use crate::gather::{normed_gather, normed_split, normed_split_tokens};
-use crate::merge::normed_merge;
+use crate::merge::{concat_sums, normed_merge};
 use crate::{Route, gather, merge, merge_residual, merge_sums, split};
 use flowhn_nn::Residual;
 
@@ -38,6 +38,17 @@ pub fn cases() -> Vec<Case> {
         let runs = runs.clone();
         cases.push(Case::new(format!("split and merge: {name}, every dtype"), move |device| copies(&runs, device)));
     }
+    for (n_tokens, d) in [(1, 7), (31, 128), (9, 768), (300, 2048), (5, 4104)] {
+        for kind in [Kind::Float, Kind::BFloat16] {
+            let case = |op: &str, check: fn(&(Route, Route), i64, Kind, Device) -> Result<String>| {
+                let name = format!("{op}: {n_tokens} tokens, each to both branches, {d}, {kind:?}");
+                Case::new(name, move |device| check(&both_read_all(n_tokens, device)?, d, kind, device))
+            };
+            cases.push(case("split_norm", split_norms_of));
+            cases.push(case("split_norm_tokens", split_norm_tokens_of));
+            cases.push(case("concat_sums", concats));
+        }
+    }
     cases.extend(fp8::cases());
     cases
 }
@@ -65,6 +76,12 @@ fn routes(runs: &[usize], device: Device) -> Result<(Route, Route)> {
     }
     let [attn, ssm] = spans;
     Ok((Route::new(start, &attn, device)?, Route::new(start, &ssm, device)?))
+}
+
+/// Routes that both take every token.
+fn both_read_all(n_tokens: usize, device: Device) -> Result<(Route, Route)> {
+    let all = || Route::all(n_tokens, device);
+    Ok((all()?, all()?))
 }
 
 /// Inputs of `[batch, tokens, d]` as parts of wider tensors, so that tokens are not neighbours in memory.
@@ -144,16 +161,19 @@ fn gather_norms(runs: &[usize], d: i64, kind: Kind, device: Device) -> Result<St
 
 /// With an addend, and without one in a second step on the sum that the first handed on.
 fn split_norms(runs: &[usize], d: i64, kind: Kind, device: Device) -> Result<String> {
-    let (attn, ssm) = routes(runs, device)?;
+    split_norms_of(&routes(runs, device)?, d, kind, device)
+}
+
+fn split_norms_of((attn, ssm): &(Route, Route), d: i64, kind: Kind, device: Device) -> Result<String> {
     let kernel = |x: &[Tensor]| {
         let (view, delta, weights) = (part(&x[0], d), part(&x[1], d), [&x[2], &x[3]]);
-        let first = normed_split(&view, Some(&delta), &attn, &ssm, weights, [EPS; 2])?;
-        let second = normed_split(&first.sum_bld, None, &attn, &ssm, weights, [EPS; 2])?;
+        let first = normed_split(&view, Some(&delta), attn, ssm, weights, [EPS; 2])?;
+        let second = normed_split(&first.sum_bld, None, attn, ssm, weights, [EPS; 2])?;
         Ok(vec![second.sum_bld, first.attn_bnd, first.ssm_bmd, second.attn_bnd, second.ssm_bmd])
     };
     let plain = |x: &[Tensor]| {
         let sum = part(&x[0], d) + part(&x[1], d);
-        let branches = || [normed(&taken(&sum, &attn), &x[2]), normed(&taken(&sum, &ssm), &x[3])];
+        let branches = || [normed(&taken(&sum, attn), &x[2]), normed(&taken(&sum, ssm), &x[3])];
         let ([a, s], [again_a, again_s]) = (branches(), branches());
         Ok(vec![sum, a, s, again_a, again_s])
     };
@@ -163,12 +183,15 @@ fn split_norms(runs: &[usize], d: i64, kind: Kind, device: Device) -> Result<Str
 
 /// With an addend, and without one in a second step; gradients arrive at the sum, at its tokens and at their norms, transposed at some.
 fn split_norm_tokens(runs: &[usize], d: i64, kind: Kind, device: Device) -> Result<String> {
-    let (attn, ssm) = routes(runs, device)?;
+    split_norm_tokens_of(&routes(runs, device)?, d, kind, device)
+}
+
+fn split_norm_tokens_of((attn, ssm): &(Route, Route), d: i64, kind: Kind, device: Device) -> Result<String> {
     let kernel = |x: &[Tensor]| {
         let (view, delta, weights) = (part(&x[0], d), part(&x[1], d), [&x[2], &x[3]]);
         let mut outputs = Vec::new();
         let split = |x: &Tensor, delta: Option<&Tensor>| {
-            normed_split_tokens(x, delta, &attn, &ssm, weights, [EPS; 2], [None, None])
+            normed_split_tokens(x, delta, attn, ssm, weights, [EPS; 2], [None, None])
         };
         let first = split(&view, Some(&delta))?;
         let second = split(&first.sum_bld, None)?;
@@ -183,7 +206,7 @@ fn split_norm_tokens(runs: &[usize], d: i64, kind: Kind, device: Device) -> Resu
         let sum = part(&x[0], d) + part(&x[1], d);
         let mut outputs = Vec::new();
         for _ in 0..2 {
-            let (a, s) = (taken(&sum, &attn), taken(&sum, &ssm));
+            let (a, s) = (taken(&sum, attn), taken(&sum, ssm));
             outputs.extend([normed(&a, &x[2]), normed(&s, &x[3]), a.transpose(0, 1), s * 2.]);
         }
         outputs.push(sum);
@@ -191,6 +214,21 @@ fn split_norm_tokens(runs: &[usize], d: i64, kind: Kind, device: Device) -> Resu
     };
     let n = attn.seq_len();
     check(&kernel, &plain, &[tokens(n, d, 1), tokens(n, d, 2), weight(d, 3), weight(d, 4)], kind, device)
+}
+
+/// Of terms with gaps between tokens; the gradient arrives transposed.
+fn concats((attn, _): &(Route, Route), d: i64, kind: Kind, device: Device) -> Result<String> {
+    let kernel = |x: &[Tensor]| {
+        let [a, s] = [part(&x[0], d), part(&x[1], d)];
+        let first = Residual { change: Some(&a * 3.), x: a };
+        Ok(vec![concat_sums(&first, &doubled(&s))?.transpose(0, 1)])
+    };
+    let plain = |x: &[Tensor]| {
+        let [a, s] = [part(&x[0], d), part(&x[1], d)];
+        Ok(vec![Tensor::cat(&[&a + &a * 3., &s + &s], -1).transpose(0, 1)])
+    };
+    let n = attn.seq_len();
+    check(&kernel, &plain, &[tokens(n, d, 1), tokens(n, d, 2)], kind, device)
 }
 
 fn merge_norms(runs: &[usize], d: i64, kind: Kind, device: Device) -> Result<String> {

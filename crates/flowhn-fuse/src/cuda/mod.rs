@@ -4,6 +4,7 @@
 
 mod norm;
 mod tokens;
+mod twin;
 
 use tch::Tensor;
 
@@ -13,7 +14,8 @@ use flowhn_torch::{Error, Result};
 use crate::Route;
 
 pub(crate) use norm::{GatherNorm, MergeResidualNorm, SplitNorm};
-pub(crate) use tokens::{merge, merge_residual, merge_sums, merge_sums_fp8, rounds_merge, scatter, split};
+pub(crate) use tokens::{concat_sums, merge, merge_residual, merge_sums, merge_sums_fp8, rounds_merge, scatter, split};
+pub(crate) use twin::TwinNorm;
 
 /// The routes that a launch works for: two of one sequence, or one.
 #[derive(Clone, Copy)]

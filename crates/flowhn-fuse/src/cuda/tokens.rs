@@ -59,6 +59,26 @@ pub(crate) fn merge_sums(branches: [&Tensor; 2], changes: [&Tensor; 2], attn: &R
     add("merge_sums", &[branches, changes].concat(), attn, ssm)
 }
 
+/// `[x0 + change0, x1 + change1]`, features side by side: `[b, l, 2 d]` of four times `[b, l, d]`.
+pub(crate) fn concat_sums(branches: [&Tensor; 2], changes: [&Tensor; 2]) -> Result<Tensor> {
+    const OP: &str = "concat_sums";
+    let terms = [branches, changes].concat().into_iter().map(with_dense_rows).collect::<Result<Vec<_>>>()?;
+    let (batch, seq_len, d) = terms[0].size3()?;
+    let out = Tensor::f_empty([batch, seq_len, 2 * d], (terms[0].kind(), terms[0].device()))?;
+    let n_halves = 2 * batch * seq_len;
+    let Ok(n_warps) = i32::try_from(n_halves) else {
+        return Err(Error::invalid(OP, format!("{n_halves} rows are more than a launch counts; split the batch")));
+    };
+    let mut args: Vec<Arg> = terms.iter().chain([&out]).map(Arg::Tensor).collect();
+    args.extend(terms.iter().flat_map(|x| strides(Some(x), 1, 1)));
+    let touched: Vec<&Tensor> = terms.iter().chain([&out]).collect();
+    args.extend([Arg::I32(batch as i32), Arg::I32(seq_len as i32), Arg::I32(d as i32), aligned(d, &touched)]);
+    let defines = [("X_KIND", kind_define(OP, "x_bld", &terms[0])?), ("WORD", 16)];
+    let kernel = Kernel { source: &TOKENS, entry: OP, defines: &defines };
+    kernel.launch(grid(n_warps as u32), 32 * TOKENS_PER_BLOCK, 0, &args)?;
+    Ok(out)
+}
+
 /// Whether [`merge_sums_fp8`] takes these.
 pub(crate) fn rounds_merge(a: &Residual, s: &Residual, attn: &Route, ssm: &Route) -> bool {
     let terms: Vec<&Tensor> =
