@@ -15,10 +15,11 @@ use super::operation::{Call, Operation, Pass, leaf};
 const BF16: Kind = Kind::BFloat16;
 const EPS: f64 = 1e-6;
 
-/// The routes of both halves and a norm for either.
+/// The routes of both halves, that of all tokens, and a norm.
 struct Halves {
     attn: Route,
     ssm: Route,
+    all: Route,
     norm: RmsNorm,
 }
 
@@ -27,7 +28,7 @@ impl Halves {
         let (l, mut params) = (l as usize, Params::new(device, 0));
         let norm = RmsNorm::new(&mut params.root(), "norm", d, EPS)?;
         let route = |tokens: Range<usize>| Route::new(l, std::slice::from_ref(&tokens), device);
-        Ok(Self { attn: route(0..l / 2)?, ssm: route(l / 2..l)?, norm })
+        Ok(Self { attn: route(0..l / 2)?, ssm: route(l / 2..l)?, all: Route::all(l, device)?, norm })
     }
 }
 
@@ -53,10 +54,22 @@ pub fn operations(tiny: bool) -> Vec<Operation> {
     all
 }
 
-fn routed() -> [Routed; 6] {
+fn routed() -> [Routed; 7] {
     [
         Routed { op: "split_norm", leaves: [1, 0], moved: [2., 4.], run: split_norms },
-        Routed { op: "split_norm_tokens", leaves: [2, 0], moved: [4., 5.], run: split_norms_and_tokens },
+        Routed {
+            op: "split_norm_tokens",
+            leaves: [2, 0],
+            moved: [4., 5.],
+            run: |t, half| split_norms_and_tokens(t, [&half.attn, &half.ssm], &half.norm),
+        },
+        // Every token to both branches.
+        Routed {
+            op: "twin_norm",
+            leaves: [2, 0],
+            moved: [5., 7.],
+            run: |t, half| split_norms_and_tokens(t, [&half.all; 2], &half.norm),
+        },
         Routed {
             op: "merge",
             leaves: [0, 2],
@@ -87,9 +100,8 @@ fn split_norms(t: &[Tensor], half: &Halves) -> Result<Vec<Tensor>> {
     Ok(vec![normed.sum_bld, normed.attn_bnd, normed.ssm_bmd])
 }
 
-fn split_norms_and_tokens(t: &[Tensor], half: &Halves) -> Result<Vec<Tensor>> {
-    let norms = [&half.norm; 2];
-    let split = split_norm_tokens(&t[0], Some(&t[1]), &half.attn, &half.ssm, norms, [None, None])?;
+fn split_norms_and_tokens(t: &[Tensor], [attn, ssm]: [&Route; 2], norm: &RmsNorm) -> Result<Vec<Tensor>> {
+    let split = split_norm_tokens(&t[0], Some(&t[1]), attn, ssm, [norm; 2], [None, None])?;
     let [attn_normed, ssm_normed] = [&split.attn_normed, &split.ssm_normed].map(|x| x.tensor().shallow_clone());
     Ok(vec![split.sum_bld, attn_normed, ssm_normed, split.attn_bnd, split.ssm_bmd])
 }
