@@ -58,6 +58,8 @@ template <int PIECES> __device__ __forceinline__ void add_queries(float (&v_sums
             ds_rounded[piece / 2][piece % 2 * 2 + half] = pack_bf16(p[0] * (dp[0] - deltas.x), p[1] * (dp[1] - deltas.y));
         }
     }
+    // Without this, two registers spill with SEES 2.
+    __syncwarp();
     wgmma_hold(p_rounded), wgmma_hold(ds_rounded);
     wgmma_hold(v_sums), wgmma_hold(k_sums);
     wgmma_fence();

@@ -18,6 +18,8 @@ typedef Layout<1, SPANS, 0> Memory;
 
 // Below all scores, and with them a number.
 constexpr float LOWEST = -1e30f;
+// Written as the logarithm of the sum of rows behind `n`: it makes all their weights 0.
+constexpr float NO_WEIGHT = 1e30f;
 
 // The softmax of a thread's two rows so far: the largest score, and the sum over the thread's own columns of exp(scale (score - largest)).
 struct Softmax {

@@ -19,8 +19,6 @@ constexpr int D_HEAD = 64, ROWS = 128, ROW_BYTES = D_HEAD * 2, TILE_BYTES = ROWS
 constexpr int GROUP = 128, GROUPS = 2, WARPS = 4 * GROUPS, THREADS = GROUP * (1 + GROUPS), GROUP_ROWS = ROWS / GROUPS;
 constexpr int NUMBERS_BYTES = ROWS * 4;
 constexpr bool CAUSAL = SEES >= 1, SPANS = SEES == 2;
-// The logarithm of a sum that makes every weight 0: that of rows which are not there.
-constexpr float NO_WEIGHT = 1e30f;
 
 __device__ __forceinline__ int ceil_div(int n, int step) { return (n + step - 1) / step; }
 __device__ __forceinline__ int padded(int n) { return ceil_div(n, ROWS) * ROWS; }
@@ -96,7 +94,7 @@ template <int OWN, int OWN_NUMBERS, int NUMBERS> struct Layout {
     }
 };
 
-// Starts copying the pair of tiles that comes next to the ring, as soon as its slot is empty, which is told of so many bytes besides.
+// Starts copying the next pair of tiles into the ring once its slot is empty. The slot's barrier expects `n_more_bytes` besides, which the caller copies.
 template <class Memory> __device__ __forceinline__ void copy_pair(const typename Memory::PairRing& ring, const BoxMap& a, const BoxMap& b, int row, int head, int batch,
                                                                   int n_more_bytes) {
     const unsigned barriers = Memory::ring_barriers(), full = ring.full(barriers);

@@ -1,9 +1,9 @@
 // What causal queries see of the keys, and who sees a key, where documents stay apart or a window slides over them: neighbours without gaps.
 //
-// segments: [batch, n], i64, contiguous, never less than before it in its row, or none; window: the positions that a query sees, its own included, or 0 for
-// all of them. first_keys, last_queries: [batch, n_padded], i32,
-// behind n as of the last. A token whose id is less than that before it has -1 as its first key, which makes what it
-// finds NaN. A thread has one token and looks for the ends of its document by halves.
+// segments: [batch, n], i64, contiguous, never less than before it in its row, or none; window: the positions that a query sees, its own
+// included, or 0 for all of them. first_keys, last_queries: [batch, n_padded], i32, behind n as of the last. A token whose id is less than
+// that before it has -1 as its first key, which makes what it finds NaN. A thread has one token and looks for the ends of its document by
+// halves.
 #include "flowhn.cuh"
 
 // The first place in [low, high) where `is_there`, which stays true from then on; `high` if there is none.

@@ -79,7 +79,7 @@ pub(crate) const DKV_VARIANTS: &[Defines] =
 pub(crate) fn takes(q: &Tensor, k: &Tensor, v: &Tensor) -> Result<bool> {
     let Device::Cuda(device_idx) = q.device() else { return Ok(false) };
     let size = q.size();
-    let n_tiles = (size[1] + TILE - 1) / TILE * size[0] * size[2];
+    let n_tiles = padded(size[1]) / TILE * size[0] * size[2];
     Ok(size[3] == D_HEAD
         && k.size()[1] == size[1]
         && i32::try_from(n_tiles).is_ok()
@@ -146,7 +146,7 @@ impl Attention {
         let &Shape { batch, n, group_size, device_idx, .. } = shape;
         args.extend([batch, n_heads, group_size, n].map(|number| Arg::I32(number as i32)));
         args.push(Arg::F32(self.scale));
-        let n_tiles = batch * n_heads * ((n + TILE - 1) / TILE);
+        let n_tiles = batch * n_heads * (padded(n) / TILE);
         let n_blocks = n_tiles.min(i64::from(DeviceProperties::of(device_idx)?.n_multiprocessors));
         kernel.launch([n_blocks as u32, 1, 1], N_THREADS, memory.n_bytes(self.sees), &args)
     }

@@ -11,10 +11,11 @@
 //
 //   concat_sums:                   out[b, p] = [branch_0[b, p] + change_0[b, p], branch_1[b, p] + change_1[b, p]]
 //
-// All tensors: [batch, tokens, d], last axis dense, the others of any strides. Copies know no dtype: they move words of WORD
+// All tensors: [batch, tokens, d], last axis dense, the others of any strides; out dense, of concat_sums [batch, tokens, 2 d]. Copies know no dtype: they move words of WORD
 // bytes, in which strides and `n_words`, the length of a row, are counted; strides of the sums count elements.
 //
-// A warp takes one token, so that its position is read once and the rest are neighbouring words. blockIdx.x counts 8 warps.
+// A warp takes one token, so that its position is read once and the rest are neighbouring words, or one half of a token of concat_sums.
+// blockIdx.x counts 8 warps.
 //
 // WORD: 1, 2, 4, 8 or 16; X_KIND: dtype of the sums.
 #include "rows.cuh"
@@ -103,7 +104,6 @@ merge_sums(const X* branch0, const X* branch1, const X* change0, const X* change
     add_rows(branch, change, out + ((i64)token.b * seq_len + token.p) * d, d, aligned);
 }
 
-// A warp takes one of the halves of a token.
 extern "C" __global__ void __launch_bounds__(256)
 concat_sums(const X* branch0, const X* branch1, const X* change0, const X* change1, X* out, i64 branch0_batch, i64 branch0_token,
             i64 branch1_batch, i64 branch1_token, i64 change0_batch, i64 change0_token, i64 change1_batch, i64 change1_token, int batch,

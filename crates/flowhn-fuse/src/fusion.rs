@@ -230,14 +230,14 @@ impl Fusion {
             Some(reader) => norm.forward_residual_for(reader, x, delta),
             None => norm.forward_residual(x, delta).map(|(sum, normed)| (sum, normed.into())),
         };
-        if let (Form::Proj(proj), Topology::Split, Some(a), Some(s)) = (&self.form, self.shape.topology, a, s) {
+        let topology = self.shape.topology;
+        if let (Form::Proj(proj), Topology::Split | Topology::Both, Some(a), Some(s)) = (&self.form, topology, a, s) {
             let _checked = self.outputs(OP, Some(&a.x), Some(&s.x), attn, ssm)?;
-            let projected = proj.forward(merge_sums_for(proj, a, s, attn, ssm)?)?;
-            return normed(x_bld, Some(&projected));
-        }
-        if let (Form::Proj(proj), Topology::Both, Some(a), Some(s)) = (&self.form, self.shape.topology, a, s) {
-            let _checked = self.outputs(OP, Some(&a.x), Some(&s.x), attn, ssm)?;
-            return normed(x_bld, Some(&proj.forward(concat_sums(s, a)?)?));
+            let joined = match topology {
+                Topology::Both => concat_sums(s, a)?.into(),
+                _ => merge_sums_for(proj, a, s, attn, ssm)?,
+            };
+            return normed(x_bld, Some(&proj.forward(joined)?));
         }
         let [a, s] = [a, s].map(|x| x.map(Residual::sum).transpose());
         let (a_bnd, s_bmd) = self.outputs(OP, a?.as_ref(), s?.as_ref(), attn, ssm)?;

@@ -76,8 +76,8 @@ pub struct SplitNormed {
 
 /// `x + delta`, and of its tokens both branches', each through the norm that opens the branch.
 ///
-/// On CUDA one pass over the sequence forward and one backward, if the routes share out the sequence and the norms agree in
-/// what they add to the mean square. Use the sum in the place of `x` afterwards, also without `delta`: its gradient is then
+/// On CUDA one pass over the sequence forward and one backward, if the routes share out the sequence, or both take all of it, and the
+/// norms agree in what they add to the mean square. Use the sum in the place of `x` afterwards, also without `delta`: its gradient is then
 /// added to those of the norms in the same pass.
 ///
 /// # Shapes
@@ -159,7 +159,7 @@ pub struct SplitTokens {
 /// the projections, attention's first, that alone read the normed tokens, where there are such: what they multiply in fp8 is rounded here.
 ///
 /// On CUDA one pass over the sequence forward and one backward, in which the gradients of the sum, of its tokens and of their norms
-/// become one.
+/// become one, as in [`split_norm`]; where both routes take all of it, only without a reader in fp8.
 ///
 /// # Shapes
 /// As [`split_norm`].
@@ -251,8 +251,7 @@ fn apply_twin_norm<const N: usize>(
     eps: f64,
     with_tokens: bool,
 ) -> Result<[Tensor; N]> {
-    let inputs: Vec<&Tensor> =
-        [Some(x_bld), Some(weights[0]), Some(weights[1]), delta_bld].into_iter().flatten().collect();
+    let inputs = norm_inputs(x_bld, weights, delta_bld);
     let outputs = apply(TwinNorm { eps, n_inputs: inputs.len(), with_tokens }, &inputs)?;
     outputs.try_into().map_err(|_| Error::invalid("twin_norm", "the function lost its outputs"))
 }
@@ -266,13 +265,17 @@ fn apply_split_norm<const N: usize>(
     eps: f64,
     with_tokens: Option<[Option<Fp8Place>; 2]>,
 ) -> Result<[Tensor; N]> {
-    let inputs: Vec<&Tensor> =
-        [Some(x_bld), Some(weights[0]), Some(weights[1]), delta_bld].into_iter().flatten().collect();
+    let inputs = norm_inputs(x_bld, weights, delta_bld);
     let (attn, ssm) = (attn.clone(), ssm.clone());
     let (n_inputs, with_tokens, places) = (inputs.len(), with_tokens.is_some(), with_tokens.unwrap_or_default());
     let function = SplitNorm { attn, ssm, eps, n_inputs, with_tokens, places };
     let outputs = apply(function, &inputs)?;
     outputs.try_into().map_err(|_| Error::invalid("split_norm", "the function lost its outputs"))
+}
+
+/// What both functions take: the delta is last, if there is one.
+fn norm_inputs<'a>(x_bld: &'a Tensor, weights: [&'a Tensor; 2], delta_bld: Option<&'a Tensor>) -> Vec<&'a Tensor> {
+    [x_bld, weights[0], weights[1]].into_iter().chain(delta_bld).collect()
 }
 
 /// Checks what is split and what is added to it, and returns the norms' weights.

@@ -105,10 +105,10 @@ pub(crate) fn merge_sums_for(
 
 /// The sums of two branches that both read every token, features side by side: `[batch, seq_len, 2 d]`.
 pub(crate) fn concat_sums(first: &Residual, second: &Residual) -> Result<Tensor> {
+    const OP: &str = ConcatSums::NAME;
     let (Some(change0), Some(change1), true) = (&first.change, &second.change, first.x.device().is_cuda()) else {
         return Ok(Tensor::f_cat(&[first.sum()?, second.sum()?], -1)?);
     };
-    const OP: &str = ConcatSums::NAME;
     for (arg, x) in [("second", &second.x), ("change of the first", change0), ("change of the second", change1)] {
         check::shape(OP, arg, x, &first.x.size())?;
         check::kind(OP, arg, x, &[first.x.kind()])?;
@@ -291,14 +291,8 @@ impl Function for ConcatSums {
 
     fn backward(&self, _ctx: &BackwardCtx, grads: &[Tensor]) -> Result<Vec<Option<Tensor>>> {
         let d = grads[0].size()[2] / 2;
-        let half = |idx: i64| grads[0].f_narrow(2, idx * d, d);
-        Ok([0, 1, 0, 1]
-            .map(half)
-            .into_iter()
-            .collect::<std::result::Result<Vec<_>, _>>()?
-            .into_iter()
-            .map(Some)
-            .collect())
+        let (first, second) = (grads[0].f_narrow(2, 0, d)?, grads[0].f_narrow(2, d, d)?);
+        Ok(vec![Some(first.shallow_clone()), Some(second.shallow_clone()), Some(first), Some(second)])
     }
 }
 

@@ -6,7 +6,7 @@ use tch::{Device, Kind, Tensor};
 
 use common::{noise, routes};
 use flowhn_fuse::{FUSIONS, FuseShape, Fusion, FusionKind, FusionSpec, Route, Topology, merge};
-use flowhn_nn::Params;
+use flowhn_nn::{Params, Residual, RmsNorm};
 use flowhn_torch::testing::{assert_close, gradcheck};
 
 const D: i64 = 5;
@@ -70,6 +70,28 @@ fn the_residual_form_adds_the_input() {
             let want = &x + fusion.forward(Some(&a), Some(&s), &attn, &ssm).unwrap();
             let got = fusion.forward_residual(&x, Some(&a), Some(&s), &attn, &ssm).unwrap();
             assert_close(spec.name, &got, &want, 1e-6);
+        }
+    }
+}
+
+#[test]
+fn with_the_norm_it_takes_what_the_branches_still_add() {
+    for spec in FUSIONS {
+        for topology in TOPOLOGIES {
+            let (mut params, fusion) = new(spec.kind, topology);
+            let norm = RmsNorm::new(&mut params.root(), "norm", D, 1e-6).unwrap();
+            shake(&params);
+            let (attn, ssm) = routes_for(topology, 9);
+            let (a, s) = outputs(&attn, &ssm, Kind::Float);
+            let x = noise(&[2, 9, D], 3, Kind::Float);
+            let pending = |x: &Tensor| Residual { x: x * 0.25, change: Some(x * 0.75) };
+            let want = fusion.forward_residual(&x, Some(&a), Some(&s), &attn, &ssm).unwrap();
+            let branches = (pending(&a), pending(&s));
+            let (sum, normed) = fusion
+                .forward_residual_norm(&x, Some(&branches.0), Some(&branches.1), &attn, &ssm, (&norm, None))
+                .unwrap();
+            assert_close(spec.name, &sum, &want, 1e-6);
+            assert_close(spec.name, normed.values().unwrap(), &norm.forward(&want).unwrap(), 1e-6);
         }
     }
 }

@@ -272,8 +272,8 @@ impl Model {
         self.recompute_every = every;
     }
 
-    /// Chooses the most bytes that logits take at a time in [`Model::loss`] on CUDA, [`flowhn_nn::LOGITS_BYTES`] unless set: more are fewer passes over
-    /// the gradient of the head ([`flowhn_nn::linear_cross_entropy_within`]), whose last bits they decide.
+    /// Chooses the most bytes that logits take at a time in [`Model::loss`] on CUDA, [`flowhn_nn::LOGITS_BYTES`] unless set: more are fewer
+    /// passes over the gradient of the head ([`flowhn_nn::linear_cross_entropy_within`]), whose last bits they decide.
     pub fn set_logits_bytes(&mut self, n_bytes: u64) {
         self.logits_bytes = n_bytes;
     }

@@ -2,7 +2,7 @@
 
 use flowhn_model::selftest::small::{self, POLICIES, SEQ_LEN, VARIANTS, VOCAB, Variant};
 use flowhn_split::{Element, PlanReport};
-use tch::{Device, Tensor};
+use tch::{Device, Kind, Tensor};
 
 const MAMBA1: Variant = Variant { block: "flow", mixer: "mamba1", attn: "" };
 
@@ -39,6 +39,29 @@ fn a_block_without_a_branch_has_no_parameters_for_it() {
     assert!(has("layers.0.ssm.") && !has("layers.0.attn."));
     assert!(has("layers.1.attn.") && !has("layers.1.ssm."));
     assert!(has("layers.2.attn.") && has("layers.2.ssm."));
+}
+
+#[test]
+fn gradients_in_bf16_take_the_head_where_its_logits_are_one_chunk() {
+    const MIB: u64 = 1 << 20;
+    // 600 tokens of this vocabulary are less than a MiB; a byte is room for a chunk of 256.
+    for (tie_embeddings, logits_bytes, want) in
+        [(false, MIB, Some(Kind::BFloat16)), (false, 1, Some(Kind::Float)), (true, MIB, None)]
+    {
+        let mut config = MAMBA1.config(POLICIES[0]).unwrap();
+        config.tie_embeddings = tie_embeddings;
+        let mut model = flowhn_model::Model::new(&config, Device::Cpu, 0).unwrap();
+        model.set_logits_bytes(logits_bytes);
+        model.use_bf16_grads(600).unwrap();
+        let kind = |name: &str| {
+            let param = model.params().iter().find(|param| param.name == name);
+            param.map(|param| param.weight.grad_kind())
+        };
+        let embedding = model.params().iter().find(|param| param.name.starts_with("embed")).unwrap();
+        assert_eq!((kind("lm_head.weight"), embedding.weight.grad_kind()), (want, Kind::Float));
+        let in_blocks = model.params().iter().filter(|param| param.name.starts_with("layers."));
+        assert!(in_blocks.filter(|param| param.weight.grad_kind() == Kind::BFloat16).count() > 4);
+    }
 }
 
 #[test]

@@ -70,7 +70,8 @@ impl Params {
     /// From now on gradients of projections ([`Linear`](crate::Linear)) whose weights have names that are meant leave their products in
     /// bf16, and stay so until the update. Sums over tokens are f32, but where cuBLAS splits one it may add the parts in bf16, as in all
     /// products whose results are bf16. Their activations have to be bf16, and every gradient has to come through
-    /// [`linear`](crate::linear): one by [`Weight::to`], or of the head's matrix, goes to the master and is refused by [`Weight::grad`].
+    /// [`linear`](crate::linear) or [`linear_cross_entropy`](crate::linear_cross_entropy): one by [`Weight::to`] goes to the master and
+    /// is refused by [`Weight::grad`].
     ///
     /// Gradients that are added up over several backward passes are rounded each time; f32 gradients are not.
     ///

@@ -30,7 +30,10 @@ pub use fp8::{Activations, Fp8Paused, Fp8Place, Fp8Projections, Rounding};
 pub use init::Init;
 pub use kernels::KERNELS;
 pub use linear::{Bias, Linear, linear};
-pub use loss::{HeadMatrix, LOGITS_BYTES, linear_cross_entropy, linear_cross_entropy_within, token_losses};
+pub use loss::{
+    HeadMatrix, LOGITS_BYTES, MAX_LOGITS_BYTES, linear_cross_entropy, linear_cross_entropy_within,
+    logits_are_one_chunk, token_losses,
+};
 pub use norm::{RmsNorm, gated_rms_norm, residual_norm, residual_norm_to, rms_norm};
 pub use params::{Decay, Param, Params, Path, Weight};
 pub use residual::Residual;

@@ -15,7 +15,8 @@ use crate::{Weight, linear};
 /// The matrix of an LM head, `[vocab_size, d_model]`: made from a tensor or from a [`Weight`].
 ///
 /// A tensor is in the type of the activations, or f32 beside bf16, and is then rounded for each call. A weight may be in any type: on
-/// CUDA its bf16 copy, if it keeps one, meets bf16 activations. The gradient goes to the tensor or to [`Weight::grad_leaf`], in that one's type.
+/// CUDA its bf16 copy, if it keeps one, meets bf16 activations. The gradient goes to the tensor or, beside bf16 activations, to
+/// [`Weight::grad_leaf`], else to the weight's master, in the type of that.
 #[derive(Clone, Copy, Debug)]
 pub struct HeadMatrix<'a>(Source<'a>);
 
@@ -58,17 +59,30 @@ impl HeadMatrix<'_> {
     }
 }
 
-/// The most bytes that logits take at a time on CUDA unless a caller says otherwise: half a GiB, enough rows for the matrix products to run
-/// at full speed.
+/// The most bytes that logits take at a time on CUDA unless a caller says otherwise: half a GiB, enough rows for the matrix products to
+/// run at full speed.
 pub const LOGITS_BYTES: u64 = 512 << 20;
+
+/// The most that they may take, whatever a caller allows: the kernels count a chunk's elements in 32 bits.
+pub const MAX_LOGITS_BYTES: u64 = 2 << 30;
+
+/// Whether the logits of so many tokens in bf16 are one chunk of [`linear_cross_entropy_within`] on CUDA.
+///
+/// ```
+/// use flowhn_nn::{LOGITS_BYTES, logits_are_one_chunk};
+/// assert!(logits_are_one_chunk(4096, 65_536, LOGITS_BYTES) && !logits_are_one_chunk(4352, 65_536, LOGITS_BYTES));
+/// ```
+pub fn logits_are_one_chunk(n_tokens: usize, vocab_size: usize, logits_bytes: u64) -> bool {
+    cuda::head::is_one_chunk(n_tokens as i64, vocab_size as i64, logits_bytes)
+}
 
 /// Returns the mean over tokens of `-ln softmax(x W^T)[target]`, leaving out tokens whose target is `ignore_index`.
 ///
 /// The logits are computed in chunks of rows. Where a gradient is wanted, each chunk's logits become their own gradient
 /// at once and the gradients of `x` and `W` are done when this returns; the backward only scales them (on CUDA in
 /// place, so that a second one through the same loss is an error). The softmax and the loss are f32 (f64 for f64
-/// inputs), and with bf16 inputs the gradient of `W` is summed in f32. If every target is ignored, the loss and the
-/// gradients are 0.
+/// inputs), and with bf16 inputs the gradient of `W` is summed in f32; where it is bf16 itself and all tokens are one chunk on
+/// CUDA, its product rounds it. If every target is ignored, the loss and the gradients are 0.
 ///
 /// On CUDA nothing waits for the device, so a target outside the vocabulary is no error there: it makes the loss and
 /// the gradients NaN. [`check_ids`](crate::check_ids) finds it before targets are copied to the device. The logits of a
@@ -104,9 +118,9 @@ pub fn linear_cross_entropy<'a>(
     linear_cross_entropy_within(x_td, weight_vd, targets_t, ignore_index, LOGITS_BYTES)
 }
 
-/// As [`linear_cross_entropy`], with at most `logits_bytes` for the logits of a chunk on CUDA, but no fewer than those of 256 tokens, and never
-/// more than 2 GiB. Each chunk adds to the gradient of `W`, reads it and writes it; fewer and larger chunks save that traffic. (On the CPU, where chunks
-/// stay in the caches, the number changes nothing.)
+/// As [`linear_cross_entropy`], with at most `logits_bytes` for the logits of a chunk on CUDA, but no fewer than those of 256 tokens
+/// and never more than [`MAX_LOGITS_BYTES`]. Every chunk writes the gradient of `W`, and all but the first read it: fewer and larger
+/// chunks save that traffic. On the CPU, where chunks stay in the caches, the number changes nothing.
 ///
 /// # Errors
 /// As there.

@@ -12,6 +12,8 @@ const TUNED: &[&str] = &[
     "swiglu_backward X_KIND=1",
     "cross_entropy_rows X_KIND=1",
     "linear_row",
+    "gated_product",
+    "gated_product_grad",
     "lm_head_product STORE=1",
     "lm_head_product STORE=0",
     "lm_head_origins GRAD=1",

@@ -17,7 +17,8 @@
 //! deterministic = true         # on a GPU: equal runs give equal bits; false lets attention use kernels that do not where ours do not fit
 //! cuda_graph = true            # on a GPU: the step is captured once and replayed; false launches its operators one by one
 //! branches = "serial"          # "streams" on a GPU: attention runs on a stream of its own, beside the state-space branch
-//! grads = "fp32"               # type of projections' gradients until the update; "bf16" with dtype = "bf16" takes 2 bytes an element, not 4
+//! grads = "fp32"               # type of projections' gradients (and the head's, if its logits are one chunk) until the update; "bf16" with
+//!                              # dtype = "bf16" takes 2 bytes an element, not 4
 //! logits_mib = 512             # on a GPU: most memory for the head's logits at a time; 2048, the most, is up to a twentieth of the head faster
 //! recompute_every = 0          # 1 computes every block's activations anew in the backward pass, 2 every second's; 0 keeps all
 //! seed = 0                     # initial weights and the order of the text
@@ -149,7 +150,7 @@ pub struct TrainConfig {
     pub cuda_graph: bool,
     /// Whether a block's branches run one after the other or, on a GPU, beside each other.
     pub branches: Branches,
-    /// The type of projections' gradients between the backward pass and the update.
+    /// The type of projections' gradients between the backward pass and the update, and of the head's where all logits are one chunk.
     pub grads: Dtype,
     /// The most memory that the head's logits take at a time on a GPU, MiB.
     pub logits_mib: u64,
@@ -390,8 +391,9 @@ impl TrainConfig {
         if let Some((key, value)) = fractions.into_iter().find(|(_, value)| !(0. ..=1.).contains(value)) {
             return Err(Error::setting(key, value, "it must be in 0..=1"));
         }
-        if !(1..=2048).contains(&self.logits_mib) {
-            return Err(Error::setting("train.logits_mib", self.logits_mib, "it must be in 1..=2048"));
+        const MOST: u64 = flowhn_nn::MAX_LOGITS_BYTES >> 20;
+        if !(1..=MOST).contains(&self.logits_mib) {
+            return Err(Error::setting("train.logits_mib", self.logits_mib, format!("it must be in 1..={MOST}")));
         }
         if self.linears == Linears::Fp8 && self.dtype != Dtype::Bf16 {
             let want =

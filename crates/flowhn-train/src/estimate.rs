@@ -1,6 +1,7 @@
 //! What a run will need, told before it starts.
 
 use flowhn_model::ModelConfig;
+use flowhn_nn::logits_are_one_chunk;
 use flowhn_split::{Element, ModelFlops, ScoreCount, Sharing};
 use serde::Serialize;
 use tch::Device;
@@ -109,7 +110,7 @@ impl MemoryEstimate {
     ///
     /// Activations follow from the traffic that `flowhn_split` counts for a forward pass: every intermediate result is written
     /// once and read about once, and is kept, so half of the traffic that is not weights. Of a block that is recomputed the input is
-    /// kept, and all of one such block at a time. The head's logits take what a GPU gives them, `train.logits_mib` at most; on a CPU they are a few MiB.
+    /// kept, and all of one such block at a time. Logits are counted as on a GPU, up to `train.logits_mib`; on a CPU they are a few MiB.
     ///
     /// # Errors
     /// As [`Estimate::new`].
@@ -137,11 +138,12 @@ impl MemoryEstimate {
         }
         // The embedding's output, the final norm's, and the head's input kept in its type.
         let outer = 3 * element.size_bytes() * (model.seq_len * model.d_model) as u64;
-        let all_logits = element.size_bytes() * (train.batch_size * model.seq_len * model.vocab_size) as u64;
-        let logits = all_logits.min(train.logits_bytes());
+        let n_tokens = train.batch_size * model.seq_len;
+        let logits = (element.size_bytes() * (n_tokens * model.vocab_size) as u64).min(train.logits_bytes());
         let activations_bytes = train.batch_size as u64 * (kept + largest + outer) + logits;
-        let is_own_and_whole = !model.tie_embeddings && all_logits == logits;
-        let head = if is_own_and_whole { (model.vocab_size * model.d_model) as u64 } else { 0 };
+        let takes_head =
+            !model.tie_embeddings && logits_are_one_chunk(n_tokens, model.vocab_size, train.logits_bytes());
+        let head = if takes_head { (model.vocab_size * model.d_model) as u64 } else { 0 };
         let in_bf16 = if train.grads == Dtype::Bf16 { in_blocks + head } else { 0 };
         let (parameters_bytes, gradients_bytes, optimizer_bytes) =
             ((4 + copies) * parameters, 4 * parameters - 2 * in_bf16, train.optim_state.n_bytes(parameters));

@@ -6,7 +6,7 @@ mod norm;
 mod tokens;
 mod twin;
 
-use tch::Tensor;
+use tch::{Kind, Tensor};
 
 use flowhn_torch::kernel::Arg;
 use flowhn_torch::{Error, Result};
@@ -53,4 +53,9 @@ impl<'a> Routes<'a> {
 fn strides<'a>(x: Option<&Tensor>, n_bytes: i64, word: i64) -> [Arg<'a>; 2] {
     let strides = x.map_or_else(|| vec![0, 0], Tensor::stride);
     [strides[0], strides[1]].map(|stride| Arg::I64(stride * n_bytes / word))
+}
+
+/// Weights as the kernels take them: f32, contiguous.
+fn f32s(weights: &[&Tensor]) -> Result<Vec<Tensor>> {
+    weights.iter().map(|weight| Ok(weight.f_to_kind(Kind::Float)?.f_contiguous()?)).collect()
 }

@@ -9,8 +9,8 @@ use flowhn_torch::kernel::rows::{Fp8Blocks, RowForm, RowTiling, aligned, with_de
 use flowhn_torch::kernel::{Arg, ColumnSums, Defines, Kernel, kind_define};
 use flowhn_torch::{BackwardCtx, ForwardCtx, Function, Result};
 
-use super::{Routes, strides};
-use crate::kernels::{ROUTED_NORM, routed_norm as defines, routed_norm_fp8 as fp8_defines};
+use super::{Routes, f32s, strides};
+use crate::kernels::{ROUTED_NORM, norm as defines, norm_fp8 as fp8_defines};
 use crate::{Route, pieces};
 
 /// Forms of `routed_norm.cu` forward.
@@ -235,12 +235,11 @@ impl<'a> Call<'a> {
     fn new(op: &'static str, x_bld: &Tensor, routes: Routes<'a>, weights: &[&Tensor]) -> Result<Self> {
         let (batch, seq_len, d) = x_bld.size3()?;
         let x_kind = kind_define(op, "x_bld", x_bld)?;
-        let f32s = |weight: &&Tensor| -> Result<Tensor> { Ok(weight.f_to_kind(Kind::Float)?.f_contiguous()?) };
         routes.n_tokens(op, batch)?;
         Ok(Self {
             x_bld: with_dense_rows(x_bld)?,
             routes,
-            weights: weights.iter().map(f32s).collect::<Result<_>>()?,
+            weights: f32s(weights)?,
             weight_kind: weights[0].kind(),
             x_kind,
             batch,

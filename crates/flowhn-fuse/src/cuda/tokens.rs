@@ -62,20 +62,12 @@ pub(crate) fn merge_sums(branches: [&Tensor; 2], changes: [&Tensor; 2], attn: &R
 /// `[x0 + change0, x1 + change1]`, features side by side: `[b, l, 2 d]` of four times `[b, l, d]`.
 pub(crate) fn concat_sums(branches: [&Tensor; 2], changes: [&Tensor; 2]) -> Result<Tensor> {
     const OP: &str = "concat_sums";
-    let terms = [branches, changes].concat().into_iter().map(with_dense_rows).collect::<Result<Vec<_>>>()?;
-    let (batch, seq_len, d) = terms[0].size3()?;
-    let out = Tensor::f_empty([batch, seq_len, 2 * d], (terms[0].kind(), terms[0].device()))?;
+    let (batch, seq_len, d) = branches[0].size3()?;
     let n_halves = 2 * batch * seq_len;
-    let Ok(n_warps) = i32::try_from(n_halves) else {
-        return Err(Error::invalid(OP, format!("{n_halves} rows are more than a launch counts; split the batch")));
-    };
-    let mut args: Vec<Arg> = terms.iter().chain([&out]).map(Arg::Tensor).collect();
-    args.extend(terms.iter().flat_map(|x| strides(Some(x), 1, 1)));
-    let touched: Vec<&Tensor> = terms.iter().chain([&out]).collect();
-    args.extend([Arg::I32(batch as i32), Arg::I32(seq_len as i32), Arg::I32(d as i32), aligned(d, &touched)]);
-    let defines = [("X_KIND", kind_define(OP, "x_bld", &terms[0])?), ("WORD", 16)];
-    let kernel = Kernel { source: &TOKENS, entry: OP, defines: &defines };
-    kernel.launch(grid(n_warps as u32), 32 * TOKENS_PER_BLOCK, 0, &args)?;
+    let too_many = |_| Error::invalid(OP, format!("{n_halves} rows are more than a launch counts; split the batch"));
+    let n_halves = i32::try_from(n_halves).map_err(too_many)? as u32;
+    let out = Tensor::f_empty([batch, seq_len, 2 * d], (branches[0].kind(), branches[0].device()))?;
+    launch_sums(OP, &[branches, changes].concat(), &out, [], n_halves)?;
     Ok(out)
 }
 
@@ -123,20 +115,31 @@ pub(crate) fn merge_sums_fp8(
 
 /// Launches one of the kernels that write a sum for each token of the sequence.
 fn add(entry: &'static str, terms: &[&Tensor], attn: &Route, ssm: &Route) -> Result<Tensor> {
-    let terms = terms.iter().map(|x| with_dense_rows(x)).collect::<Result<Vec<_>>>()?;
     let (batch, _, d) = terms[0].size3()?;
-    let seq_len = attn.seq_len() as i64;
-    let out = Tensor::f_empty([batch, seq_len, d], (terms[0].kind(), terms[0].device()))?;
+    let out = Tensor::f_empty([batch, attn.seq_len() as i64, d], (terms[0].kind(), terms[0].device()))?;
     let routes = Routes { first: attn, second: Some(ssm) };
-    let mut args: Vec<Arg> = terms.iter().chain([&out]).map(Arg::Tensor).collect();
+    launch_sums(entry, terms, &out, routes.args(), routes.n_tokens(entry, batch)?)?;
+    Ok(out)
+}
+
+/// Launches a kernel that adds rows of `d` elements of these terms, one a warp, to `out`, `[b, l, ..]`; `routes` are its arguments that tell which.
+fn launch_sums<const N: usize>(
+    entry: &'static str,
+    terms: &[&Tensor],
+    out: &Tensor,
+    routes: [Arg; N],
+    n_rows: u32,
+) -> Result<()> {
+    let terms = terms.iter().map(|x| with_dense_rows(x)).collect::<Result<Vec<_>>>()?;
+    let (batch, seq_len, d) = (out.size()[0], out.size()[1], terms[0].size()[2]);
+    let touched: Vec<&Tensor> = terms.iter().chain([out]).collect();
+    let mut args: Vec<Arg> = touched.iter().map(|x| Arg::Tensor(x)).collect();
     args.extend(terms.iter().flat_map(|x| strides(Some(x), 1, 1)));
-    args.extend(routes.args());
-    let touched: Vec<&Tensor> = terms.iter().chain([&out]).collect();
+    args.extend(routes);
     args.extend([Arg::I32(batch as i32), Arg::I32(seq_len as i32), Arg::I32(d as i32), aligned(d, &touched)]);
     let defines = [("X_KIND", kind_define(entry, "x_bld", &terms[0])?), ("WORD", 16)];
     let kernel = Kernel { source: &TOKENS, entry, defines: &defines };
-    kernel.launch(grid(routes.n_tokens(entry, batch)?), 32 * TOKENS_PER_BLOCK, 0, &args)?;
-    Ok(out)
+    kernel.launch(grid(n_rows), 32 * TOKENS_PER_BLOCK, 0, &args)
 }
 
 #[derive(Clone, Copy, PartialEq)]

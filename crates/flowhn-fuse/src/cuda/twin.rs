@@ -8,7 +8,8 @@ use flowhn_torch::kernel::rows::{RowForm, RowTiling, Rows, aligned};
 use flowhn_torch::kernel::{Arg, ColumnSums, Kernel, kind_define};
 use flowhn_torch::{BackwardCtx, ForwardCtx, Function, Result};
 
-use crate::kernels::{TWIN_NORM, twin_norm as defines};
+use super::f32s;
+use crate::kernels::{TWIN_NORM, norm as defines};
 
 /// The form forward. One vector a thread: two weights take registers.
 const FORWARD: &[RowForm] = &[RowForm::new(1, 512, 2)];
@@ -92,9 +93,4 @@ impl Function for TwinNorm {
         let dweights = dweights.totals(weight0.kind())?;
         Ok([Some(dx)].into_iter().chain(dweights).chain(dchange).collect())
     }
-}
-
-/// The weights as the kernel takes them: f32, contiguous.
-fn f32s(weights: &[&Tensor]) -> Result<Vec<Tensor>> {
-    weights.iter().map(|weight| Ok(weight.f_to_kind(Kind::Float)?.f_contiguous()?)).collect()
 }

@@ -1,6 +1,6 @@
-//! The types that the blocks' projections multiply and leave their gradients in while a model trains.
+//! The types that projections multiply and leave their gradients in while a model trains.
 
-use flowhn_nn::Fp8Projections;
+use flowhn_nn::{Fp8Projections, logits_are_one_chunk};
 use tch::Kind;
 
 use super::Model;
@@ -35,15 +35,14 @@ impl Model {
         Ok(())
     }
 
-    /// Leaves gradients of the blocks' projections in bf16, see [`flowhn_nn::Params::use_bf16_grads`], and that of a head with a matrix of its own
-    /// where the logits of `n_tokens` are one chunk ([`Model::set_logits_bytes`]). Where they are several, it is a sum of products and stays f32, as does that
-    /// of the embedding.
+    /// Leaves gradients of the blocks' projections in bf16, see [`flowhn_nn::Params::use_bf16_grads`], and that of a head with a matrix
+    /// of its own where the logits of `n_tokens` are one chunk. Where they are several, it is a sum of products and stays f32, as does
+    /// that of the embedding. To be called after [`Model::set_logits_bytes`].
     ///
     /// # Errors
     /// [`Error::Tensor`] if there is no memory.
     pub fn use_bf16_grads(&self, n_tokens: usize) -> Result<()> {
-        let logits_bytes = (n_tokens * self.config.vocab_size * Kind::BFloat16.elt_size_in_bytes()) as u64;
-        let is_one_chunk = logits_bytes <= self.logits_bytes;
+        let is_one_chunk = logits_are_one_chunk(n_tokens, self.config.vocab_size, self.logits_bytes);
         Ok(self.params.use_bf16_grads(|name| is_in_block(name) || is_one_chunk && name == "lm_head.weight")?)
     }
 

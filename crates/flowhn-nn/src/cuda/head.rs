@@ -13,16 +13,13 @@ use flowhn_torch::kernel::{Arg, Kernel, KernelSource, kind_define};
 use flowhn_torch::{BackwardCtx, Error, ForwardCtx, Function, Result, Sum, product_into};
 
 use super::product_sm90::{CLUSTER_ROWS, up_to};
-use crate::LOGITS_BYTES;
 use crate::kernels::{CROSS_ENTROPY, SCALED_CAST};
+use crate::{LOGITS_BYTES, MAX_LOGITS_BYTES};
 
 use exponentials::Exponentials;
 pub(crate) use exponentials::{GRAD, LOSSES_ONLY, STORE, SUMS_ONLY};
 use logits::Logits;
 pub(crate) use logits::RowVariant;
-
-/// The most that a chunk's logits may take, whatever a caller allows: the kernels count its elements in 32 bits.
-const MAX_LOGITS_BYTES: u64 = 2 << 30;
 
 pub(crate) struct LinearCrossEntropyCuda {
     ignore_index: i64,
@@ -67,8 +64,8 @@ impl Function for LinearCrossEntropyCuda {
         Ok(vec![loss])
     }
 
-    /// Multiplies by the gradient that comes in, which stays on the device: in place, or while rounding the gradient of
-    /// a bf16 weight.
+    /// Multiplies by the gradient that comes in, which stays on the device: in place (another rounding where the gradient is bf16 already
+    /// and the factor is not 1), or while rounding an f32 sum to the type of the leaf.
     fn backward(&self, ctx: &BackwardCtx, grads: &[Tensor]) -> Result<Vec<Option<Tensor>>> {
         if self.is_spent.swap(true, Ordering::Relaxed) {
             let message = "a second backward of one loss: the first handed out its gradients; run the forward again";
@@ -177,9 +174,16 @@ fn chunk_rows(n_tokens: i64, row_bytes: i64, n_bytes: i64) -> i64 {
     up_to((n_tokens + n_chunks - 1) / n_chunks, CLUSTER_ROWS).min(n_tokens).max(1)
 }
 
+/// Whether the logits of so many tokens in bf16 are one chunk.
+pub(crate) fn is_one_chunk(n_tokens: i64, vocab_size: i64, logits_bytes: u64) -> bool {
+    chunk_rows(n_tokens, 2 * up_to(vocab_size, 8), logits_bytes.min(MAX_LOGITS_BYTES) as i64) >= n_tokens
+}
+
 /// The gradient of the weight while chunks are added to it.
 struct WeightGrad {
+    /// What has the gradient's shape and device.
     weight: Tensor,
+    /// Tokens of all chunks.
     n_tokens: i64,
     /// The type that the gradient has in the end.
     kind: Kind,
@@ -253,5 +257,8 @@ mod tests {
             }
         }
         assert_eq!(chunk_rows(16_384, 2 * 65_536, 2 << 30), 16_384, "one chunk where all fit");
+        assert!(is_one_chunk(16_384, 65_536, 2 << 30) && is_one_chunk(256, 65_536, 1) && !is_one_chunk(257, 65_536, 1));
+        // They would fit, but chunks are of whole tiles.
+        assert!(!is_one_chunk(1600, 320, 1 << 20));
     }
 }

@@ -15,15 +15,15 @@ use super::operation::{Call, Operation, Pass, leaf};
 const BF16: Kind = Kind::BFloat16;
 const EPS: f64 = 1e-6;
 
-/// The routes of both halves, that of all tokens, and a norm.
-struct Halves {
+/// Those of both halves, that of all tokens, and a norm for either branch.
+struct Routes {
     attn: Route,
     ssm: Route,
     all: Route,
     norm: RmsNorm,
 }
 
-impl Halves {
+impl Routes {
     fn new(l: i64, d: i64, device: Device) -> Result<Self> {
         let (l, mut params) = (l as usize, Params::new(device, 0));
         let norm = RmsNorm::new(&mut params.root(), "norm", d, EPS)?;
@@ -39,7 +39,7 @@ struct Routed {
     leaves: [usize; 2],
     /// Tensors as large as the sequence that are read and written forward, and backward.
     moved: [f64; 2],
-    run: fn(&[Tensor], &Halves) -> Result<Vec<Tensor>>,
+    run: fn(&[Tensor], &Routes) -> Result<Vec<Tensor>>,
 }
 
 /// The table's lines; `tiny` makes the sizes small enough to try them on a CPU.
@@ -61,42 +61,42 @@ fn routed() -> [Routed; 7] {
             op: "split_norm_tokens",
             leaves: [2, 0],
             moved: [4., 5.],
-            run: |t, half| split_norms_and_tokens(t, [&half.attn, &half.ssm], &half.norm),
+            run: |t, routes| split_norms_and_tokens(t, [&routes.attn, &routes.ssm], &routes.norm),
         },
         // Every token to both branches.
         Routed {
             op: "twin_norm",
             leaves: [2, 0],
             moved: [5., 7.],
-            run: |t, half| split_norms_and_tokens(t, [&half.all; 2], &half.norm),
+            run: |t, routes| split_norms_and_tokens(t, [&routes.all; 2], &routes.norm),
         },
         Routed {
             op: "merge",
             leaves: [0, 2],
             moved: [2., 2.],
-            run: |t, half| Ok(vec![merge(&t[0], &t[1], &half.attn, &half.ssm)?]),
+            run: |t, routes| Ok(vec![merge(&t[0], &t[1], &routes.attn, &routes.ssm)?]),
         },
         Routed { op: "merge_sums", leaves: [0, 4], moved: [3., 2.], run: merged_sums },
         Routed {
             op: "merge_residual",
             leaves: [1, 2],
             moved: [3., 2.],
-            run: |t, half| Ok(vec![merge_residual(&t[0], &t[1], &t[2], &half.attn, &half.ssm)?]),
+            run: |t, routes| Ok(vec![merge_residual(&t[0], &t[1], &t[2], &routes.attn, &routes.ssm)?]),
         },
         Routed {
             op: "merge_residual_norm",
             leaves: [1, 2],
             moved: [4., 5.],
-            run: |t, half| {
-                let (sum, normed) = merge_residual_norm(&t[0], &t[1], &t[2], &half.attn, &half.ssm, &half.norm)?;
+            run: |t, routes| {
+                let (sum, normed) = merge_residual_norm(&t[0], &t[1], &t[2], &routes.attn, &routes.ssm, &routes.norm)?;
                 Ok(vec![sum, normed])
             },
         },
     ]
 }
 
-fn split_norms(t: &[Tensor], half: &Halves) -> Result<Vec<Tensor>> {
-    let normed = split_norm(&t[0], None, &half.attn, &half.ssm, &half.norm, &half.norm)?;
+fn split_norms(t: &[Tensor], routes: &Routes) -> Result<Vec<Tensor>> {
+    let normed = split_norm(&t[0], None, &routes.attn, &routes.ssm, &routes.norm, &routes.norm)?;
     Ok(vec![normed.sum_bld, normed.attn_bnd, normed.ssm_bmd])
 }
 
@@ -106,9 +106,9 @@ fn split_norms_and_tokens(t: &[Tensor], [attn, ssm]: [&Route; 2], norm: &RmsNorm
     Ok(vec![split.sum_bld, attn_normed, ssm_normed, split.attn_bnd, split.ssm_bmd])
 }
 
-fn merged_sums(t: &[Tensor], half: &Halves) -> Result<Vec<Tensor>> {
+fn merged_sums(t: &[Tensor], routes: &Routes) -> Result<Vec<Tensor>> {
     let pending = |x: &Tensor, change: &Tensor| Residual { x: x.shallow_clone(), change: Some(change.shallow_clone()) };
-    Ok(vec![merge_sums(&pending(&t[0], &t[1]), &pending(&t[2], &t[3]), &half.attn, &half.ssm)?])
+    Ok(vec![merge_sums(&pending(&t[0], &t[1]), &pending(&t[2], &t[3]), &routes.attn, &routes.ssm)?])
 }
 
 impl Routed {
@@ -123,10 +123,10 @@ impl Routed {
             build: Box::new(move |device| {
                 let lens = [l, l / 2].into_iter().zip(leaves).flat_map(|(len, n)| std::iter::repeat_n(len, n));
                 let part = |(len, seed)| leaf(&[b, len, d], BF16, device, seed);
-                let half = Halves::new(l, d, device)?;
+                let routes = Routes::new(l, d, device)?;
                 Ok(Call {
                     leaves: lens.zip(1..).map(part).collect::<Result<_>>()?,
-                    run: Box::new(move |t| run(t, &half)),
+                    run: Box::new(move |t| run(t, &routes)),
                 })
             }),
         }
