@@ -92,7 +92,7 @@ fn loss_is_the_mean_of_token_losses_and_starts_near_the_uniform_one() {
     let loss = model.loss(&inputs, &targets, None).unwrap().double_value(&[]);
     let losses = model.token_losses(&inputs, &targets, None).unwrap();
     assert_eq!(losses.size(), [3, 20]);
-    let mean = losses.sum(tch::Kind::Double).double_value(&[]) / (3. * 17.);
+    let mean = losses.sum(Kind::Double).double_value(&[]) / (3. * 17.);
     assert!((loss - mean).abs() < 1e-5 * mean, "{loss} {mean}");
     assert!((loss - (VOCAB as f64).ln()).abs() < 0.2, "{loss}");
 }
@@ -104,14 +104,14 @@ fn bf16_stays_close_to_f32() {
         let batch = ids(2, SEQ_LEN + 1, 2);
         let (inputs, targets) = (batch.narrow(1, 0, SEQ_LEN as i64), batch.narrow(1, 1, SEQ_LEN as i64));
         let f32_loss = model.loss(&inputs, &targets, None).unwrap().double_value(&[]);
-        model.set_compute_kind(tch::Kind::BFloat16);
+        model.set_compute_kind(Kind::BFloat16);
         let loss = model.loss(&inputs, &targets, None).unwrap();
-        assert_eq!(loss.kind(), tch::Kind::Float);
+        assert_eq!(loss.kind(), Kind::Float);
         loss.backward();
         let bf16_loss = loss.double_value(&[]);
         assert!((bf16_loss - f32_loss).abs() < 0.03 * f32_loss, "{variant:?}: {bf16_loss} {f32_loss}");
         for param in model.params() {
-            assert_eq!(param.weight.master().grad().kind(), tch::Kind::Float, "{}", param.name);
+            assert_eq!(param.weight.master().grad().kind(), Kind::Float, "{}", param.name);
         }
     }
 }
@@ -123,7 +123,7 @@ fn bad_input_is_refused() {
     let refused = |ids: &Tensor, segments: Option<&Tensor>| model.logits(ids, segments).unwrap_err().to_string();
     assert!(refused(&(&good + VOCAB), None).contains("outside the vocabulary of 61"));
     assert!(refused(&(&good - VOCAB), None).contains("outside the vocabulary"));
-    assert!(refused(&good.to_kind(tch::Kind::Float), None).contains("expected i64"));
+    assert!(refused(&good.to_kind(Kind::Float), None).contains("expected i64"));
     assert!(refused(&good.view([16]), None).contains("[16]"));
     assert!(refused(&good.narrow(1, 0, 0), None).contains("at least one token"));
     assert!(refused(&good, Some(&good.narrow(1, 0, 4))).contains("segments have shape [2, 4]"));
