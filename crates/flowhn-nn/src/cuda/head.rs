@@ -44,12 +44,7 @@ impl Function for LinearCrossEntropyCuda {
         let mut gradients = Gradients {
             scale: head.scale()?,
             dx: ctx.needs_grad(0).then(|| head.empty(&head.x.size(), head.x.kind())).transpose()?,
-            dweight: ctx.needs_grad(1).then(|| WeightGrad {
-                weight: head.weight.shallow_clone(),
-                n_tokens: head.n_tokens,
-                kind: self.weight_kind,
-                sum: None,
-            }),
+            dweight: ctx.needs_grad(1).then(|| WeightGrad::new(&head, self.weight_kind)),
         };
         let wants_any = gradients.dx.is_some() || gradients.dweight.is_some();
         let losses = head.losses(wants_any.then_some(&mut gradients))?;
@@ -191,6 +186,10 @@ struct WeightGrad {
 }
 
 impl WeightGrad {
+    fn new(head: &Head, kind: Kind) -> Self {
+        Self { weight: head.weight.shallow_clone(), n_tokens: head.n_tokens, kind, sum: None }
+    }
+
     /// Adds `dlogits^T x`: in f32 also where the factors are bf16, unless the chunk is all there is and leaves its product in the type of
     /// the gradient.
     fn add_product(&mut self, dlogits: &Tensor, x: &Tensor) -> Result<()> {
