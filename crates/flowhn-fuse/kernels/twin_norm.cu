@@ -71,29 +71,31 @@ twin_norm_backward(const X* s, const X* dy0, const X* dy1, const X* ds,
         float w0[VECS][VEC], w1[VECS][VEC], dw0[VECS][VEC] = {}, dw1[VECS][VEC] = {};
         load_weight(w0, weight0, team, width), load_weight(w1, weight1, team, width);
 
-        // The next row is on its way while this one is summed.
+        // Of the next row, what its sum needs is on its way while this one is summed; what is added behind the sum, while it is made.
         struct Row {
-            Pack<X> s[VECS], dy0[VECS], dy1[VECS], ds[VECS];
-#if BRANCH_GRADS
-            Pack<X> ds0[VECS], ds1[VECS];
-#endif
+            Pack<X> s[VECS], dy0[VECS], dy1[VECS];
             float r;
         } row, ahead;
-        auto fetch = [&](int row_idx) {
+        auto start = [&](i64 outer, i64 inner_stride, int row_idx) {
             int outer_idx = (unsigned)row_idx / (unsigned)inner, inner_idx = row_idx - outer_idx * inner;
-            load_row(ahead.s, s + RowStrides{s_outer, s_inner}.start(outer_idx, inner_idx), team, width);
-            load_row(ahead.dy0, dy0 + RowStrides{dy0_outer, dy0_inner}.start(outer_idx, inner_idx), team, width);
-            load_row(ahead.dy1, dy1 + RowStrides{dy1_outer, dy1_inner}.start(outer_idx, inner_idx), team, width);
-            load_row(ahead.ds, ds + RowStrides{ds_outer, ds_inner}.start(outer_idx, inner_idx), team, width);
-#if BRANCH_GRADS
-            load_row(ahead.ds0, ds0 + RowStrides{ds0_outer, ds0_inner}.start(outer_idx, inner_idx), team, width);
-            load_row(ahead.ds1, ds1 + RowStrides{ds1_outer, ds1_inner}.start(outer_idx, inner_idx), team, width);
-#endif
+            return RowStrides{outer, inner_stride}.start(outer_idx, inner_idx);
+        };
+        auto fetch = [&](int row_idx) {
+            load_row(ahead.s, s + start(s_outer, s_inner, row_idx), team, width);
+            load_row(ahead.dy0, dy0 + start(dy0_outer, dy0_inner, row_idx), team, width);
+            load_row(ahead.dy1, dy1 + start(dy1_outer, dy1_inner, row_idx), team, width);
             ahead.r = rstd[row_idx];
         };
         i64 current = (i64)blockIdx.x * team.n + team.idx, step = (i64)gridDim.x * team.n;
         if (current < n_rows) fetch((int)current);
         for (; current < n_rows; current += step) {
+            Pack<X> added[VECS];
+            load_row(added, ds + start(ds_outer, ds_inner, (int)current), team, width);
+#if BRANCH_GRADS
+            Pack<X> added0[VECS], added1[VECS];
+            load_row(added0, ds0 + start(ds0_outer, ds0_inner, (int)current), team, width);
+            load_row(added1, ds1 + start(ds1_outer, ds1_inner, (int)current), team, width);
+#endif
             row = ahead;
             if (current + step < n_rows) fetch((int)(current + step));
             float product = weighted_product(row.s, row.dy0, w0) + weighted_product(row.s, row.dy1, w1);
@@ -105,10 +107,10 @@ twin_norm_backward(const X* s, const X* dy0, const X* dy1, const X* ds,
                 norm_gradient(b, dw1[v], row.s[v], row.dy1[v], w1[v], r, 0.f);
                 #pragma unroll
                 for (int i = 0; i < VEC; i++) a[i] += b[i];
-                add_vector(a, row.ds[v]);
+                add_vector(a, added[v]);
 #if BRANCH_GRADS
-                add_vector(a, row.ds0[v]);
-                add_vector(a, row.ds1[v]);
+                add_vector(a, added0[v]);
+                add_vector(a, added1[v]);
 #endif
                 Pack<X> out;
                 out.set(a);

@@ -38,7 +38,7 @@ pub fn cases() -> Vec<Case> {
         let runs = runs.clone();
         cases.push(Case::new(format!("split and merge: {name}, every dtype"), move |device| copies(&runs, device)));
     }
-    for (n_tokens, d) in [(1, 7), (31, 128), (9, 768), (300, 2048), (5, 4104)] {
+    for (n_tokens, d) in [(0, 128), (1, 7), (31, 128), (9, 768), (300, 2048), (5, 4104)] {
         for kind in [Kind::Float, Kind::BFloat16] {
             let case = |op: &str, check: fn(&(Route, Route), i64, Kind, Device) -> Result<String>| {
                 let name = format!("{op}: {n_tokens} tokens, each to both branches, {d}, {kind:?}");
@@ -46,6 +46,7 @@ pub fn cases() -> Vec<Case> {
             };
             cases.push(case("split_norm", split_norms_of));
             cases.push(case("split_norm_tokens", split_norm_tokens_of));
+            cases.push(case("split_norm where one branch learns", split_norms_of_one));
             cases.push(case("concat_sums", concats));
         }
     }
@@ -179,6 +180,24 @@ fn split_norms_of((attn, ssm): &(Route, Route), d: i64, kind: Kind, device: Devi
     };
     let n = attn.seq_len();
     check(&kernel, &plain, &[tokens(n, d, 1), tokens(n, d, 2), weight(d, 3), weight(d, 4)], kind, device)
+}
+
+/// One branch has a fixed weight, and nobody reads what it gets; then the other.
+fn split_norms_of_one((attn, ssm): &(Route, Route), d: i64, kind: Kind, device: Device) -> Result<String> {
+    let fixed = weight(d, 4).to_kind(Kind::Float).to_device(device);
+    let kernel = |x: &[Tensor]| {
+        let (view, delta) = (part(&x[0], d), part(&x[1], d));
+        let split = |weights| normed_split(&view, Some(&delta), attn, ssm, weights, [EPS; 2]);
+        let (first, second) = (split([&x[2], &fixed])?, split([&fixed, &x[3]])?);
+        Ok(vec![first.sum_bld, first.attn_bnd, second.ssm_bmd])
+    };
+    let plain = |x: &[Tensor]| {
+        let sum = part(&x[0], d) + part(&x[1], d);
+        let branches = [normed(&taken(&sum, attn), &x[2]), normed(&taken(&sum, ssm), &x[3])];
+        Ok([sum].into_iter().chain(branches).collect())
+    };
+    let n = attn.seq_len();
+    check(&kernel, &plain, &[tokens(n, d, 1), tokens(n, d, 2), weight(d, 3), weight(d, 5)], kind, device)
 }
 
 /// With an addend, and without one in a second step; gradients arrive at the sum, at its tokens and at their norms, transposed at some.

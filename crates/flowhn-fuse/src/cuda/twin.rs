@@ -13,8 +13,8 @@ use crate::kernels::{TWIN_NORM, norm as defines};
 
 /// The form forward. One vector a thread: two weights take registers.
 const FORWARD: &[RowForm] = &[RowForm::new(1, 512, 2)];
-/// And backward, where up to six rows are under way twice.
-const BACKWARD: &[RowForm] = &[RowForm::new(1, 512, 1)];
+/// And backward, where their gradients do as well: with fewer threads none spills; rows wider than those hold spill a little.
+const BACKWARD: &[RowForm] = &[RowForm::new(1, 512, 1), RowForm::new(1, 384, 1)];
 
 /// Inputs x, the branches' weights and, maybe, what is added to x. Outputs as those of [`SplitNorm`](super::SplitNorm) whose routes both take all
 /// tokens: the sum, each branch's normalised tokens and, where the branches want them, the sum once more for each.

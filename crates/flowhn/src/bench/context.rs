@@ -100,9 +100,10 @@ pub fn run(args: &Args) -> Result<ExitCode> {
             console::print(&row.line())?;
         }
         report.rows.push(row);
-    }
-    if let Some(dir) = &args.out {
-        write(dir, &report, &args.size)?;
+        // Row by row: a longer one that does not fit takes none of them away.
+        if let Some(dir) = &args.out {
+            write(dir, &report, &args.size)?;
+        }
     }
     if args.json {
         console::print_json(&report)?;
