@@ -52,6 +52,28 @@ twin_norm_forward(const X* x, const X* change, const float* weight0, const float
     else run(Flag<false>());
 }
 
+// This thread's columns of a weight, which stay in shared memory: two weights and their gradients would be too many registers.
+struct OwnWeight {
+    float4* own;
+    template <bool ALIGNED>
+    __device__ __forceinline__ OwnWeight(float* slots, const float* weight, const Team& team, const Width<ALIGNED>& width)
+        : own(reinterpret_cast<float4*>(slots) + threadIdx.x) {
+        float w[VECS][VEC];
+        load_weight(w, weight, team, width);
+        #pragma unroll
+        for (int v = 0; v < VECS; v++) {
+            at(v, 0) = make_float4(w[v][0], w[v][1], w[v][2], w[v][3]);
+            at(v, 1) = make_float4(w[v][4], w[v][5], w[v][6], w[v][7]);
+        }
+    }
+    // Half of a vector; those of neighbouring threads are neighbours.
+    __device__ __forceinline__ float4& at(int v, int half) const { return own[(2 * v + half) * blockDim.x]; }
+    __device__ __forceinline__ void get(float (&w)[VEC], int v) const {
+        float4 low = at(v, 0), high = at(v, 1);
+        w[0] = low.x, w[1] = low.y, w[2] = low.z, w[3] = low.w, w[4] = high.x, w[5] = high.y, w[6] = high.z, w[7] = high.w;
+    }
+};
+
 extern "C" __global__ void __launch_bounds__(MAX_THREADS, MIN_BLOCKS)
 twin_norm_backward(const X* s, const X* dy0, const X* dy1, const X* ds,
 #if BRANCH_GRADS
@@ -68,58 +90,74 @@ twin_norm_backward(const X* s, const X* dy0, const X* dy1, const X* ds,
     TeamSum team_sum(slots);
     auto run = [&](auto aligned_rows) {
         Width<decltype(aligned_rows)::value> width{d};
-        float w0[VECS][VEC], w1[VECS][VEC], dw0[VECS][VEC] = {}, dw1[VECS][VEC] = {};
-        load_weight(w0, weight0, team, width), load_weight(w1, weight1, team, width);
+        float* scratch = reinterpret_cast<float*>(shared_memory());
+        OwnWeight w0(scratch, weight0, team, width), w1(scratch + VECS * VEC * blockDim.x, weight1, team, width);
+        float dw0[VECS][VEC] = {}, dw1[VECS][VEC] = {};
 
-        // Of the next row, what its sum needs is on its way while this one is summed; what is added behind the sum, while it is made.
+        // The next row is on its way while this one is summed.
         struct Row {
-            Pack<X> s[VECS], dy0[VECS], dy1[VECS];
+            Pack<X> s[VECS], dy0[VECS], dy1[VECS], ds[VECS];
+#if BRANCH_GRADS
+            Pack<X> ds0[VECS], ds1[VECS];
+#endif
             float r;
         } row, ahead;
-        auto start = [&](i64 outer, i64 inner_stride, int row_idx) {
-            int outer_idx = (unsigned)row_idx / (unsigned)inner, inner_idx = row_idx - outer_idx * inner;
-            return RowStrides{outer, inner_stride}.start(outer_idx, inner_idx);
-        };
         auto fetch = [&](int row_idx) {
-            load_row(ahead.s, s + start(s_outer, s_inner, row_idx), team, width);
-            load_row(ahead.dy0, dy0 + start(dy0_outer, dy0_inner, row_idx), team, width);
-            load_row(ahead.dy1, dy1 + start(dy1_outer, dy1_inner, row_idx), team, width);
+            int outer_idx = (unsigned)row_idx / (unsigned)inner, inner_idx = row_idx - outer_idx * inner;
+            load_row(ahead.s, s + RowStrides{s_outer, s_inner}.start(outer_idx, inner_idx), team, width);
+            load_row(ahead.dy0, dy0 + RowStrides{dy0_outer, dy0_inner}.start(outer_idx, inner_idx), team, width);
+            load_row(ahead.dy1, dy1 + RowStrides{dy1_outer, dy1_inner}.start(outer_idx, inner_idx), team, width);
+            load_row(ahead.ds, ds + RowStrides{ds_outer, ds_inner}.start(outer_idx, inner_idx), team, width);
+#if BRANCH_GRADS
+            load_row(ahead.ds0, ds0 + RowStrides{ds0_outer, ds0_inner}.start(outer_idx, inner_idx), team, width);
+            load_row(ahead.ds1, ds1 + RowStrides{ds1_outer, ds1_inner}.start(outer_idx, inner_idx), team, width);
+#endif
             ahead.r = rstd[row_idx];
         };
-        i64 current = (i64)blockIdx.x * team.n + team.idx, step = (i64)gridDim.x * team.n;
-        if (current < n_rows) fetch((int)current);
-        for (; current < n_rows; current += step) {
-            Pack<X> added[VECS];
-            load_row(added, ds + start(ds_outer, ds_inner, (int)current), team, width);
-#if BRANCH_GRADS
-            Pack<X> added0[VECS], added1[VECS];
-            load_row(added0, ds0 + start(ds0_outer, ds0_inner, (int)current), team, width);
-            load_row(added1, ds1 + start(ds1_outer, ds1_inner, (int)current), team, width);
-#endif
+        unsigned current = blockIdx.x * team.n + team.idx, step = gridDim.x * team.n;
+        if (current < (unsigned)n_rows) fetch((int)current);
+        for (; current < (unsigned)n_rows; current += step) {
             row = ahead;
-            if (current + step < n_rows) fetch((int)(current + step));
-            float product = weighted_product(row.s, row.dy0, w0) + weighted_product(row.s, row.dy1, w1);
+            if (current + step < (unsigned)n_rows) fetch((int)(current + step));
+            float product = 0.f;
+            #pragma unroll
+            for (int v = 0; v < VECS; v++) {
+                float a[VEC], y[VEC], w[VEC];
+                row.s[v].get(a), row.dy0[v].get(y), w0.get(w, v);
+                #pragma unroll
+                for (int i = 0; i < VEC; i++) product += y[i] * w[i] * a[i];
+                row.dy1[v].get(y), w1.get(w, v);
+                #pragma unroll
+                for (int i = 0; i < VEC; i++) product += y[i] * w[i] * a[i];
+            }
             float r = row.r, slope = team_sum(product, team) * r * r * r / d;
             #pragma unroll
             for (int v = 0; v < VECS; v++) {
-                float a[VEC], b[VEC];
-                norm_gradient(a, dw0[v], row.s[v], row.dy0[v], w0[v], r, slope);
-                norm_gradient(b, dw1[v], row.s[v], row.dy1[v], w1[v], r, 0.f);
+                float a[VEC], g[VEC], y[VEC], w[VEC];
+                row.s[v].get(a), row.dy0[v].get(y), w0.get(w, v);
                 #pragma unroll
-                for (int i = 0; i < VEC; i++) a[i] += b[i];
-                add_vector(a, added[v]);
+                for (int i = 0; i < VEC; i++) {
+                    dw0[v][i] += y[i] * (a[i] * r);
+                    g[i] = y[i] * w[i];
+                }
+                row.dy1[v].get(y), w1.get(w, v);
+                #pragma unroll
+                for (int i = 0; i < VEC; i++) {
+                    dw1[v][i] += y[i] * (a[i] * r);
+                    a[i] = r * (g[i] + y[i] * w[i]) - a[i] * slope;
+                }
+                add_vector(a, row.ds[v]);
 #if BRANCH_GRADS
-                add_vector(a, added0[v]);
-                add_vector(a, added1[v]);
+                add_vector(a, row.ds0[v]);
+                add_vector(a, row.ds1[v]);
 #endif
                 Pack<X> out;
                 out.set(a);
-                store_vector(out, dx + current * d, v, team, width);
+                store_vector(out, dx + (i64)current * d, v, team, width);
             }
         }
         pass_last_round(current, n_rows, team);
         if (partials) {
-            float* scratch = reinterpret_cast<float*>(shared_memory());
             write_block_columns(dw0, partials + (i64)blockIdx.x * d, scratch, team, d);
             write_block_columns(dw1, partials + ((i64)gridDim.x + blockIdx.x) * d, scratch, team, d);
         }

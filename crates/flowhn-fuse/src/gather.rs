@@ -241,7 +241,8 @@ fn is_fused(x_bld: &Tensor, attn: &Route, ssm: &Route, eps: [f64; 2]) -> bool {
 
 /// Whether one kernel norms all tokens for both branches.
 fn is_twin(x_bld: &Tensor, attn: &Route, ssm: &Route, eps: [f64; 2]) -> bool {
-    x_bld.device().is_cuda() && attn.is_all() && ssm.is_all() && eps[0] == eps[1]
+    let fits = x_bld.size()[2] <= TwinNorm::MAX_WIDTH;
+    x_bld.device().is_cuda() && attn.is_all() && ssm.is_all() && eps[0] == eps[1] && fits
 }
 
 fn apply_twin_norm<const N: usize>(

@@ -7,7 +7,7 @@ const TUNED: &[&str] = &[
     "routed_norm_forward X_KIND=1 VECS=1",
     "routed_norm_backward X_KIND=1 VECS=1",
     "twin_norm_forward X_KIND=1 VECS=1",
-    "twin_norm_backward X_KIND=1 VECS=1 MAX_THREADS=384",
+    "twin_norm_backward X_KIND=1 VECS=1 MAX_THREADS=512 MIN_BLOCKS=1",
     "concat_sums X_KIND=1",
     "routed_norm_forward X_KIND=1 VECS=2 MAX_THREADS=1024 MIN_BLOCKS=1 FP8_ROWS=32",
     "merge_sums_fp8 FORMAT=0",

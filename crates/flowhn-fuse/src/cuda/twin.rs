@@ -13,8 +13,8 @@ use crate::kernels::{TWIN_NORM, norm as defines};
 
 /// The form forward. One vector a thread: two weights take registers.
 const FORWARD: &[RowForm] = &[RowForm::new(1, 512, 2)];
-/// And backward, where their gradients do as well: with fewer threads none spills; rows wider than those hold spill a little.
-const BACKWARD: &[RowForm] = &[RowForm::new(1, 512, 1), RowForm::new(1, 384, 1)];
+/// And backward, where up to six rows are under way twice.
+const BACKWARD: &[RowForm] = &[RowForm::new(1, 512, 1)];
 
 /// Inputs x, the branches' weights and, maybe, what is added to x. Outputs as those of [`SplitNorm`](super::SplitNorm) whose routes both take all
 /// tokens: the sum, each branch's normalised tokens and, where the branches want them, the sum once more for each.
@@ -22,6 +22,11 @@ pub(crate) struct TwinNorm {
     pub(crate) eps: f64,
     pub(crate) n_inputs: usize,
     pub(crate) with_tokens: bool,
+}
+
+impl TwinNorm {
+    /// The widest rows; wider ones would take more vectors a thread, and registers that are not there.
+    pub(crate) const MAX_WIDTH: i64 = 4096;
 }
 
 impl Function for TwinNorm {
@@ -88,7 +93,9 @@ impl Function for TwinNorm {
         args.push(aligned(d, &touched));
         let defines = defines(tiling.form, x_kind, self.with_tokens);
         let kernel = Kernel { source: &TWIN_NORM, entry: "twin_norm_backward", defines: &defines };
-        kernel.launch([n_blocks as u32, 1, 1], tiling.block(), tiling.column_bytes(), &args)?;
+        // Both weights, and behind the last row the columns that teams add up.
+        let shared_bytes = 2 * tiling.column_bytes();
+        kernel.launch([n_blocks as u32, 1, 1], tiling.block(), shared_bytes, &args)?;
         let dchange = (self.n_inputs == 4).then(|| Some(dx.shallow_clone()));
         let dweights = dweights.totals(weight0.kind())?;
         Ok([Some(dx)].into_iter().chain(dweights).chain(dchange).collect())

@@ -17,7 +17,8 @@ use crate::units;
 
 const AFTER_HELP: &str = "\
 Trains the shape of configs/bench/SIZE/fac_split.toml at each length, with the same number of tokens in every step: once split as its FLOPs
-balance, once with every token in attention (attn_frac = 1). Attention's cost grows with the length, the split's share of it shrinks.
+balance, once with every token in attention (attn_frac = 1). Attention's cost grows with the length, the split's share of it shrinks. A sequence
+is one document (--set data.reset_documents=true: as many as its text has, none of which attends to another).
 
 --json prints one object: `device`, `tokens_per_step`, `rows`: a list of {seq_len, attn_frac, split_tokens_per_s, attention_tokens_per_s},
 where attn_frac is the share of tokens that the balanced split gives to attention. --out also writes context.json, context.csv and
@@ -76,7 +77,9 @@ pub fn run(args: &Args) -> Result<ExitCode> {
     }
     for &seq_len in &args.seq_len {
         let mut speed = |attn_frac: &str| -> Result<(f64, f64)> {
-            let mut sets = args.sets.sets.clone();
+            // Else attention sees no further than a document's start, however long the sequence.
+            let mut sets = vec!["data.reset_documents=false".to_owned()];
+            sets.extend(args.sets.sets.iter().cloned());
             sets.push(format!("model.seq_len={seq_len}"));
             sets.push(format!("train.batch_size={}", args.tokens / seq_len));
             sets.push(format!("model.split.attn_frac={attn_frac}"));
