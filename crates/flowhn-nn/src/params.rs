@@ -197,7 +197,7 @@ impl Path<'_> {
         if self.params.get(&name).is_some() {
             return Err(Error::invalid("params", format!("two parameters are called `{name}`")));
         }
-        let values = init.values(shape, &mut stream(self.params.seed, &name))?;
+        let values = init.values(shape, &stream(self.params.seed, &name))?;
         let tensor = cpu::from_slice(shape, &values)?.f_to_device(self.params.device)?.f_set_requires_grad(true)?;
         let weight = Weight::new(tensor);
         self.params.list.push(Param { name, weight: weight.clone(), decay });
