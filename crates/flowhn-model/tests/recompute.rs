@@ -29,6 +29,7 @@ fn each_recomputed_block_runs_forward_once_more() {
             count_matmul_flops(|| model.backward(&ids, &ids, None, 1).unwrap()).unwrap().1
         };
         let kept = step(0);
+        assert_eq!(kept, 3 * forward, "{variant:?}");
         let (all, half) = (step(1) - kept, step(2) - kept);
         assert_eq!(all, blocks, "{variant:?}");
         assert!(half > 0 && half < all, "{variant:?}: {half} of {all}");

@@ -66,6 +66,9 @@ fn every_row_computes_what_the_plan_counts() {
         let of_block = |flops: &flowhn_split::BlockFlops| flops.attn.matmul + flops.ssm.matmul + flops.fuse + flops.mlp;
         let counted = counted.head + counted.blocks.iter().map(of_block).sum::<u64>();
         assert_eq!(executed, batch as u64 * counted, "{row}");
+        let ids = ids(batch, seq_len);
+        let step = count_matmul_flops(|| model.backward(&ids, &ids, None, 1).unwrap()).unwrap().1;
+        assert_eq!(step, 3 * executed, "{row}: backward computes twice what forward does");
         assert_eq!(model.params().n_elements(), report(model.config()).parameters, "{row}");
     }
 }

@@ -69,7 +69,7 @@ pub enum Error {
         /// What is wrong.
         message: String,
     },
-    /// A tensor did not fit into the memory of its device.
+    /// A tensor did not fit into the memory of its device: which operation wanted how much, and how much is free.
     #[error("{0}")]
     OutOfMemory(String),
     /// libtorch reported an error.
@@ -94,16 +94,22 @@ impl Error {
         Self::Invalid { op, message: message.into() }
     }
 
+    /// The same, where memory ran out with the name of what wanted it.
+    pub(crate) fn within(self, what: &str) -> Self {
+        match self {
+            Self::OutOfMemory(message) => Self::OutOfMemory(format!("{what}: {message}")),
+            other => other,
+        }
+    }
+
     /// The error for a message of libtorch.
     pub(crate) fn torch(message: &str) -> Self {
         let message = without_backtrace(message);
-        match message.find("CUDA out of memory") {
+        match message.contains("CUDA out of memory") {
             // The rest is advice about allocator settings.
-            Some(start) => {
-                Self::OutOfMemory(message[start..].split(" If reserved").next().unwrap_or(message).to_owned())
-            }
+            true => Self::OutOfMemory(message.split(" If reserved").next().unwrap_or(message).to_owned()),
             // What follows is the dispatcher's table of every backend.
-            None => Self::Torch(
+            false => Self::Torch(
                 message.split("' is only available for these backends").next().unwrap_or(message).to_owned(),
             ),
         }
@@ -220,8 +226,9 @@ mod tests {
         let message = "while f: CUDA out of memory. Tried to allocate 2.00 GiB. GPU 0 has 1.00 GiB free. If reserved but \
                        unallocated memory is large try this\nException raised from malloc at a.cpp:1";
         let error = Error::torch(message);
-        let want = "CUDA out of memory. Tried to allocate 2.00 GiB. GPU 0 has 1.00 GiB free.";
+        let want = "while f: CUDA out of memory. Tried to allocate 2.00 GiB. GPU 0 has 1.00 GiB free.";
         assert!(matches!(&error, Error::OutOfMemory(text) if text == want), "{error:?}");
+        assert_eq!(error.within("ssd").to_string(), format!("ssd: {want}"));
         assert!(matches!(Error::torch("another\nException raised from g"), Error::Torch(text) if text == "another"));
     }
 

@@ -207,7 +207,8 @@ pub fn apply<F: Function>(mut function: F, inputs: &[&Tensor]) -> Result<Vec<Ten
         accepts_undefined: Vec::new(),
     };
     let versions = versions(&ctx, inputs);
-    let outputs = catch(|| tch::no_grad(|| function.forward(&mut ctx, inputs)))?;
+    let outputs =
+        catch(|| tch::no_grad(|| function.forward(&mut ctx, inputs))).map_err(|error| error.within(F::NAME))?;
     if let Some(idx) = outputs.iter().position(|output| !output.defined()) {
         return Err(Error::invalid(F::NAME, format!("output {idx} is an undefined tensor")));
     }
@@ -351,7 +352,8 @@ unsafe extern "C" fn backward_callback<F: Function>(
             };
             (&*data.cast::<F>(), ctx, handles(grads, n_grads))
         };
-        let gradients = tch::no_grad(|| function.backward(&ctx, &grads))?;
+        let within = |error: Error| error.within(&format!("backward of {}", F::NAME));
+        let gradients = tch::no_grad(|| function.backward(&ctx, &grads)).map_err(within)?;
         if gradients.len() != n_out {
             let message = format!("backward returned {} gradients for {n_out} inputs", gradients.len());
             return Err(Error::invalid(F::NAME, message));

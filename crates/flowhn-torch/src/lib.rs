@@ -4,6 +4,7 @@
 mod capture;
 pub mod check;
 pub mod cpu;
+mod devices;
 mod error;
 mod exit;
 mod ffi;
@@ -24,6 +25,7 @@ mod stream;
 pub mod testing;
 pub mod timeline;
 
+pub use devices::{cuda_problem, n_cuda_devices};
 pub use error::{Error, Result, catch};
 pub use exit::exit_now;
 pub use flag::Flag;

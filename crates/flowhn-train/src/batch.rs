@@ -32,7 +32,12 @@ impl DeviceBatch {
         })
     }
 
-    /// Copies another batch of the same size into the same tensors.
+    /// Whether the batch has this one's shape.
+    pub(crate) fn fits(&self, batch: &Batch) -> bool {
+        self.ids_bl.size() == shape(batch)
+    }
+
+    /// Copies another batch of the same shape into the same tensors.
     pub(crate) fn overwrite(&mut self, batch: &Batch) -> Result<()> {
         let copy = |place: &Tensor, values: &[i64]| -> Result<()> {
             let values = on_host(batch, values, place.device())?;
@@ -45,11 +50,14 @@ impl DeviceBatch {
     }
 }
 
+fn shape(batch: &Batch) -> [i64; 2] {
+    [batch.batch_size as i64, batch.seq_len as i64]
+}
+
 /// The values on the host; pinned where they go to a GPU, so that the copy there runs beside the host, which goes on to launch the
 /// step's work. libtorch keeps pinned memory until the copies out of it are done.
 fn on_host(batch: &Batch, values: &[i64], device: Device) -> Result<Tensor> {
-    let shape = [batch.batch_size as i64, batch.seq_len as i64];
-    let tensor = catch(|| Ok(Tensor::from_slice(values).f_view(shape)?))?;
+    let tensor = catch(|| Ok(Tensor::from_slice(values).f_view(shape(batch))?))?;
     if !device.is_cuda() {
         return Ok(tensor);
     }

@@ -109,7 +109,8 @@ pub enum Error {
     /// The device has too little memory for a step.
     #[error(
         "step {step}, with {batch_size} sequences of {seq_len} tokens at a time: {message} Lower train.batch_size (train.grad_accum \
-         makes up for it at the same step size) or model.seq_len, or give the run a device of its own"
+         makes up for it at the same step size), train.logits_mib or model.seq_len, set train.recompute_every = 1 or train.optim_state = \"int8\", \
+         or give the run a device of its own"
     )]
     OutOfMemory {
         /// The step, from 1.

@@ -3,6 +3,7 @@
 
 mod adamw;
 mod fp8;
+mod graph;
 pub mod small;
 
 use flowhn_torch::testing::Case;
@@ -41,6 +42,7 @@ pub fn cases() -> Vec<Case> {
         cases.push(Case::new(name, move |device| told(recomputes(dtype, device))));
     }
     cases.extend(fp8::cases());
+    cases.extend(graph::cases());
     cases.extend(adamw::cases());
     cases
 }

@@ -67,10 +67,13 @@ pub fn policies_help() -> String {
 }
 
 static LONG_VERSION: LazyLock<String> = LazyLock::new(|| {
-    let cuda = match (flowhn_torch::BUILT_WITH_CUDA, tch::Cuda::is_available()) {
-        (true, true) => format!("yes, {} device(s)", tch::Cuda::device_count()),
-        (true, false) => "built in, no device here".to_owned(),
+    let cuda = match (flowhn_torch::BUILT_WITH_CUDA, flowhn_torch::n_cuda_devices()) {
         (false, _) => "no".to_owned(),
+        (true, 0) => {
+            let problem = flowhn_torch::cuda_problem().map_or_else(String::new, |problem| format!(": {problem}"));
+            format!("built in, no device here{problem}")
+        }
+        (true, n) => format!("yes, {n} device(s)"),
     };
     let (dir, version) = match flowhn_torch::torch_lib_dir() {
         Ok(dir) => (dir.display().to_string(), torch_version(&dir)),

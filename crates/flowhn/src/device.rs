@@ -3,19 +3,14 @@
 use std::str::FromStr;
 
 use anyhow::{Result, bail};
+use flowhn_torch::{cuda_problem, n_cuda_devices};
 use tch::Device;
+
+use crate::console::Console;
 
 /// Where to compute.
 #[derive(Debug, clap::Args)]
 pub struct DeviceArgs {
-    /// Where to compute: cpu, cuda, or cuda:N
-    #[arg(long, value_name = "DEVICE", default_value = "cpu")]
-    device: DeviceName,
-}
-
-/// Where to measure.
-#[derive(Debug, clap::Args)]
-pub struct BenchDeviceArgs {
     /// Where to compute: cpu, cuda, or cuda:N; the first GPU unless told otherwise, the CPU where there is none
     #[arg(long, value_name = "DEVICE")]
     device: Option<DeviceName>,
@@ -40,22 +35,21 @@ impl FromStr for DeviceName {
 }
 
 impl DeviceArgs {
-    /// The device, which is there.
-    ///
-    /// # Errors
-    /// Where it is not.
-    pub fn device(&self) -> Result<Device> {
-        self.device.checked()
-    }
-}
-
-impl BenchDeviceArgs {
-    /// The device, which is there.
+    /// The device, which is there. A GPU that is in the machine but not used for want of a name is told about.
     ///
     /// # Errors
     /// Where the one that was named is not.
     pub fn device(&self) -> Result<Device> {
-        self.device.map_or_else(|| Ok(Device::cuda_if_available()), DeviceName::checked)
+        match self.device {
+            Some(name) => name.checked(),
+            None if n_cuda_devices() > 0 => Ok(Device::Cuda(0)),
+            None => {
+                if let Some(problem) = cuda_problem() {
+                    Console::new().line(format!("computing on the CPU: {problem}"));
+                }
+                Ok(Device::Cpu)
+            }
+        }
     }
 }
 
@@ -63,11 +57,12 @@ impl DeviceName {
     fn checked(self) -> Result<Device> {
         let Self(device) = self;
         if let Device::Cuda(idx) = device {
-            let n_devices = if tch::Cuda::is_available() { tch::Cuda::device_count() } else { 0 };
+            let n_devices = n_cuda_devices();
             if n_devices == 0 {
-                bail!("--device cuda: libtorch finds no CUDA device on this machine; use --device cpu");
+                let problem = cuda_problem().unwrap_or_else(|| "use --device cpu".to_owned());
+                bail!("--device cuda: libtorch finds no CUDA device on this machine; {problem}");
             }
-            if idx as i64 >= n_devices {
+            if idx >= n_devices {
                 bail!("--device cuda:{idx}: this machine has {n_devices} CUDA device(s), counted from 0");
             }
         }

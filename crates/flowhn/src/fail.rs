@@ -19,8 +19,19 @@ pub fn exit_code(error: &anyhow::Error) -> ExitCode {
     ExitCode::FAILURE
 }
 
+/// What helps where memory ran out outside of a training step, whose error says it.
+const LESS_MEMORY: &str = "Shorter sequences or smaller batches need less (--set model.seq_len, train.batch_size), or give it a device of its own";
+
 /// The error and those of its causes that it does not already quote, joined by colons.
 fn message(error: &anyhow::Error) -> String {
+    let told = causes(error);
+    match told.contains("CUDA out of memory") && !told.contains("train.batch_size") {
+        true => format!("{told} {LESS_MEMORY}"),
+        false => told,
+    }
+}
+
+fn causes(error: &anyhow::Error) -> String {
     error.chain().fold(String::new(), |told, cause| {
         let cause = cause.to_string();
         match told.contains(cause.trim_end()) {
@@ -56,5 +67,13 @@ mod tests {
         assert_eq!(message(&error), "cannot write x: disk full");
         let error = Err::<(), _>(anyhow!("no such key\n")).context("a.toml").unwrap_err();
         assert_eq!(message(&error), "a.toml: no such key");
+    }
+
+    #[test]
+    fn too_little_memory_comes_with_what_helps() {
+        let said = "attention: CUDA out of memory. Tried to allocate 2.00 GiB.";
+        assert_eq!(message(&anyhow!(said)), format!("{said} {LESS_MEMORY}"));
+        let told = format!("step 3: {said} Lower train.batch_size");
+        assert_eq!(message(&anyhow!(told.clone())), told);
     }
 }

@@ -46,5 +46,8 @@ fn main() -> ExitCode {
         Command::Bench(args) => bench::run(args),
         Command::Data(args) => data::run(args),
     };
+    if let Some(problem) = flowhn_torch::kernel::cache_problem() {
+        console::Console::new().line(format!("note: {problem}"));
+    }
     outcome.unwrap_or_else(|error| fail::exit_code(&error))
 }

@@ -349,3 +349,27 @@ fn describe(error: &result::DriverError) -> String {
     };
     format!("{} ({})", text(error.error_string()), text(error.error_name()))
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn code_is_for_the_device_and_old_devices_are_refused() {
+        let kernel = Kernel { source: super::super::KERNELS[0].source, entry: "any", defines: &[] };
+        let of = |compute_capability| {
+            let properties = DeviceProperties {
+                name: "a GPU".to_owned(),
+                n_multiprocessors: 1,
+                compute_capability,
+                total_bytes: 0,
+                shared_bytes_per_block: 0,
+                pci_bus_id: String::new(),
+            };
+            architecture(&kernel, &properties)
+        };
+        assert_eq!([80, 90, 100].map(|capability| of(capability).unwrap()), ["sm_80", "sm_90a", "sm_100"]);
+        let error = of(75).unwrap_err().to_string();
+        assert!(["a GPU", "7.5", "8.0 (Ampere)"].iter().all(|word| error.contains(word)), "{error}");
+    }
+}

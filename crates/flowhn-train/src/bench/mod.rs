@@ -99,7 +99,8 @@ pub struct Timing {
 /// Trains some steps of a configuration on random tokens, and measures them.
 ///
 /// They are the steps of a run: batches from token shards through the prefetching loader, forward, backward, clipping, AdamW with its
-/// schedule, one CUDA graph where the configuration says so. Nothing is validated, logged or saved.
+/// schedule, one CUDA graph where the configuration says so; losses and norms are read every `train.log_every` steps. Nothing is
+/// validated, written or saved.
 ///
 /// # Errors
 /// Those of the model and the data; [`Error::Setting`] for no steps.
@@ -121,11 +122,13 @@ pub fn time_steps(config: &RunConfig, device: Device, timing: Timing) -> Result<
         stepper.train_step()?;
     }
     stepper.read()?;
+    let mut metrics = Metrics { log_every: config.train.log_every, last_loss: f32::NAN };
     let (step_ms, host_ms) = match device {
-        Device::Cuda(device_idx) => on_device(&mut stepper, steps, device_idx)?,
-        _ => on_host(&mut stepper, steps)?,
+        Device::Cuda(device_idx) => on_device(&mut stepper, &mut metrics, steps, device_idx)?,
+        _ => on_host(&mut stepper, &mut metrics, steps)?,
     };
-    let last_loss = stepper.read()?.last().map_or(f32::NAN, |step| step.loss);
+    metrics.read(&mut stepper)?;
+    let last_loss = metrics.last_loss;
     let max_memory_bytes = max_memory_bytes(device);
     let median_ms = median(&step_ms);
     let power = match device {
@@ -166,8 +169,28 @@ pub fn time_steps(config: &RunConfig, device: Device, timing: Timing) -> Result<
     })
 }
 
+/// Reads losses as a run does.
+struct Metrics {
+    log_every: u64,
+    last_loss: f32,
+}
+
+impl Metrics {
+    fn after_step(&mut self, stepper: &mut Stepper) -> Result<()> {
+        let is_due = self.log_every > 0 && stepper.step.is_multiple_of(self.log_every);
+        if is_due { self.read(stepper) } else { Ok(()) }
+    }
+
+    fn read(&mut self, stepper: &mut Stepper) -> Result<()> {
+        if let Some(step) = stepper.read()?.last() {
+            self.last_loss = step.loss;
+        }
+        Ok(())
+    }
+}
+
 /// Times by events between steps, and the milliseconds that the host spent on each.
-fn on_device(stepper: &mut Stepper, steps: u64, device_idx: usize) -> Result<(Vec<f64>, f64)> {
+fn on_device(stepper: &mut Stepper, metrics: &mut Metrics, steps: u64, device_idx: usize) -> Result<(Vec<f64>, f64)> {
     let stream = Stream::current(device_idx)?;
     let mut marks = Vec::with_capacity(steps as usize + 1);
     let mark = || -> Result<Event> {
@@ -176,12 +199,14 @@ fn on_device(stepper: &mut Stepper, steps: u64, device_idx: usize) -> Result<(Ve
         Ok(event)
     };
     marks.push(mark()?);
-    let began = Instant::now();
+    let mut host_ms = 0.;
     for _ in 0..steps {
+        let step_began = Instant::now();
         stepper.train_step()?;
         marks.push(mark()?);
+        host_ms += step_began.elapsed().as_secs_f64() * 1e3 / steps as f64;
+        metrics.after_step(stepper)?;
     }
-    let host_ms = began.elapsed().as_secs_f64() * 1e3 / steps as f64;
     stream.synchronize()?;
     let times = marks.windows(2).map(|pair| Ok(pair[0].elapsed_ms(&pair[1])?)).collect::<Result<Vec<f64>>>()?;
     Ok((times, host_ms))
@@ -216,11 +241,12 @@ fn parts(stepper: &mut Stepper) -> Result<(Vec<PartTime>, f64)> {
     Ok((parts, busy_ms / (busy_ms + idle_ms)))
 }
 
-fn on_host(stepper: &mut Stepper, steps: u64) -> Result<(Vec<f64>, f64)> {
+fn on_host(stepper: &mut Stepper, metrics: &mut Metrics, steps: u64) -> Result<(Vec<f64>, f64)> {
     let mut times = Vec::with_capacity(steps as usize);
     for _ in 0..steps {
         let began = Instant::now();
         stepper.train_step()?;
+        metrics.after_step(stepper)?;
         times.push(began.elapsed().as_secs_f64() * 1e3);
     }
     let host_ms = times.iter().sum::<f64>() / steps as f64;

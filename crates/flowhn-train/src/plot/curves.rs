@@ -28,6 +28,8 @@ pub struct Axes<'a> {
     pub x: &'a str,
     /// Beside the linear axis, which begins at 0.
     pub y: &'a str,
+    /// A place on the logarithmic axis that is marked by a line, and what it is.
+    pub mark: Option<(f64, &'a str)>,
 }
 
 /// Draws curves as SVG text. `path` is where the caller will write it, for the error.
@@ -69,6 +71,10 @@ fn draw(area: &Area, axes: Axes, curves: &[Curve]) -> Drawn {
         .bold_line_style(BLACK.mix(0.12))
         .light_line_style(TRANSPARENT)
         .draw()?;
+    if let Some((x, text)) = axes.mark.filter(|(x, _)| (left..=right).contains(x)) {
+        chart.draw_series(DashedLineSeries::new([(x, 0.), (x, top * 1.08)], 4, 4, BLACK.mix(0.5).stroke_width(1)))?;
+        chart.draw_series([Text::new(text.to_owned(), (x * 1.03, top * 1.04), ("sans-serif", 13))])?;
+    }
     for (curve, color) in curves.iter().zip(COLORS.iter().cycle()) {
         let style = color.stroke_width(2);
         chart
@@ -85,14 +91,14 @@ fn draw(area: &Area, axes: Axes, curves: &[Curve]) -> Drawn {
 mod tests {
     use super::*;
 
-    const AXES: Axes<'static> = Axes { title: "speed", x: "tokens", y: "tokens/s" };
+    const AXES: Axes<'static> = Axes { title: "speed", x: "tokens", y: "tokens/s", mark: Some((1500., "even")) };
 
     #[test]
     fn curves_are_drawn_with_their_names_and_nothing_is_an_error() {
         let curve = |name: &str| Curve { name: name.to_owned(), points: vec![(1024., 3.), (2048., 2.)] };
         let svg = curves_svg(Path::new("x.svg"), AXES, &[curve("split"), curve("attention")]).unwrap();
         assert!(svg.trim_end().ends_with("</svg>"));
-        assert!(["speed", "tokens/s", "split", "attention"].iter().all(|word| svg.contains(word)));
+        assert!(["speed", "tokens/s", "split", "attention", "even"].iter().all(|word| svg.contains(word)));
         let error = curves_svg(Path::new("x.svg"), AXES, &[]).unwrap_err().to_string();
         assert!(error.contains("nothing to draw"), "{error}");
     }

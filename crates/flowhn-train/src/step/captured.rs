@@ -14,7 +14,7 @@ use crate::{Error, Result};
 /// libraries have their workspaces.
 const WARM_UP: u32 = 2;
 
-/// A step that is captured once it has run a few times. Its shapes never change: every batch of a run has the same.
+/// A step that is captured once it has run a few times, and anew when its shapes change.
 #[derive(Debug)]
 pub(crate) struct CapturedStep {
     n_warm: u32,
@@ -46,6 +46,9 @@ impl CapturedStep {
     ) -> Result<Outcome> {
         // Neither a capture nor a replay looks at whether a weight's bf16 copy is up to date.
         model.refresh_bf16_copies()?;
+        if self.captured.as_ref().is_some_and(|captured| !captured.fits(batches)) {
+            *self = Self::new();
+        }
         if let Some(captured) = &mut self.captured {
             for (input, batch) in captured.inputs.iter_mut().zip(batches) {
                 input.overwrite(batch)?;
@@ -76,6 +79,11 @@ impl Captured {
                 Err(Error::setting("train.cuda_graph", true, format!("{error}: {want}")))
             }
         }
+    }
+
+    /// Whether these micro-batches have the shapes of those that were captured.
+    fn fits(&self, batches: &[Batch]) -> bool {
+        self.inputs.len() == batches.len() && self.inputs.iter().zip(batches).all(|(input, batch)| input.fits(batch))
     }
 
     /// Enqueues the graph. The next replay overwrites what it wrote, so the outcome is copied.

@@ -55,7 +55,7 @@ pub(crate) struct ReadStep {
 /// The mean loss of a step and the norm of its gradient: f32 scalars on the device.
 #[derive(Debug)]
 pub(crate) struct Outcome {
-    loss: Tensor,
+    pub(crate) loss: Tensor,
     grad_norm: Tensor,
 }
 
@@ -108,7 +108,7 @@ impl Stepper {
 /// What the device does in a step: forward and backward of every micro-batch, clip, AdamW.
 ///
 /// Every micro-batch has the same number of targets, so the mean of their means is the mean over the step.
-fn compute(model: &Model, optimizer: &mut AdamW, micro_batches: &[DeviceBatch]) -> Result<Outcome> {
+pub(crate) fn compute(model: &Model, optimizer: &mut AdamW, micro_batches: &[DeviceBatch]) -> Result<Outcome> {
     timeline::begin(parts::EMBEDDING)?;
     let mut loss = Tensor::zeros([], (Kind::Float, model.device()));
     optimizer.zero_grad()?;

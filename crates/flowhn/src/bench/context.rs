@@ -8,11 +8,11 @@ use clap::builder::RangedU64ValueParser;
 use flowhn_split::Branch;
 use flowhn_train::bench::{Timing, time_steps};
 use flowhn_train::plot::{Axes, Curve, curves_svg};
-use serde::Serialize;
+use serde::{Deserialize, Serialize};
 
 use crate::config_args::{self, SetArgs};
 use crate::console::{self, Console};
-use crate::device::BenchDeviceArgs;
+use crate::device::DeviceArgs;
 use crate::units;
 
 const AFTER_HELP: &str = "\
@@ -20,9 +20,11 @@ Trains the shape of configs/bench/SIZE/fac_split.toml at each length, with the s
 balance, once with every token in attention (attn_frac = 1). Attention's cost grows with the length, the split's share of it shrinks. A sequence
 is one document (--set data.reset_documents=true: as many as its text has, none of which attends to another).
 
---json prints one object: `device`, `tokens_per_step`, `rows`: a list of {seq_len, attn_frac, split_tokens_per_s, attention_tokens_per_s},
-where attn_frac is the share of tokens that the balanced split gives to attention. --out also writes context.json, context.csv and
-context.svg there.";
+--json prints one object: `device`, `size`, `tokens_per_step`, `rows`: a list of {seq_len, attn_frac, split_tokens_per_s,
+attention_tokens_per_s}, where attn_frac is the share of tokens that the balanced split gives to attention, and `crossing`: the length from
+which the split is the faster, between two rows on a line over the logarithm of the length; null where none is. --out also writes
+context.json, context.csv and context.svg there, row by row. --from FILE writes these files from a report that was kept, and measures
+nothing.";
 
 /// Arguments of `flowhn bench context`.
 #[derive(Debug, clap::Args)]
@@ -43,23 +45,29 @@ pub struct Args {
     /// Write context.json, context.csv and context.svg into this folder
     #[arg(long, value_name = "DIR")]
     out: Option<PathBuf>,
+    /// Take this report, an earlier context.json, instead of measuring
+    #[arg(long, value_name = "FILE", requires = "out", conflicts_with_all = ["size", "seq_len", "tokens", "steps"])]
+    from: Option<PathBuf>,
     #[command(flatten)]
     sets: SetArgs,
     #[command(flatten)]
-    device: BenchDeviceArgs,
+    device: DeviceArgs,
     /// Print one JSON object
     #[arg(long)]
     json: bool,
 }
 
-#[derive(Debug, Serialize)]
+#[derive(Debug, Serialize, Deserialize)]
 struct Report {
     device: String,
+    size: String,
     tokens_per_step: usize,
     rows: Vec<Row>,
+    /// The length from which the split is the faster.
+    crossing: Option<f64>,
 }
 
-#[derive(Debug, Serialize)]
+#[derive(Debug, Serialize, Deserialize)]
 struct Row {
     seq_len: usize,
     attn_frac: f64,
@@ -69,9 +77,21 @@ struct Row {
 
 /// Measures length by length.
 pub fn run(args: &Args) -> Result<ExitCode> {
+    if let (Some(file), Some(dir)) = (&args.from, &args.out) {
+        let mut report = read(file)?;
+        report.crossing = crossing(&report.rows);
+        write(dir, &report)?;
+        return finish(args, &report);
+    }
     let device = args.device.device()?;
     let console = Console::new();
-    let mut report = Report { device: String::new(), tokens_per_step: args.tokens, rows: Vec::new() };
+    let mut report = Report {
+        device: String::new(),
+        size: args.size.clone(),
+        tokens_per_step: args.tokens,
+        rows: Vec::new(),
+        crossing: None,
+    };
     if let Some(len) = args.seq_len.iter().find(|&&len| !args.tokens.is_multiple_of(len)) {
         anyhow::bail!("--seq-len {len} does not divide --tokens {}: every step has the same tokens", args.tokens);
     }
@@ -103,15 +123,37 @@ pub fn run(args: &Args) -> Result<ExitCode> {
             console::print(&row.line())?;
         }
         report.rows.push(row);
+        report.crossing = crossing(&report.rows);
         // Row by row: a longer one that does not fit takes none of them away.
         if let Some(dir) = &args.out {
-            write(dir, &report, &args.size)?;
+            write(dir, &report)?;
         }
     }
-    if args.json {
-        console::print_json(&report)?;
+    finish(args, &report)
+}
+
+fn finish(args: &Args, report: &Report) -> Result<ExitCode> {
+    match (args.json, report.crossing) {
+        (true, _) => console::print_json(report)?,
+        (false, Some(len)) => console::print(&format!("the split is the faster from {len:.0} tokens on\n"))?,
+        (false, None) => {}
     }
     Ok(ExitCode::SUCCESS)
+}
+
+/// Where the curves cross for the last time, the split below attention to the left and above it to the right.
+fn crossing(rows: &[Row]) -> Option<f64> {
+    let lead = |row: &Row| row.split_tokens_per_s - row.attention_tokens_per_s;
+    let pairs = rows.windows(2).rev().find(|pair| lead(&pair[0]) < 0. && lead(&pair[1]) >= 0.)?;
+    let [left, right] = [&pairs[0], &pairs[1]].map(|row| ((row.seq_len as f64).ln(), lead(row)));
+    Some((left.0 + (right.0 - left.0) * left.1 / (left.1 - right.1)).exp())
+}
+
+/// A report that was kept.
+fn read(path: &Path) -> Result<Report> {
+    let text = std::fs::read_to_string(path).with_context(|| format!("cannot read --from {}", path.display()))?;
+    let want = "it takes a context.json that `flowhn bench context --out` wrote";
+    serde_json::from_str(&text).with_context(|| format!("cannot read --from {}: {want}", path.display()))
 }
 
 impl Row {
@@ -126,7 +168,7 @@ impl Row {
     }
 }
 
-fn write(dir: &Path, report: &Report, size: &str) -> Result<()> {
+fn write(dir: &Path, report: &Report) -> Result<()> {
     let file = |name: &str| dir.join(name);
     let save = |path: &Path, text: &str| {
         std::fs::write(path, text).with_context(|| format!("cannot write {}", path.display()))
@@ -147,8 +189,30 @@ fn write(dir: &Path, report: &Report, size: &str) -> Result<()> {
         curve("balanced split", |row| row.split_tokens_per_s),
         curve("every token in attention", |row| row.attention_tokens_per_s),
     ];
-    let title = format!("Training at {size}, {} tokens a step, {}", report.tokens_per_step, report.device);
-    let axes = Axes { title: &title, x: "tokens of a sequence", y: "thousand tokens/s" };
+    let title = format!("Training at {}, {} tokens a step, {}", report.size, report.tokens_per_step, report.device);
+    let mark = report.crossing.map(|len| (len, format!("split faster from {len:.0}")));
+    let mark = mark.as_ref().map(|(len, text)| (*len, text.as_str()));
+    let axes = Axes { title: &title, x: "tokens of a sequence", y: "thousand tokens/s", mark };
     let path = file("context.svg");
     save(&path, &curves_svg(&path, axes, &curves)?)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_split_leads_from_the_crossing_on() {
+        let row = |seq_len, split_tokens_per_s, attention_tokens_per_s| Row {
+            seq_len,
+            attn_frac: 0.5,
+            split_tokens_per_s,
+            attention_tokens_per_s,
+        };
+        let rows = [row(1024, 9., 10.), row(4096, 8., 9.), row(16_384, 7., 4.)];
+        // A quarter of the way from 4096 to 16384 by their logarithms.
+        assert!((crossing(&rows).unwrap() - 4096. * 2f64.sqrt()).abs() < 1e-6);
+        assert_eq!(crossing(&rows[..2]), None);
+        assert_eq!(crossing(&rows[2..]), None);
+    }
 }

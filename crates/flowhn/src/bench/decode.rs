@@ -10,7 +10,7 @@ use serde::Serialize;
 
 use crate::config_args::{self, SetArgs};
 use crate::console::{self, Console};
-use crate::device::BenchDeviceArgs;
+use crate::device::DeviceArgs;
 use crate::units;
 
 const AFTER_HELP: &str = "\
@@ -44,7 +44,7 @@ pub struct Args {
     #[command(flatten)]
     sets: SetArgs,
     #[command(flatten)]
-    device: BenchDeviceArgs,
+    device: DeviceArgs,
     /// Print one JSON object
     #[arg(long)]
     json: bool,

@@ -12,7 +12,7 @@ use tch::Device;
 
 use crate::config_args::{self, SetArgs};
 use crate::console::{self, Console};
-use crate::device::BenchDeviceArgs;
+use crate::device::DeviceArgs;
 use crate::units;
 
 use super::train_files::{self, Beside};
@@ -23,7 +23,7 @@ schedule. A warm-up comes first. Model FLOPs are those of `flowhn plan`, forward
 half (mfu) or as the whole square (mfu_full_scores). mfu is a fraction of the peak, which is named.
 
 --json prints one object: `definition`, `device`, `peak` {name, flops_per_s}, `rows`: a list of {model, policy, parameters, tokens_per_step,
-tokens_per_s, step_ms {median, min, max, all}, mfu, mfu_full_scores, matmul_frac, matmul {flops_per_s, name}, max_memory_bytes, host_ms,
+tokens_per_s, recomputed_flops_per_step (not in mfu), step_ms {median, min, max, all}, mfu, mfu_full_scores, matmul_frac, matmul {flops_per_s, name}, max_memory_bytes, host_ms,
 last_loss, busy_frac, fp8_projections {in_fp8, of}, parts: a list of {name, ms}, power {watts, limit_watts, held_back_frac, clock_mhz,
 max_clock_mhz}, joules_per_token}. With train.linears = \"fp8\", MFU stays a fraction of the bf16
 peak. Parts come from steps of their own with marks between them and branches one after the other; `gaps` lies
@@ -53,7 +53,7 @@ pub struct Args {
     #[command(flatten)]
     sets: SetArgs,
     #[command(flatten)]
-    device: BenchDeviceArgs,
+    device: DeviceArgs,
     /// Whether a block's branches run one after the other or beside each other; `train.branches`
     #[arg(long, value_parser = ["serial", "streams"])]
     branches: Option<String>,
@@ -97,7 +97,7 @@ pub(super) struct Row {
     pub(super) tokens_per_step: u64,
     pub(super) tokens_per_s: f64,
     /// FLOPs that a step computes beside those that MFU counts.
-    recomputed_flops_per_step: u64,
+    pub(super) recomputed_flops_per_step: u64,
     pub(super) step_ms: StepMs,
     pub(super) mfu: f64,
     pub(super) mfu_full_scores: f64,
@@ -109,7 +109,7 @@ pub(super) struct Row {
     /// Absent from reports of earlier versions that had branches beside each other.
     pub(super) busy_frac: Option<f64>,
     fp8_projections: Option<InFp8>,
-    parts: Vec<PartTime>,
+    pub(super) parts: Vec<PartTime>,
     /// Absent on the CPU, where it could not be read, and from reports of earlier versions.
     pub(super) power: Option<Power>,
     pub(super) joules_per_token: Option<f64>,
@@ -263,6 +263,7 @@ impl Row {
             units::bytes(self.max_memory_bytes),
             self.host_ms,
         ) + &self.fp8_line()
+            + &self.recompute_line()
             + &self.parts_line()
             + &self.power_line()
     }
@@ -279,6 +280,17 @@ impl Row {
             power.max_clock_mhz,
             100. * power.held_back_frac,
         )
+    }
+
+    /// What recomputed blocks compute beside the model's FLOPs, below the row.
+    fn recompute_line(&self) -> String {
+        match self.recomputed_flops_per_step {
+            0 => String::new(),
+            flops => format!(
+                "       {}FLOP a step recomputed, which MFU does not count\n",
+                units::spaced(units::count(flops as f64))
+            ),
+        }
     }
 
     /// What of the model is in fp8, below the row.

@@ -60,19 +60,29 @@ pub(super) fn write(dir: &Path, report: &Report, beside: Option<&Beside>) -> Res
 }
 
 fn csv(report: &Report, beside: Option<&Beside>) -> String {
-    let mut text =
-        "model,policy,parameters,tokens_per_step,tokens_per_s,ms_median,ms_min,ms_max,mfu,mfu_full_scores,matmul_frac,\
-                    max_memory_bytes,busy_frac,watts,joules_per_token,beside_tokens_per_s,beside_mfu\n"
-            .to_owned();
+    // Models differ in their parts.
+    let mut parts: Vec<&str> = Vec::new();
+    for part in report.rows.iter().flat_map(|row| &row.parts) {
+        if !parts.contains(&part.name.as_str()) {
+            parts.push(&part.name);
+        }
+    }
+    let part_columns: String = parts.iter().map(|name| format!("ms_{},", name.replace(' ', "_"))).collect();
+    let mut text = format!(
+        "model,policy,parameters,tokens_per_step,tokens_per_s,recomputed_flops_per_step,ms_median,ms_min,ms_max,mfu,mfu_full_scores,\
+         matmul_frac,max_memory_bytes,busy_frac,watts,joules_per_token,{part_columns}beside_tokens_per_s,beside_mfu\n"
+    );
     for row in &report.rows {
         let other = beside.and_then(|beside| beside.of(row));
         let opt = |value: Option<f64>| value.map_or(String::new(), |value| value.to_string());
+        let of_part = |name: &&str| opt(row.parts.iter().find(|part| part.name == **name).map(|part| part.ms));
         let cells = [
             row.model.clone(),
             row.policy.clone(),
             row.parameters.to_string(),
             row.tokens_per_step.to_string(),
             row.tokens_per_s.to_string(),
+            row.recomputed_flops_per_step.to_string(),
             row.step_ms.median.to_string(),
             row.step_ms.min.to_string(),
             row.step_ms.max.to_string(),
@@ -83,9 +93,9 @@ fn csv(report: &Report, beside: Option<&Beside>) -> String {
             opt(row.busy_frac),
             opt(row.power.map(|power| power.watts)),
             opt(row.joules_per_token),
-            opt(other.map(|other| other.tokens_per_s)),
-            opt(other.map(|other| other.mfu)),
         ];
+        let beside = [opt(other.map(|other| other.tokens_per_s)), opt(other.map(|other| other.mfu))];
+        let cells: Vec<String> = cells.into_iter().chain(parts.iter().map(of_part)).chain(beside).collect();
         text += &(cells.join(",") + "\n");
     }
     text

@@ -20,11 +20,11 @@ pub struct Out {
     pub stderr: String,
 }
 
-/// The `flowhn` program with arguments, in the shared directory, on one thread, which is the fastest for models this small.
+/// The `flowhn` program with arguments, in the shared directory, on one thread, which is the fastest for models this small, and without a GPU.
 pub fn command(args: &[&str]) -> Command {
     let mut command = Command::new(env!("CARGO_BIN_EXE_flowhn"));
     command.args(args).current_dir(dir()).stdin(Stdio::null());
-    command.env("OMP_NUM_THREADS", "1").env("RAYON_NUM_THREADS", "1");
+    command.env("OMP_NUM_THREADS", "1").env("RAYON_NUM_THREADS", "1").env("CUDA_VISIBLE_DEVICES", "");
     command
 }
 

@@ -1,4 +1,4 @@
-//! The files of `flowhn bench train`.
+//! The files of `flowhn bench train` and `flowhn bench context`.
 
 use std::fs;
 
@@ -37,4 +37,25 @@ fn a_kept_report_is_written_again_beside_another_programs_speeds() {
     ]);
     flowhn(&["bench", "train", "--from", &kept, "--beside", &kept, "--out", &again])
         .refused(&["--beside", "tokens_per_s"]);
+}
+
+#[test]
+fn a_kept_curve_is_drawn_again_with_its_crossing() {
+    let at = |name: &str| dir().join(name).display().to_string();
+    let (kept, out) = (at("curve.json"), at("curve"));
+    let row = |seq_len: u64, split: f64, attention: f64| json!({"seq_len": seq_len, "attn_frac": 0.5, "split_tokens_per_s": split, "attention_tokens_per_s": attention});
+    let rows = [row(1024, 9., 10.), row(4096, 8., 7.)];
+    fs::write(&kept, json!({"device": "a GPU", "size": "1b", "tokens_per_step": 4096, "rows": rows}).to_string())
+        .unwrap();
+    let told = flowhn(&["bench", "context", "--from", &kept, "--out", &out]).done();
+    assert!(told.contains("faster from 2048 tokens"), "{told}");
+    let read = |file: &str| fs::read_to_string(format!("{out}/{file}")).unwrap();
+    assert!(read("context.svg").contains("split faster from 2048"));
+    assert_eq!(read("context.csv").lines().count(), 3);
+    fs::write(&kept, "{}").unwrap();
+    flowhn(&["bench", "context", "--from", &kept, "--out", &out]).refused(&[
+        "--from",
+        "curve.json",
+        "context.json that",
+    ]);
 }

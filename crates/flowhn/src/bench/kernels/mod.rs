@@ -20,7 +20,7 @@ use serde::Serialize;
 use tch::Device;
 
 use crate::console::{self, Console};
-use crate::device::BenchDeviceArgs;
+use crate::device::DeviceArgs;
 use operation::{Call, Direction, Operation, Pass};
 use peers::Peers;
 use row::{Ceilings, Multiple, Peer, Row, Time};
@@ -45,7 +45,7 @@ max_us, wall_us, n, speedup}.";
 #[command(after_help = AFTER_HELP)]
 pub struct Args {
     #[command(flatten)]
-    device: BenchDeviceArgs,
+    device: DeviceArgs,
     /// Only operations whose name and shape contain this text; may be repeated
     #[arg(long, value_name = "TEXT")]
     filter: Vec<String>,

@@ -18,7 +18,7 @@ use tch::Device;
 
 use crate::config_args::{self, SetArgs};
 use crate::console::{self, Console};
-use crate::device::BenchDeviceArgs;
+use crate::device::DeviceArgs;
 use crate::eval::{TaskArgs, TaskFiles};
 use crate::fail::INTERRUPTED;
 use crate::interrupt::Interrupt;
@@ -99,7 +99,7 @@ pub struct Args {
     #[command(flatten)]
     sets: SetArgs,
     #[command(flatten)]
-    device: BenchDeviceArgs,
+    device: DeviceArgs,
     /// Where everything is kept, instead of runs/paper-SIZE
     #[arg(long, value_name = "DIR")]
     out: Option<PathBuf>,
