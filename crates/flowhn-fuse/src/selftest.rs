@@ -3,6 +3,7 @@
 // b batch, l seq_len, n and m tokens of one branch, d features
 
 mod fp8;
+mod replay;
 
 use flowhn_torch::testing::{Case, Rule, noise, same_bits};
 use flowhn_torch::{Error, Result};
@@ -17,28 +18,45 @@ const BATCH: i64 = 3;
 const EPS: f64 = 1e-6;
 /// Widths that vectors fit and one that they do not.
 const WIDTHS: [i64; 4] = [7, 128, 768, 2048];
+/// Those of the patterns with many tokens.
+const LONG_WIDTHS: [i64; 2] = [64, 136];
+
+/// A check of the routes that runs of tokens mean, with the width and the dtype of the tokens.
+type OfRuns = fn(&[usize], i64, Kind, Device) -> Result<String>;
+
+/// Those of operations that compute.
+const OPERATIONS: [(&str, OfRuns); 5] = [
+    ("merge_residual", residual),
+    ("gather_norm", gather_norms),
+    ("split_norm", split_norms),
+    ("split_norm_tokens", split_norm_tokens),
+    ("merge_residual_norm", merge_norms),
+];
 
 /// Every check of this crate.
 pub fn cases() -> Vec<Case> {
     let mut cases = Vec::new();
-    for (name, runs) in patterns() {
-        for kind in [Kind::Float, Kind::BFloat16] {
-            for d in WIDTHS {
-                let case = |op: &str, check: fn(&[usize], i64, Kind, Device) -> Result<String>| {
-                    let runs = runs.clone();
-                    Case::new(format!("{op}: {name}, {d}, {kind:?}"), move |device| check(&runs, d, kind, device))
-                };
-                cases.push(case("merge_residual", residual));
-                cases.push(case("gather_norm", gather_norms));
-                cases.push(case("split_norm", split_norms));
-                cases.push(case("split_norm_tokens", split_norm_tokens));
-                cases.push(case("merge_residual_norm", merge_norms));
+    for (widths, patterns) in [(&WIDTHS[..], patterns()), (&LONG_WIDTHS[..], long_patterns())] {
+        for (name, runs) in patterns {
+            for kind in [Kind::Float, Kind::BFloat16] {
+                for &d in widths {
+                    for (op, check) in OPERATIONS {
+                        let runs = runs.clone();
+                        let name = format!("{op}: {name}, {d}, {kind:?}");
+                        cases.push(Case::new(name, move |device| check(&runs, d, kind, device)));
+                    }
+                }
             }
         }
-        let runs = runs.clone();
+    }
+    for (op, check) in OPERATIONS {
+        let name = format!("{op}: 65,536 tokens, token by token, 64, BFloat16");
+        cases.push(Case::on_cuda(name, move |device| check(&[1; 65_536], 64, Kind::BFloat16, device)));
+    }
+    for (name, runs) in patterns() {
         cases.push(Case::new(format!("split and merge: {name}, every dtype"), move |device| copies(&runs, device)));
     }
-    for (n_tokens, d) in [(0, 128), (1, 7), (31, 128), (9, 768), (300, 2048), (5, 4104)] {
+    for (n_tokens, d) in [(0, 128), (1, 7), (31, 128), (9, 768), (300, 2048), (5, 4104), (4096, 136)] {
         for kind in [Kind::Float, Kind::BFloat16] {
             let case = |op: &str, check: fn(&(Route, Route), i64, Kind, Device) -> Result<String>| {
                 let name = format!("{op}: {n_tokens} tokens, each to both branches, {d}, {kind:?}");
@@ -51,6 +69,7 @@ pub fn cases() -> Vec<Case> {
         }
     }
     cases.extend(fp8::cases());
+    cases.extend(replay::cases());
     cases
 }
 
@@ -66,6 +85,11 @@ fn patterns() -> Vec<(&'static str, Vec<usize>)> {
         ("all to attention", vec![12]),
         ("none to attention", vec![0, 12]),
     ]
+}
+
+/// So many tokens that each team of threads has many rows.
+fn long_patterns() -> Vec<(&'static str, Vec<usize>)> {
+    vec![("halves of 4096 tokens", vec![2048; 2]), ("4096 tokens, token by token", vec![1; 4096])]
 }
 
 /// The two routes of the runs, and the positions that they mean.

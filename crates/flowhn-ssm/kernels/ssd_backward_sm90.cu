@@ -116,7 +116,11 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) ssd_backward_sm90(
     __syncthreads();
 
     i64 stride = (i64)n_groups * d_state;
-    i64 at = (((i64)part * batches + batch) * seq_len + first) * stride + (i64)group * d_state;
+    // Where the block's rows of db and dc go. Worked out at the end, for no register is left that could hold it until then.
+    auto at = [&] {
+        int block = block_index();
+        return (((i64)(block % n_parts) * batches + batch) * seq_len + first) * stride + (i64)(block / n_parts % n_groups) * d_state;
+    };
     // The gradient of the scores as an operand, at the end: rows i.
     Panels d_scores_tile{base + STAGES_AT};
     char* d_scores_bytes = memory + STAGES_AT;
@@ -239,7 +243,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) ssd_backward_sm90(
         wgmma_commit();
         wgmma_wait<0>();
         wgmma_hold(dc_rows);
-        store_group(dc_rows, dc, at, stride, row, n_rows, d_state, n_parts == 1);
+        store_group(dc_rows, dc, at(), stride, row, n_rows, d_state, n_parts == 1);
         return;
     }
 
@@ -380,7 +384,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) ssd_backward_sm90(
     wgmma_commit();
     wgmma_wait<0>();
     wgmma_hold(db_rows);
-    store_group(db_rows, db, at, stride, row, n_rows, d_state, n_parts == 1);
+    store_group(db_rows, db, at(), stride, row, n_rows, d_state, n_parts == 1);
 }
 
 #endif

@@ -93,8 +93,6 @@ extern "C" __global__ void __launch_bounds__(THREADS, 2) ssd_forward_sm90(
         wgmma_wait<0>();
         wgmma_hold(scores);
         unsigned mix[4][4];
-        float s_row[2] = {own.s[row], own.s[row + 8]};
-        int begin[2] = {own.begin[row], own.begin[row + 8]};
         #pragma unroll
         for (int n = 0; n < 8; n++) {
             float m[4] = {0.f, 0.f, 0.f, 0.f};
@@ -103,9 +101,9 @@ extern "C" __global__ void __launch_bounds__(THREADS, 2) ssd_forward_sm90(
                 float2 dt_col = *reinterpret_cast<const float2*>(&own.dt[n * 8 + 2 * t]);
                 #pragma unroll
                 for (int k = 0; k < 4; k++) {
-                    float decay = ex2(s_row[k / 2] - (k % 2 ? s_col.y : s_col.x));
+                    float decay = ex2(own.s[row + k / 2 * 8] - (k % 2 ? s_col.y : s_col.x));
                     int j = n * 8 + 2 * t + k % 2;
-                    m[k] = j <= row + k / 2 * 8 && j >= begin[k / 2] ? scores[n][k] * decay * (k % 2 ? dt_col.y : dt_col.x) : 0.f;
+                    m[k] = j <= row + k / 2 * 8 && j >= own.begin[row + k / 2 * 8] ? scores[n][k] * decay * (k % 2 ? dt_col.y : dt_col.x) : 0.f;
                 }
             }
             mix[n / 2][n % 2 * 2] = pack_bf16(m[0], m[1]), mix[n / 2][n % 2 * 2 + 1] = pack_bf16(m[2], m[3]);

@@ -28,6 +28,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, 3) ssd_state_sm90(
     int n_p = min(P, d_head - p0);
     x += batch * x_b + head * x_h + p0, b += batch * b_b + group * b_g;
     steps += (i64)batch * n_chunks * n_heads + head;
+    if (states) states += (((i64)batch * n_chunks * n_heads + head) * d_head + p0) * d_state;
     auto chunk_at = [&](int i) { return REVERSE ? begin + n_own - 1 - i : begin + i; };
 
     float state[N / 8][4];
@@ -65,7 +66,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, 3) ssd_state_sm90(
         __syncthreads();
         load(i + STAGES - 1);
         if (states) {
-            bf16* out = states + ((((i64)batch * n_chunks + chunk_at(i)) * n_heads + head) * d_head + p0) * d_state;
+            bf16* out = states + (i64)chunk_at(i) * n_heads * d_head * d_state;
             #pragma unroll
             for (int k = 0; k < 2; k++) {
                 int pi = row + k * 8;

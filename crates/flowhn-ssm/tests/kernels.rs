@@ -11,6 +11,11 @@ const TUNED: &[&str] = &[
     "ssd_steps DT_KIND=1",
     "ssd_state P_TILE=64 N_TILE=128",
     "ssd_carry P_TILE=64 N_TILE=128",
+    "ssd_forward_sm90",
+    "ssd_state_sm90 REVERSE=0",
+    "ssd_state_sm90 REVERSE=1",
+    "ssd_backward_sm90 DT_KIND=0",
+    "ssd_backward_sm90 DT_KIND=1",
 ];
 
 #[test]

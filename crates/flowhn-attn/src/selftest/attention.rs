@@ -1,6 +1,6 @@
 //! Attention against the formula, with every kind of mask.
 
-use flowhn_torch::testing::{Case, Outcome, Rule, noise, same_bits};
+use flowhn_torch::testing::{Case, Outcome, Rule, check_replay, noise, same_bits};
 use flowhn_torch::{Error, Result, cpu};
 use tch::{Device, Kind, Tensor};
 
@@ -12,6 +12,7 @@ const BATCH: i64 = 2;
 #[derive(Clone, Debug)]
 struct Pattern {
     name: &'static str,
+    batch: i64,
     q: Vec<i64>,
     k: Vec<i64>,
     document_len: Option<i64>,
@@ -37,7 +38,22 @@ pub(super) fn cases() -> Vec<Case> {
             }
         }
     }
+    for pattern in [
+        causal("causal, 1000 tokens, batch 8", 1000),
+        Pattern { document_len: Some(150), ..causal("documents of 1000 tokens, batch 8", 1000) },
+    ] {
+        for kind in [Kind::Float, Kind::BFloat16] {
+            let pattern = Pattern { batch: 8, is_long: false, ..pattern.clone() };
+            let name = format!("attention: {}, {kind:?}", pattern.name);
+            cases.push(Case::new(name, move |device| check(&pattern, (1, 1, 64), kind, device)));
+        }
+    }
     for kind in [Kind::Float, Kind::BFloat16] {
+        for width in [64, 24] {
+            let name = |what| format!("attention: {what}, heads of {width}, {kind:?}");
+            cases.push(Case::new(name("scores some 10,000 apart"), move |device| large_scores(width, kind, device)));
+            cases.push(Case::on_cuda(name("replayed from a CUDA graph"), move |device| replays(width, kind, device)));
+        }
         let name = format!("attention: gradients of some inputs alone, {kind:?}");
         cases.push(Case::new(name, move |device| some_gradients(kind, device)));
     }
@@ -45,12 +61,16 @@ pub(super) fn cases() -> Vec<Case> {
     cases
 }
 
+fn plain(name: &'static str, q: Vec<i64>, k: Vec<i64>) -> Pattern {
+    let is_long = q.len() > 200;
+    Pattern { name, batch: BATCH, q, k, document_len: None, window: None, n_sinks: 0, is_long }
+}
+
+fn causal(name: &'static str, n: i64) -> Pattern {
+    plain(name, (0..n).collect(), (0..n).collect())
+}
+
 fn patterns() -> Vec<Pattern> {
-    let plain = |name, q: Vec<i64>, k: Vec<i64>| {
-        let is_long = q.len() > 200;
-        Pattern { name, q, k, document_len: None, window: None, n_sinks: 0, is_long }
-    };
-    let causal = |name, n: i64| plain(name, (0..n).collect(), (0..n).collect());
     vec![
         causal("causal, 1 token", 1),
         causal("causal, 2 tokens", 2),
@@ -87,7 +107,7 @@ fn patterns() -> Vec<Pattern> {
 }
 
 impl Pattern {
-    /// The document of a position; those of the second sequence begin elsewhere.
+    /// The document of a position; those of other sequences begin elsewhere.
     fn document(&self, batch_idx: i64, position: i64) -> i64 {
         self.document_len.map_or(0, |len| (position + 5 * batch_idx) / len)
     }
@@ -101,19 +121,19 @@ impl Pattern {
     /// `[batch, 1, n, m]`.
     fn visible(&self) -> Result<Tensor> {
         let (n, m) = (self.q.len() as i64, self.k.len() as i64);
-        let mut flags = Vec::with_capacity((BATCH * n * m) as usize);
-        for batch_idx in 0..BATCH {
+        let mut flags = Vec::with_capacity((self.batch * n * m) as usize);
+        for batch_idx in 0..self.batch {
             for &q in &self.q {
                 flags.extend(self.k.iter().map(|&k| self.sees(batch_idx, q, k)));
             }
         }
-        cpu::from_slice(&[BATCH, 1, n, m], &flags)
+        cpu::from_slice(&[self.batch, 1, n, m], &flags)
     }
 
     fn documents(&self, positions: &[i64]) -> Result<Tensor> {
         let of = |batch_idx| positions.iter().map(move |&position| self.document(batch_idx, position));
-        let all: Vec<i64> = (0..BATCH).flat_map(of).collect();
-        cpu::from_slice(&[BATCH, positions.len() as i64], &all)
+        let all: Vec<i64> = (0..self.batch).flat_map(of).collect();
+        cpu::from_slice(&[self.batch, positions.len() as i64], &all)
     }
 }
 
@@ -121,7 +141,7 @@ fn check(pattern: &Pattern, shape: (i64, i64, i64), kind: Kind, device: Device) 
     let (heads, kv_heads, width) = shape;
     let (n, m) = (pattern.q.len() as i64, pattern.k.len() as i64);
     // Queries, keys and values are parts of one projection, as in the mixer, and so have gaps between tokens.
-    let part = |len, heads, seed| noise(&[BATCH, len, heads + 1, width], seed).narrow(2, 1, heads) * 2.;
+    let part = |len, heads, seed| noise(&[pattern.batch, len, heads + 1, width], seed).narrow(2, 1, heads) * 2.;
     let inputs = [part(n, heads, 1), part(m, kv_heads, 2), part(m, kv_heads, 3)];
     let visible = pattern.visible()?.to_device(device);
     let (q_positions, k_positions) = (Positions::new(&pattern.q, device)?, Positions::new(&pattern.k, device)?);
@@ -143,6 +163,31 @@ fn check(pattern: &Pattern, shape: (i64, i64, i64), kind: Kind, device: Device) 
     let plain = |x: &[Tensor]| Ok(vec![formula(&x[0], &x[1], &x[2], &visible)]);
     // Where a query sees one key its weight is 1 and its gradient cancels to 0.
     Rule { kernel: &kernel, plain: &plain, floor: Rule::floor_of(kind) }.check_at_scale(1., &inputs, &[kind; 3], device)
+}
+
+/// A softmax that all but chooses one key: what a careless exponential makes infinite stays finite. The floor is what a few roundings of
+/// such a score in f32 do to a weight.
+fn large_scores(width: i64, kind: Kind, device: Device) -> Result<String> {
+    let size = 3e4f64.sqrt();
+    let inputs = [(4, 1, size), (2, 2, size), (2, 3, 1.)]
+        .map(|(heads, seed, size)| noise(&[BATCH, 150, heads, width], seed) * size);
+    let visible = causal("", 150).visible()?.to_device(device);
+    let kernel = |x: &[Tensor]| Ok(vec![attention(&x[0], &x[1], &x[2], &Mask::causal())?]);
+    let plain = |x: &[Tensor]| Ok(vec![formula(&x[0], &x[1], &x[2], &visible)]);
+    let floor = 1e4 * 2f64.powi(-20);
+    Rule { kernel: &kernel, plain: &plain, floor }.check_extremes(&inputs, &[kind; 3], device)
+}
+
+/// Causal, and within documents.
+fn replays(width: i64, kind: Kind, device: Device) -> Result<String> {
+    let pattern = Pattern { document_len: Some(70), ..causal("", 200) };
+    let documents = pattern.documents(&pattern.q)?.to_device(device);
+    let both = |x: &[Tensor]| {
+        let within_documents = attention(&x[0], &x[1], &x[2], &Mask::causal().with_documents(&documents))?;
+        Ok(vec![within_documents, attention(&x[0], &x[1], &x[2], &Mask::causal())?])
+    };
+    let inputs = [(4, 1), (2, 2), (2, 3)].map(|(heads, seed)| noise(&[BATCH, 200, heads, width], seed) * 2.);
+    check_replay(&both, &inputs, &[kind; 3], device)
 }
 
 /// Whatever else needs a gradient, an input's is the same, for a gradient of the output that has no memory of its own.

@@ -14,11 +14,12 @@ const N_SHOWN: i64 = 40;
 
 pub(super) fn cases() -> Vec<Case> {
     let mut cases = Vec::new();
-    for n in [4096, 65_536] {
+    for (batch, n) in [(1, 4096), (8, 4096), (1, 65_536)] {
         for document_len in [None, Some(1500)] {
             let what = document_len.map_or_else(String::new, |len| format!(", documents of {len}"));
-            let name = format!("attention: {n} tokens{what}, some queries against the formula");
-            cases.push(Case::on_cuda(name, move |device| long(n, document_len, device)));
+            let batches = if batch > 1 { format!("batch {batch}, ") } else { String::new() };
+            let name = format!("attention: {batches}{n} tokens{what}, some queries against the formula");
+            cases.push(Case::on_cuda(name, move |device| long([batch, n], document_len, device)));
         }
     }
     cases.push(Case::on_cuda("attention: more than 2^31 elements", huge).alone());
@@ -26,9 +27,9 @@ pub(super) fn cases() -> Vec<Case> {
 }
 
 /// The rule for some queries of a long sequence: what the others find does not count, and so the gradients follow from these alone.
-fn long(n: i64, document_len: Option<i64>, device: Device) -> Result<String> {
+fn long([batch, n]: [i64; 2], document_len: Option<i64>, device: Device) -> Result<String> {
     let [heads, kv_heads, width] = HEADS;
-    let part = |heads, seed| noise(&[1, n, heads + 1, width], seed).narrow(2, 1, heads) * 2.;
+    let part = |heads, seed| noise(&[batch, n, heads + 1, width], seed).narrow(2, 1, heads) * 2.;
     let inputs = [part(heads, 1), part(kv_heads, 2), part(kv_heads, 3)];
     let shown = |x: &Tensor| {
         let starts = [0, n / 2 - N_SHOWN / 2, n - N_SHOWN];
@@ -36,12 +37,13 @@ fn long(n: i64, document_len: Option<i64>, device: Device) -> Result<String> {
     };
     let positions = Tensor::arange(n, (Kind::Int64, device)).unsqueeze(0);
     let segments = positions.floor_divide_scalar(document_len.unwrap_or(n));
+    let all_segments = segments.repeat([batch, 1]);
     let (q_positions, q_segments) = (shown(&positions).unsqueeze(2), shown(&segments).unsqueeze(2));
     let visible =
         positions.unsqueeze(1).le_tensor(&q_positions).logical_and(&segments.unsqueeze(1).eq_tensor(&q_segments));
     let visible = visible.unsqueeze(1);
     let mask = match document_len {
-        Some(_) => Mask::causal().with_documents(&segments),
+        Some(_) => Mask::causal().with_documents(&all_segments),
         None => Mask::causal(),
     };
     let kernel = |x: &[Tensor]| Ok(vec![shown(&attention(&x[0], &x[1], &x[2], &mask)?)]);

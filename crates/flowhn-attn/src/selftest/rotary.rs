@@ -1,14 +1,23 @@
 //! Rotary embedding against its formula.
 
 use flowhn_torch::Result;
-use flowhn_torch::testing::{Case, Rule, noise};
+use flowhn_torch::testing::{Case, Rule, check_replay, noise};
 use tch::{Device, Kind, Tensor};
 
 use crate::{RotaryTable, rotary};
 
 /// Batch, tokens, heads, features of a head.
-const SHAPES: [[i64; 4]; 7] =
-    [[2, 31, 3, 64], [1, 200, 15, 128], [2, 3, 1, 2], [3, 1, 2, 6], [2, 64, 12, 20], [1, 5, 80, 64], [2, 0, 3, 8]];
+const SHAPES: [[i64; 4]; 9] = [
+    [2, 31, 3, 64],
+    [1, 200, 15, 128],
+    [2, 3, 1, 2],
+    [3, 1, 2, 6],
+    [2, 64, 12, 20],
+    [1, 5, 80, 64],
+    [2, 0, 3, 8],
+    [2, 4096, 3, 64],
+    [8, 1000, 2, 64],
+];
 
 pub(super) fn cases() -> Vec<Case> {
     let mut cases = Vec::new();
@@ -17,6 +26,10 @@ pub(super) fn cases() -> Vec<Case> {
             let name = format!("rotary: {shape:?}, {kind:?}");
             cases.push(Case::new(name, move |device| check(shape, kind, device)));
         }
+    }
+    for kind in [Kind::Float, Kind::BFloat16] {
+        let name = format!("rotary: replayed from a CUDA graph, {kind:?}");
+        cases.push(Case::on_cuda(name, move |device| replays(kind, device)));
     }
     cases
 }
@@ -39,4 +52,10 @@ fn check(shape: [i64; 4], kind: Kind, device: Device) -> Result<String> {
     };
     let inputs = [noise(&[batch, n, heads + 2, width], 1) * 2.];
     Rule { kernel: &kernel, plain: &plain, floor: Rule::floor_of(kind) }.check(&inputs, &[kind], device)
+}
+
+fn replays(kind: Kind, device: Device) -> Result<String> {
+    let positions: Vec<i64> = (0..200).collect();
+    let table = RotaryTable::new(&positions, 64, 10_000., device)?;
+    check_replay(&|x| Ok(vec![rotary(&x[0], &table)?]), &[noise(&[2, 200, 3, 64], 1)], &[kind], device)
 }

@@ -1,6 +1,6 @@
 //! The LM head with its cross-entropy against the formula.
 
-use flowhn_torch::testing::{Case, Rule, noise, same_bits};
+use flowhn_torch::testing::{Case, Rule, check_replay, noise, same_bits};
 use flowhn_torch::{Error, Result};
 use tch::{Device, Kind, Tensor};
 
@@ -51,6 +51,10 @@ pub(super) fn cases() -> Vec<Case> {
             cases.push(Case::new(name("every target ignored"), move |device| all_ignored(d_model, kind, device)));
             cases
                 .push(Case::new(name("a target outside the vocabulary"), move |device| outside(d_model, kind, device)));
+        }
+        for d_model in [20, 64] {
+            let name = format!("linear_cross_entropy: {kind:?}, rows of {d_model}, replayed from a CUDA graph");
+            cases.push(Case::on_cuda(name, move |device| replays(d_model, kind, device)));
         }
         cases.push(Case::new(format!("linear_cross_entropy: {kind:?}, rows longer than registers"), move |device| {
             check(5, 12, 100_003, kind, device)
@@ -201,6 +205,14 @@ fn bf16_grad(d_model: i64, logits_bytes: u64, device: Device) -> Result<String> 
     }
     expect(errors[0] < 1e-6 && errors[1..].iter().all(|&error| error < 1. / 128.), &format!("off by {errors:?}"))?;
     Ok(format!("off by {:.1e} (loss), {:.1e} (x), {:.1e} (weight)", errors[0], errors[1], errors[2]))
+}
+
+/// Several chunks of logits.
+fn replays(d_model: i64, kind: Kind, device: Device) -> Result<String> {
+    let (n_tokens, vocab_size) = (700, 300);
+    let loss = |t: &[Tensor]| Ok(vec![linear_cross_entropy_within(&t[0], &t[1], &t[2], IGNORED, 1 << 16)?]);
+    let inputs = [noise(&[n_tokens, d_model], 1), noise(&[vocab_size, d_model], 2) * 2., targets(n_tokens, vocab_size)];
+    check_replay(&loss, &inputs, &[kind, Kind::Float, kind], device)
 }
 
 fn all_ignored(d_model: i64, kind: Kind, device: Device) -> Result<String> {

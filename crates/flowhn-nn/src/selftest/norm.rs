@@ -1,6 +1,6 @@
 //! The norms against their formulas.
 
-use flowhn_torch::testing::{Case, Rule, noise, same_bits};
+use flowhn_torch::testing::{Case, Rule, check_replay, noise, same_bits};
 use flowhn_torch::{Error, Result};
 use tch::{Device, Kind, Tensor};
 
@@ -40,6 +40,12 @@ pub(super) fn cases() -> Vec<Case> {
         }
     }
     for kind in [Kind::Float, Kind::BFloat16] {
+        for op in ["rms_norm", "gated_rms_norm"] {
+            let name = format!("{op}: extreme rows stay finite, {kind:?}");
+            cases.push(Case::new(name, move |device| extreme_rows(op == "gated_rms_norm", kind, device)));
+        }
+        let name = format!("norms: replayed from a CUDA graph, {kind:?}");
+        cases.push(Case::on_cuda(name, move |device| replays(kind, device)));
         for width in [40, 128] {
             let name = format!("norms: views of a wider tensor, gradients of a transposed one, {width}, {kind:?}");
             cases.push(Case::new(name, move |device| strided(width, kind, device)));
@@ -57,7 +63,11 @@ fn weight(d: i64) -> Tensor {
     noise(&[d], 2) * 0.5 + 1.
 }
 
-/// The kinds of activations, and of a weight beside them.
+/// Activations are of this kind, a weight beside them is f32.
+fn kinds(inputs: &[Tensor], kind: Kind) -> Vec<Kind> {
+    inputs.iter().map(|input| if input.dim() == 1 { Kind::Float } else { kind }).collect()
+}
+
 fn check(
     kernel: &dyn Fn(&[Tensor]) -> Result<Vec<Tensor>>,
     formula: &dyn Fn(&[Tensor]) -> Result<Vec<Tensor>>,
@@ -65,8 +75,7 @@ fn check(
     kind: Kind,
     device: Device,
 ) -> Result<String> {
-    let kinds: Vec<Kind> = inputs.iter().map(|input| if input.dim() == 1 { Kind::Float } else { kind }).collect();
-    Rule { kernel, plain: formula, floor: Rule::floor_of(kind) }.check(inputs, &kinds, device)
+    Rule { kernel, plain: formula, floor: Rule::floor_of(kind) }.check(inputs, &kinds(inputs, kind), device)
 }
 
 fn plain(shape: &[i64], kind: Kind, device: Device) -> Result<String> {
@@ -162,4 +171,38 @@ fn extremes(device: Device) -> Result<String> {
         }
     }
     Ok(String::new())
+}
+
+/// Rows of one size each, of which the squares are too small or almost too large for f32, beside gates of every size.
+fn extreme_rows(is_gated: bool, kind: Kind, device: Device) -> Result<String> {
+    let n_groups = 2;
+    let kernel = |x: &[Tensor]| match is_gated {
+        true => Ok(vec![gated_rms_norm(&x[0], &x[2], &x[1], 1e-6, n_groups)?]),
+        false => Ok(vec![rms_norm(&x[0], &x[1], 1e-6)?]),
+    };
+    let formula = |x: &[Tensor]| match is_gated {
+        true => Ok(vec![reference::gated_rms_norm(&x[0], &x[2], &x[1], 1e-6, n_groups)]),
+        false => Ok(vec![reference::rms_norm(&x[0], &x[1], 1e-6)]),
+    };
+    let rule = Rule { kernel: &kernel, plain: &formula, floor: Rule::floor_of(kind) };
+    let gates: &[f64] = if is_gated { &[1e-20, 1., 100., 1e4] } else { &[1.] };
+    let mut found = String::new();
+    for &gate in gates {
+        for size in [0., 1e-30, 1e-4, 1e4, 1e14] {
+            let inputs = [noise(&[5, 136], 1) * size, weight(136), noise(&[5, 136], 3) * gate];
+            found = rule
+                .check_extremes(&inputs, &kinds(&inputs, kind), device)
+                .map_err(|error| Error::invalid("extremes", format!("rows of {size}, gates of {gate}: {error}")))?;
+        }
+    }
+    Ok(found)
+}
+
+fn replays(kind: Kind, device: Device) -> Result<String> {
+    let norms = |x: &[Tensor]| {
+        let (sum, normed) = residual_norm(&x[0], Some(&x[2]), &x[1], 1e-6)?;
+        Ok(vec![rms_norm(&x[0], &x[1], 1e-6)?, sum, normed, gated_rms_norm(&x[0], &x[2], &x[1], 1e-6, 2)?])
+    };
+    let inputs = [noise(&[300, 768], 1) * 3., weight(768), noise(&[300, 768], 3)];
+    check_replay(&norms, &inputs, &kinds(&inputs, kind), device)
 }

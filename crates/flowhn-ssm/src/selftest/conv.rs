@@ -1,6 +1,6 @@
 //! The causal convolution against its plain formula.
 
-use flowhn_torch::testing::{Case, Rule, noise, same_bits};
+use flowhn_torch::testing::{Case, Rule, check_replay, noise, same_bits};
 use flowhn_torch::{Error, Result};
 use tch::{Device, Kind, Tensor};
 
@@ -13,6 +13,7 @@ const BATCH: i64 = 2;
 /// One set of arguments.
 #[derive(Clone, Copy, Debug)]
 struct Setting {
+    batch: i64,
     seq_len: i64,
     channels: i64,
     d_conv: i64,
@@ -29,12 +30,16 @@ struct Setting {
 impl Setting {
     fn new(kind: Kind) -> Self {
         let activation = Activation::Silu;
-        Self { seq_len: 37, channels: 72, d_conv: 4, activation, optional: true, reset_every: 0, around: [0, 0], kind }
+        let (batch, seq_len, channels) = (BATCH, 37, 72);
+        Self { batch, seq_len, channels, d_conv: 4, activation, optional: true, reset_every: 0, around: [0, 0], kind }
     }
 
     fn name(&self) -> String {
-        let Self { seq_len, channels, d_conv, activation, optional, reset_every, around, kind } = self;
+        let Self { batch, seq_len, channels, d_conv, activation, optional, reset_every, around, kind } = self;
         let mut name = format!("causal_conv1d: {kind:?}, {seq_len} tokens x {channels}, {d_conv} taps, {activation:?}");
+        if *batch != BATCH {
+            name.push_str(&format!(", batch {batch}"));
+        }
         if !optional {
             name.push_str(", neither bias nor initial state");
         }
@@ -49,14 +54,14 @@ impl Setting {
 
     /// The input in its wider rows, taps, then bias and initial state, then the resets.
     fn inputs(&self) -> Vec<Tensor> {
-        let Self { seq_len, channels, d_conv, around: [before, after], .. } = *self;
+        let Self { batch, seq_len, channels, d_conv, around: [before, after], .. } = *self;
         let mut inputs =
-            vec![noise(&[BATCH, seq_len, before + channels + after], 1) * 2., noise(&[channels, d_conv], 2)];
+            vec![noise(&[batch, seq_len, before + channels + after], 1) * 2., noise(&[channels, d_conv], 2)];
         if self.optional {
-            inputs.extend([noise(&[channels], 3), noise(&[BATCH, d_conv - 1, channels], 4)]);
+            inputs.extend([noise(&[channels], 3), noise(&[batch, d_conv - 1, channels], 4)]);
         }
         if self.reset_every > 0 {
-            inputs.push(noise(&[BATCH, seq_len], 5).lt(2. / self.reset_every as f64 - 1.));
+            inputs.push(noise(&[batch, seq_len], 5).lt(2. / self.reset_every as f64 - 1.));
         }
         inputs
     }
@@ -73,16 +78,37 @@ impl Setting {
         Ok(vec![out.y_ble, out.final_state_bje])
     }
 
+    /// The dtypes of so many inputs.
+    fn kinds(&self, n_inputs: usize) -> Vec<Kind> {
+        let mut kinds = vec![Kind::Float; n_inputs];
+        kinds[0] = self.kind;
+        kinds
+    }
+
     fn check(&self, device: Device) -> Result<String> {
         let inputs = self.inputs();
-        let mut kinds = vec![Kind::Float; inputs.len()];
-        kinds[0] = self.kind;
         let rule = Rule {
             kernel: &|inputs| self.run(causal_conv1d, inputs),
             plain: &|inputs| self.run(reference::causal_conv1d, inputs),
             floor: Rule::floor_of(self.kind),
         };
-        rule.check(&inputs, &kinds, device)
+        rule.check(&inputs, &self.kinds(inputs.len()), device)
+    }
+
+    /// Sums far from zero on either side, where the sigmoid is 0 or 1 and its exponential too large for f32.
+    fn check_extremes(&self, device: Device) -> Result<String> {
+        let rule = Rule {
+            kernel: &|inputs| self.run(causal_conv1d, inputs),
+            plain: &|inputs| self.run(reference::causal_conv1d, inputs),
+            floor: Rule::floor_of(self.kind),
+        };
+        let mut found = String::new();
+        for size in [1e-30, 100., 1e4, 1e18, 1e30] {
+            let mut inputs = self.inputs();
+            inputs[0] = &inputs[0] * size;
+            found = rule.check_extremes(&inputs, &self.kinds(inputs.len()), device)?;
+        }
+        Ok(found)
     }
 }
 
@@ -103,9 +129,22 @@ pub(super) fn cases() -> Vec<Case> {
         for around in [[8, 24], [4, 20], [2, 22], [1, 3]] {
             settings.push(Setting { around, seq_len: 140, channels: 136, ..plain });
         }
+        settings.push(Setting { batch: 8, seq_len: 1000, channels: 40, reset_every: 301, ..plain });
+        settings.push(Setting { batch: 8, seq_len: 4096, channels: 24, around: [8, 24], ..plain });
     }
     let mut cases: Vec<Case> =
         settings.into_iter().map(|setting| Case::new(setting.name(), move |device| setting.check(device))).collect();
+    for kind in [Kind::Float, Kind::BFloat16] {
+        let setting = Setting::new(kind);
+        let name = format!("causal_conv1d: extreme sums stay finite, {kind:?}");
+        cases.push(Case::new(name, move |device| setting.check_extremes(device)));
+        let name = format!("causal_conv1d: replayed from a CUDA graph, {kind:?}");
+        cases.push(Case::on_cuda(name, move |device| {
+            let setting = Setting { reset_every: 5, ..setting };
+            let inputs = setting.inputs();
+            check_replay(&|inputs| setting.run(causal_conv1d, inputs), &inputs, &setting.kinds(inputs.len()), device)
+        }));
+    }
     cases.push(Case::new("causal_conv1d: steps equal the whole", steps_equal_the_whole));
     cases.push(Case::new("causal_conv1d: no tokens hand the state through", no_tokens));
     cases

@@ -1,7 +1,7 @@
 //! Checks of [`selective_scan`] on any device.
 // b batch, l seq_len, e d_inner, n d_state
 
-use flowhn_torch::testing::{Case, Rule, max_rel, noise, same_bits};
+use flowhn_torch::testing::{Case, Rule, check_replay, max_rel, noise, same_bits};
 use flowhn_torch::{Error, Result};
 use tch::{Device, Kind, Tensor};
 
@@ -40,7 +40,7 @@ enum Place {
 pub(super) fn cases() -> Vec<Case> {
     let plain = With::default();
     let resets = |every| With { resets: Some(every), ..plain };
-    let shapes: [(Sizes, With); 16] = [
+    let shapes: [(Sizes, With); 17] = [
         ([3, 1, 40, 16], plain),
         ([1, 1, 7, 5], resets(1)),
         ([1, 2, 33, 16], resets(2)),
@@ -57,14 +57,17 @@ pub(super) fn cases() -> Vec<Case> {
         ([1, 1000, 34, 16], plain),
         ([1, 1000, 17, 16], resets(301)),
         ([2, 1100, 6, 33], With { strided: Some(Place::Aligned), ..resets(900) }),
+        ([8, 1000, 6, 16], resets(301)),
     ];
-    // These fill a device of 132 multiprocessors: two chunks, more, less than one, and segments.
-    let filling: [(Sizes, With); 5] = [
+    // These fill a device of 132 multiprocessors: two chunks, more, less than one, and segments. The last does not, but is too
+    // long for a CPU.
+    let filling: [(Sizes, With); 6] = [
         ([44, 70, 280, 4], resets(30)),
         ([44, 232, 280, 16], plain),
         ([44, 100, 279, 16], With { bare: true, strided: Some(Place::Odd), ..plain }),
         ([44, 20, 280, 16], plain),
         ([11, 1100, 280, 16], resets(301)),
+        ([8, 4096, 40, 16], With { strided: Some(Place::Aligned), ..resets(1500) }),
     ];
     let mut cases = Vec::new();
     for kind in [Kind::BFloat16, Kind::Float] {
@@ -75,10 +78,17 @@ pub(super) fn cases() -> Vec<Case> {
         for (sizes, with) in filling {
             cases.push(Case::on_cuda(name(sizes, with), move |device| rule(sizes, with, kind, device)));
         }
+        // With segments and without.
+        let with = resets(60);
+        for sizes in [[1, 1200, 34, 16], [3, 70, 40, 16]] {
+            let name = format!("selective_scan: {kind:?}, sizes {sizes:?}, replayed from a CUDA graph");
+            cases.push(Case::on_cuda(name, move |device| replays(sizes, with, kind, device)));
+        }
+        let name = format!("selective_scan: extreme steps stay finite, {kind:?}");
+        cases.push(Case::new(name, move |device| extremes_stay_finite(kind, device)));
     }
     cases.push(Case::new("selective_scan: steps equal the scan", steps_equal_the_scan));
     cases.push(Case::new("selective_scan: pieces equal the whole", pieces_equal_the_whole));
-    cases.push(Case::new("selective_scan: extreme steps stay finite", extremes_stay_finite));
     cases.push(Case::new("selective_scan: a token leaves those before it alone", causal));
     cases.push(Case::new("selective_scan: unsupported arguments are refused by name", refusals));
     cases
@@ -157,6 +167,12 @@ fn rule(sizes: Sizes, with: With, kind: Kind, device: Device) -> Result<String> 
     .check(&inputs(sizes, with), &kinds(kind, with), device)
 }
 
+fn replays(sizes: Sizes, with: With, kind: Kind, device: Device) -> Result<String> {
+    let reset_bl = resets(sizes, with, device);
+    let scan = |t: &[Tensor]| selective_scan(&args(t, reset_bl.as_ref(), with)).map(pair);
+    check_replay(&scan, &inputs(sizes, with), &kinds(kind, with), device)
+}
+
 /// Inputs on the device in the dtypes of a call without gradients.
 fn on_device(sizes: Sizes, kind: Kind, device: Device) -> Vec<Tensor> {
     let with = With::default();
@@ -220,12 +236,13 @@ fn pieces_equal_the_whole(device: Device) -> Result<String> {
     Ok(format!("differ by {error:.1e}"))
 }
 
-fn extremes_stay_finite(device: Device) -> Result<String> {
+/// The formula computes in f32 whatever the dtype.
+fn extremes_stay_finite(kind: Kind, device: Device) -> Result<String> {
     let (sizes, with) = ([1, 700, 8, 16], With::default());
     for (dt, a, x) in
         [(60., 1., 1.), (-60., 1., 1.), (1e4, 1e4, 1.), (-200., 1e-6, 1.), (3., 1e-30, 1e15), (0., 1., 1e18)]
     {
-        let mut t = on_device(sizes, Kind::Float, device);
+        let mut t = on_device(sizes, kind, device);
         t[1] = &t[1] + dt;
         t[2] = &t[2] * a;
         t[0] = &t[0] * x;

@@ -1,8 +1,8 @@
 //! Checks of [`ssd`] on any device.
 // b batch, l seq_len, h n_heads, p d_head, g n_groups, n d_state
 
-use flowhn_torch::testing::{Case, Rule, noise, same_bits};
-use flowhn_torch::{Error, Result};
+use flowhn_torch::testing::{Case, Rule, check_replay, noise, same_bits};
+use flowhn_torch::{Error, Result, split_features};
 use tch::{Device, Kind, Tensor};
 
 use crate::reference;
@@ -19,17 +19,26 @@ struct With {
     resets: Option<i64>,
     /// No skip, no bias, no initial state.
     bare: bool,
-    /// `x`, `b`, `c` as parts of rows that begin at odd places.
-    strided: bool,
+    /// `x`, `b`, `c` as parts of wider rows.
+    strided: Option<Place>,
     /// `dt` in f32 beside bf16 inputs, unchanged by softplus.
     exact_dt: bool,
+}
+
+#[derive(Clone, Copy, Debug)]
+enum Place {
+    /// Each in rows of its own, at places that no vector fits.
+    Odd,
+    /// Side by side in the same rows, at multiples of 16 bytes, as the mixer of Mamba-2 hands them over.
+    Mixer,
 }
 
 /// Every check of SSD.
 pub(super) fn cases() -> Vec<Case> {
     let plain = With::default();
     let resets = |every| With { resets: Some(every), ..plain };
-    let shapes: [(Sizes, With); 16] = [
+    let mixer = Some(Place::Mixer);
+    let shapes: [(Sizes, With); 19] = [
         ([3, 1, 4, 64, 2, 128], plain),
         ([1, 2, 4, 64, 2, 128], resets(2)),
         ([1, 31, 3, 64, 1, 64], plain),
@@ -41,17 +50,29 @@ pub(super) fn cases() -> Vec<Case> {
         ([2, 70, 4, 24, 2, 20], resets(11)),
         ([1, 65, 2, 80, 1, 40], With { exact_dt: true, ..plain }),
         ([1, 130, 2, 128, 1, 64], plain),
-        ([1, 66, 2, 16, 2, 32], With { strided: true, ..plain }),
-        ([2, 66, 2, 5, 1, 3], With { strided: true, ..resets(5) }),
+        ([1, 66, 2, 16, 2, 32], With { strided: Some(Place::Odd), ..plain }),
+        ([2, 66, 2, 5, 1, 3], With { strided: Some(Place::Odd), ..resets(5) }),
         ([1, 100, 2, 64, 1, 256], plain),
         ([2, 130, 2, 64, 1, 128], With { bare: true, ..plain }),
         ([2, 70, 34, 16, 1, 16], plain),
+        ([2, 130, 2, 64, 1, 128], With { strided: mixer, ..plain }),
+        ([1, 200, 6, 64, 2, 128], With { strided: mixer, ..resets(70) }),
+        ([8, 1000, 2, 64, 1, 128], With { strided: mixer, ..resets(301) }),
     ];
     let mut cases = Vec::new();
     for kind in [Kind::BFloat16, Kind::Float] {
+        let name = |sizes: Sizes, with: With| format!("ssd: {kind:?}, sizes {sizes:?}, {with:?}");
         for (sizes, with) in shapes {
-            let name = format!("ssd: {kind:?}, sizes {sizes:?}, {with:?}");
-            cases.push(Case::new(name, move |device| rule(sizes, with, kind, device)));
+            cases.push(Case::new(name(sizes, with), move |device| rule(sizes, with, kind, device)));
+        }
+        // Long for a CPU.
+        let (sizes, with) = ([8, 4096, 2, 64, 1, 128], With { strided: mixer, ..resets(1500) });
+        cases.push(Case::on_cuda(name(sizes, with), move |device| rule(sizes, with, kind, device)));
+        // With segments and without.
+        let with = resets(60);
+        for sizes in [[1, 1200, 2, 64, 1, 128], [3, 70, 4, 24, 2, 20]] {
+            let name = format!("ssd: {kind:?}, sizes {sizes:?}, replayed from a CUDA graph");
+            cases.push(Case::on_cuda(name, move |device| replays(sizes, with, kind, device)));
         }
     }
     cases.push(Case::new("ssd: steps equal the scan", steps_equal_the_scan));
@@ -105,24 +126,37 @@ fn pair(out: SsdOutput) -> Vec<Tensor> {
 }
 
 /// `x`, `b` and `c` as views of wider rows.
-fn layout(t: &[Tensor], with: With) -> Vec<Tensor> {
-    let widen = |(i, t): (usize, &Tensor)| match with.strided && [0, 3, 4].contains(&i) {
-        true => {
-            let rows = t.flatten(2, 3);
-            let pad = rows.narrow(2, 0, 1);
-            let wide = Tensor::cat(&[&pad, &rows, &pad, &pad], 2);
-            wide.narrow(2, 1, rows.size()[2]).unflatten(2, &t.size()[2..])
+fn layout(t: &[Tensor], with: With) -> Result<Vec<Tensor>> {
+    let mut views: Vec<Tensor> = t.iter().map(Tensor::shallow_clone).collect();
+    match with.strided {
+        None => {}
+        Some(Place::Odd) => {
+            for i in [0, 3, 4] {
+                let rows = t[i].flatten(2, 3);
+                let pad = rows.narrow(2, 0, 1);
+                let wide = Tensor::cat(&[&pad, &rows, &pad, &pad], 2);
+                views[i] = wide.narrow(2, 1, rows.size()[2]).unflatten(2, &t[i].size()[2..]);
+            }
         }
-        false => t.shallow_clone(),
-    };
-    t.iter().enumerate().map(widen).collect()
+        Some(Place::Mixer) => {
+            let rows = [0, 3, 4].map(|i| t[i].flatten(2, 3));
+            // 16 bytes in bf16 in front of all.
+            let wide = Tensor::cat(&[&rows[0].narrow(2, 0, 8), &rows[0], &rows[1], &rows[2]], 2);
+            let group = &t[3].size()[2..];
+            let pieces = split_features(&wide, &[&[8], &t[0].size()[2..], group, group])?;
+            for (i, piece) in [0, 3, 4].into_iter().zip(&pieces[1..]) {
+                views[i] = piece.shallow_clone();
+            }
+        }
+    }
+    Ok(views)
 }
 
 fn rule(sizes: Sizes, with: With, kind: Kind, device: Device) -> Result<String> {
     let reset_bl = resets(sizes, with, device);
     let reset_bl = reset_bl.as_ref();
     Rule {
-        kernel: &|t| ssd(&args(&layout(t, with), reset_bl, with)).map(pair),
+        kernel: &|t| ssd(&args(&layout(t, with)?, reset_bl, with)).map(pair),
         plain: &|t| match t[0].kind() {
             Kind::BFloat16 => bf16_products(&args(t, reset_bl, with)).map(pair),
             _ => reference::ssd_chunked(&args(t, reset_bl, with)).map(pair),
@@ -130,6 +164,12 @@ fn rule(sizes: Sizes, with: With, kind: Kind, device: Device) -> Result<String> 
         floor: Rule::floor_of(kind),
     }
     .check(&inputs(sizes, with), &kinds(kind, with), device)
+}
+
+fn replays(sizes: Sizes, with: With, kind: Kind, device: Device) -> Result<String> {
+    let reset_bl = resets(sizes, with, device);
+    let ssd = |t: &[Tensor]| ssd(&args(t, reset_bl.as_ref(), with)).map(pair);
+    check_replay(&ssd, &inputs(sizes, with), &kinds(kind, with), device)
 }
 
 /// The plain implementation in bf16: the chunked form with the operands of its matrix products in bf16, as libtorch's autocast

@@ -42,7 +42,7 @@ pub struct EntryResources {
     pub shared_bytes: u32,
     /// Local memory of a thread, in bytes.
     pub stack_bytes: u32,
-    /// Bytes that a thread spills, stores and loads together.
+    /// Bytes that a thread spills, stores and loads together, with those of functions that the entry calls.
     pub spill_bytes: u32,
 }
 
@@ -228,8 +228,9 @@ fn resources(log: &str) -> Vec<EntryResources> {
             number.and_then(|number| number.parse().ok()).unwrap_or(0)
         };
         if line.contains("bytes stack frame") {
-            current.stack_bytes = before(" bytes stack frame");
-            current.spill_bytes = before(" bytes spill stores") + before(" bytes spill loads");
+            // Functions that an entry calls are told of behind it, each for itself.
+            current.stack_bytes = current.stack_bytes.max(before(" bytes stack frame"));
+            current.spill_bytes += before(" bytes spill stores") + before(" bytes spill loads");
         }
         if line.contains("Used ") && line.contains(" registers") {
             current.registers = before(" registers");
@@ -289,9 +290,11 @@ extern "C" __global__ void scale(const X* x, X* y, int n, float factor) {
     fn the_assemblers_report_is_read() {
         let log = "ptxas info    : Compiling entry function 'a' for 'sm_90a'\nptxas info    : Function properties for a\n\
                    ptxas         .     8 bytes stack frame, 12 bytes spill stores, 16 bytes spill loads\n\
-                   ptxas info    : Used 40 registers, used 1 barriers, 128 bytes smem\n";
+                   ptxas info    : Used 40 registers, used 1 barriers, 128 bytes smem\n\
+                   ptxas info    : Function properties for _Z6helperv\n\
+                   ptxas         .     0 bytes stack frame, 4 bytes spill stores, 4 bytes spill loads\n";
         let want =
-            EntryResources { entry: "a".into(), registers: 40, shared_bytes: 128, stack_bytes: 8, spill_bytes: 28 };
+            EntryResources { entry: "a".into(), registers: 40, shared_bytes: 128, stack_bytes: 8, spill_bytes: 36 };
         assert_eq!(resources(log), [want]);
     }
 }

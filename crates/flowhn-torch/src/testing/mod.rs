@@ -3,11 +3,13 @@
 mod case;
 mod flops;
 mod kernels;
+mod replay;
 mod rule;
 
 pub use case::{Case, Outcome, run_on_cpu};
 pub use flops::count_matmul_flops;
 pub use kernels::{CompiledEntry, check_kernels, compile_all};
+pub use replay::check_replay;
 pub use rule::{Rule, noise, same_bits};
 
 use tch::{Kind, Tensor};
