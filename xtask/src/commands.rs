@@ -36,7 +36,7 @@ pub const COMMANDS: &[Command] = &[
     Command::flowhn("import", "make a run of a Hugging Face checkpoint: --from DIR"),
     Command::flowhn("export", "write a checkpoint for Hugging Face's transformers: --to DIR"),
     Command::flowhn("data", "prepare data: tokenizer, token shards, samples of items"),
-    Command::flowhn("selftest", "every operation, model and run on one device; --device cuda"),
+    Command::flowhn("selftest", "every operation, model and run on the first GPU, or the CPU"),
     Command::flowhn("kernels", "registers, shared memory and spills of every kernel"),
     Command::chore("setup", "", "find or install libtorch and link it as .libtorch", setup::command),
     Command::chore("test", "[args]", "every CPU test; arguments go to `cargo test`", cargo::test),

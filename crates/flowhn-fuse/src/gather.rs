@@ -76,8 +76,8 @@ pub struct SplitNormed {
 
 /// `x + delta`, and of its tokens both branches', each through the norm that opens the branch.
 ///
-/// On CUDA one pass over the sequence forward and one backward, if the routes share out the sequence, or both take all of it, and the
-/// norms agree in what they add to the mean square. Use the sum in the place of `x` afterwards, also without `delta`: its gradient is then
+/// On CUDA one pass over the sequence forward and one backward, if the routes share out the sequence, or both take all of it and a token has
+/// at most 4,096 features, and the norms agree in what they add to the mean square. Use the sum in the place of `x` afterwards, also without `delta`: its gradient is then
 /// added to those of the norms in the same pass.
 ///
 /// # Shapes
@@ -159,7 +159,7 @@ pub struct SplitTokens {
 /// the projections, attention's first, that alone read the normed tokens, where there are such: what they multiply in fp8 is rounded here.
 ///
 /// On CUDA one pass over the sequence forward and one backward, in which the gradients of the sum, of its tokens and of their norms
-/// become one, as in [`split_norm`]; where both routes take all of it, only without a reader in fp8.
+/// become one, as in [`split_norm`]; where both routes take all of it, only up to 4,096 features and without a reader in fp8.
 ///
 /// # Shapes
 /// As [`split_norm`].

@@ -56,7 +56,7 @@ pub fn cases() -> Vec<Case> {
     for (name, runs) in patterns() {
         cases.push(Case::new(format!("split and merge: {name}, every dtype"), move |device| copies(&runs, device)));
     }
-    for (n_tokens, d) in [(0, 128), (1, 7), (31, 128), (9, 768), (300, 2048), (5, 4104), (4096, 136)] {
+    for (n_tokens, d) in [(0, 128), (1, 7), (31, 128), (9, 768), (300, 2048), (3, 4096), (5, 4104), (4096, 136)] {
         for kind in [Kind::Float, Kind::BFloat16] {
             let case = |op: &str, check: fn(&(Route, Route), i64, Kind, Device) -> Result<String>| {
                 let name = format!("{op}: {n_tokens} tokens, each to both branches, {d}, {kind:?}");

@@ -352,8 +352,7 @@ unsafe extern "C" fn backward_callback<F: Function>(
             };
             (&*data.cast::<F>(), ctx, handles(grads, n_grads))
         };
-        let within = |error: Error| error.within(&format!("backward of {}", F::NAME));
-        let gradients = tch::no_grad(|| function.backward(&ctx, &grads)).map_err(within)?;
+        let gradients = tch::no_grad(|| function.backward(&ctx, &grads))?;
         if gradients.len() != n_out {
             let message = format!("backward returned {} gradients for {n_out} inputs", gradients.len());
             return Err(Error::invalid(F::NAME, message));

@@ -25,7 +25,7 @@ mod stream;
 pub mod testing;
 pub mod timeline;
 
-pub use devices::{cuda_problem, n_cuda_devices};
+pub use devices::{CudaProblem, cuda_problem, n_cuda_devices};
 pub use error::{Error, Result, catch};
 pub use exit::exit_now;
 pub use flag::Flag;
@@ -35,7 +35,7 @@ pub use mapped::MappedFile;
 pub use memory::{DeviceProperties, MemoryStats, keep_freed_host_memory};
 pub use pieces::split_features;
 pub use product::{Sum, product, product_into};
-pub use stream::{Event, Priority, Stream, StreamGuard, fork_join, record_stream};
+pub use stream::{Event, Priority, SideStream, Stream, StreamGuard, fork_join, record_stream};
 
 /// Folder of the libtorch that this process runs on.
 ///

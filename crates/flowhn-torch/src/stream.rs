@@ -3,7 +3,7 @@
 use std::ffi::{c_int, c_void};
 use std::marker::PhantomData;
 
-use tch::Tensor;
+use tch::{Device, Tensor};
 
 use crate::Result;
 use crate::ffi::{self, RawStream};
@@ -167,6 +167,38 @@ pub fn fork_join<A, B, E: From<crate::Error>>(
     end.record(side)?;
     current.wait(&end)?;
     Ok((first?, second?))
+}
+
+/// A stream of a GPU that takes all work of the thread until dropped: the default one cannot be captured.
+#[derive(Debug)]
+pub struct SideStream {
+    stream: Stream,
+    _guard: StreamGuard,
+}
+
+impl SideStream {
+    /// Enters a stream, after the work that is under way; there is none on the CPU.
+    ///
+    /// # Errors
+    /// [`crate::Error::Torch`] with the first error of that work.
+    pub fn enter(device: Device) -> Result<Option<Self>> {
+        let Device::Cuda(device_idx) = device else { return Ok(None) };
+        Stream::current(device_idx)?.synchronize()?;
+        let stream = Stream::from_pool(device_idx, Priority::Normal)?;
+        Ok(Some(Self { stream, _guard: stream.enter()? }))
+    }
+
+    /// The stream.
+    pub fn stream(&self) -> Stream {
+        self.stream
+    }
+}
+
+impl Drop for SideStream {
+    fn drop(&mut self) {
+        // Later work, in another stream, finds everything done. An error of the work itself shows there again.
+        let _ = self.stream.synchronize();
+    }
 }
 
 /// A mark in a stream.

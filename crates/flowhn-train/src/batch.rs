@@ -32,9 +32,9 @@ impl DeviceBatch {
         })
     }
 
-    /// Whether the batch has this one's shape.
-    pub(crate) fn fits(&self, batch: &Batch) -> bool {
-        self.ids_bl.size() == shape(batch)
+    /// Whether the batch has this one's shape, and documents are kept apart in both or in neither.
+    pub(crate) fn fits(&self, batch: &Batch, reset_documents: bool) -> bool {
+        self.ids_bl.size() == shape(batch) && self.segments_bl.is_some() == reset_documents
     }
 
     /// Copies another batch of the same shape into the same tensors.

@@ -9,7 +9,7 @@ use std::sync::Arc;
 use std::time::Instant;
 
 use flowhn_model::Model;
-use flowhn_torch::{Priority, Stream, StreamGuard};
+use flowhn_torch::SideStream;
 use tch::{Device, Tensor};
 
 use crate::checkpoint::{self, Progress, Snapshot};
@@ -319,29 +319,6 @@ impl Trainer {
 
     pub(crate) fn valid_records(&self) -> &[ValidRecord] {
         &self.valid_records
-    }
-}
-
-/// A stream of a GPU that takes all work of the thread until dropped: the default one cannot be captured.
-pub(crate) struct SideStream {
-    stream: Stream,
-    _guard: StreamGuard,
-}
-
-impl SideStream {
-    /// Enters a stream, after the work that is under way; there is none on the CPU.
-    pub(crate) fn enter(device: Device) -> Result<Option<Self>> {
-        let Device::Cuda(device_idx) = device else { return Ok(None) };
-        Stream::current(device_idx)?.synchronize()?;
-        let stream = Stream::from_pool(device_idx, Priority::Normal)?;
-        Ok(Some(Self { stream, _guard: stream.enter()? }))
-    }
-}
-
-impl Drop for SideStream {
-    fn drop(&mut self) {
-        // Later work, in another stream, finds everything done. An error of the work itself shows there again.
-        let _ = self.stream.synchronize();
     }
 }
 

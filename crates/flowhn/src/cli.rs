@@ -70,7 +70,8 @@ static LONG_VERSION: LazyLock<String> = LazyLock::new(|| {
     let cuda = match (flowhn_torch::BUILT_WITH_CUDA, flowhn_torch::n_cuda_devices()) {
         (false, _) => "no".to_owned(),
         (true, 0) => {
-            let problem = flowhn_torch::cuda_problem().map_or_else(String::new, |problem| format!(": {problem}"));
+            let problem =
+                flowhn_torch::cuda_problem().map_or_else(String::new, |problem| format!(": {}", problem.message));
             format!("built in, no device here{problem}")
         }
         (true, n) => format!("yes, {n} device(s)"),

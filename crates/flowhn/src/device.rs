@@ -3,7 +3,7 @@
 use std::str::FromStr;
 
 use anyhow::{Result, bail};
-use flowhn_torch::{cuda_problem, n_cuda_devices};
+use flowhn_torch::{CudaProblem, cuda_problem, n_cuda_devices};
 use tch::Device;
 
 use crate::console::Console;
@@ -35,20 +35,23 @@ impl FromStr for DeviceName {
 }
 
 impl DeviceArgs {
-    /// The device, which is there. A GPU that is in the machine but not used for want of a name is told about.
+    /// The device, which is there. Where no device is named and a GPU cannot be used, standard error says why, unless it is hidden.
     ///
     /// # Errors
     /// Where the one that was named is not.
     pub fn device(&self) -> Result<Device> {
         match self.device {
             Some(name) => name.checked(),
-            None if n_cuda_devices() > 0 => Ok(Device::Cuda(0)),
-            None => {
-                if let Some(problem) = cuda_problem() {
-                    Console::new().line(format!("computing on the CPU: {problem}"));
+            None => match cuda_problem() {
+                None if n_cuda_devices() > 0 => Ok(Device::Cuda(0)),
+                None => Ok(Device::Cpu),
+                Some(CudaProblem { message, is_hidden }) => {
+                    if !is_hidden {
+                        Console::new().line(format!("computing on the CPU: {message}"));
+                    }
+                    Ok(Device::Cpu)
                 }
-                Ok(Device::Cpu)
-            }
+            },
         }
     }
 }
@@ -59,7 +62,7 @@ impl DeviceName {
         if let Device::Cuda(idx) = device {
             let n_devices = n_cuda_devices();
             if n_devices == 0 {
-                let problem = cuda_problem().unwrap_or_else(|| "use --device cpu".to_owned());
+                let problem = cuda_problem().map_or("use --device cpu".to_owned(), |problem| problem.message);
                 bail!("--device cuda: libtorch finds no CUDA device on this machine; {problem}");
             }
             if idx >= n_devices {

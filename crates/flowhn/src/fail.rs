@@ -20,7 +20,8 @@ pub fn exit_code(error: &anyhow::Error) -> ExitCode {
 }
 
 /// What helps where memory ran out outside of a training step, whose error says it.
-const LESS_MEMORY: &str = "Shorter sequences or smaller batches need less (--set model.seq_len, train.batch_size), or give it a device of its own";
+const LESS_MEMORY: &str =
+    "Shorter sequences and smaller batches need less; a device of its own has more, --device cpu the machine's";
 
 /// The error and those of its causes that it does not already quote, joined by colons.
 fn message(error: &anyhow::Error) -> String {

@@ -94,7 +94,7 @@ impl Function for TwinNorm {
         let defines = defines(tiling.form, x_kind, self.with_tokens);
         let kernel = Kernel { source: &TWIN_NORM, entry: "twin_norm_backward", defines: &defines };
         // Both weights, and behind the last row the columns that teams add up.
-        let shared_bytes = 2 * tiling.column_bytes();
+        let shared_bytes = 2 * tiling.form.n_vectors as usize * tiling.column_bytes();
         kernel.launch([n_blocks as u32, 1, 1], tiling.block(), shared_bytes, &args)?;
         let dchange = (self.n_inputs == 4).then(|| Some(dx.shallow_clone()));
         let dweights = dweights.totals(weight0.kind())?;

@@ -4,25 +4,28 @@ use flowhn_torch::Result;
 use flowhn_torch::testing::{Case, check_replay};
 use tch::{Device, Kind, Tensor};
 
-use super::{EPS, routes, tokens, weight};
+use super::{EPS, both_read_all, doubled, routes, tokens, weight};
 use crate::gather::{normed_gather, normed_split, normed_split_tokens};
-use crate::merge::normed_merge;
-use crate::{Route, gather, merge, merge_residual, split};
+use crate::merge::{concat_sums, normed_merge};
+use crate::{Route, gather, merge, merge_residual, merge_sums, split};
 
 /// Width of a token.
 const D: i64 = 136;
 /// Of tokens that go to attention and to the state-space branch in turn.
 const RUNS: [usize; 4] = [5, 21, 5, 30];
+/// Tokens where both branches read all.
+const N_TOKENS: usize = 40;
 
 /// An operation on tokens of the sequence, of attention and of the state-space branch, then two weights.
 type Operation = fn(&[Tensor], &Route, &Route) -> Result<Vec<Tensor>>;
 
-const OPERATIONS: [(&str, Operation); 6] = [
+const OPERATIONS: [(&str, Operation); 7] = [
     ("split and merge", |x, attn, ssm| {
         let (first, second) = split(&x[0], attn, ssm)?;
         Ok(vec![first, second, gather(&x[0], ssm)?, merge(&x[1], &x[2], attn, ssm)?])
     }),
     ("merge_residual", |x, attn, ssm| Ok(vec![merge_residual(&x[0], &x[1], &x[2], attn, ssm)?])),
+    ("merge_sums", |x, attn, ssm| Ok(vec![merge_sums(&doubled(&x[1]), &doubled(&x[2]), attn, ssm)?])),
     ("gather_norm", |x, attn, ssm| {
         Ok(vec![normed_gather(&x[0], attn, &x[3], EPS)?, normed_gather(&x[0], ssm, &x[4], EPS)?])
     }),
@@ -41,19 +44,28 @@ const OPERATIONS: [(&str, Operation); 6] = [
     }),
 ];
 
+/// What has kernels of its own where both branches read every token.
+const OF_ALL_TOKENS: [(&str, Operation); 3] =
+    [OPERATIONS[4], OPERATIONS[5], ("concat_sums", |x, _, _| Ok(vec![concat_sums(&doubled(&x[1]), &doubled(&x[2]))?]))];
+
 pub(super) fn cases() -> Vec<Case> {
     let mut cases = Vec::new();
-    for (name, operation) in OPERATIONS {
-        for kind in [Kind::Float, Kind::BFloat16] {
+    for kind in [Kind::Float, Kind::BFloat16] {
+        for (name, operation) in OPERATIONS {
             let name = format!("{name}: replayed from a CUDA graph, {kind:?}");
-            cases.push(Case::on_cuda(name, move |device| replays(operation, kind, device)));
+            let check = move |device| replays(operation, routes(&RUNS, device)?, kind, device);
+            cases.push(Case::on_cuda(name, check));
+        }
+        for (name, operation) in OF_ALL_TOKENS {
+            let name = format!("{name}: each token to both branches, replayed from a CUDA graph, {kind:?}");
+            let check = move |device| replays(operation, both_read_all(N_TOKENS, device)?, kind, device);
+            cases.push(Case::on_cuda(name, check));
         }
     }
     cases
 }
 
-fn replays(operation: Operation, kind: Kind, device: Device) -> Result<String> {
-    let (attn, ssm) = routes(&RUNS, device)?;
+fn replays(operation: Operation, (attn, ssm): (Route, Route), kind: Kind, device: Device) -> Result<String> {
     let part = |n: usize, seed| tokens(n, D, seed).narrow(2, 8, D);
     let n = attn.seq_len();
     let inputs = [part(n, 1), part(attn.len(), 2), part(ssm.len(), 3), weight(D, 4), weight(D, 5), part(n, 6)];

@@ -10,13 +10,14 @@ use flowhn_trace::Extent;
 use xxhash_rust::xxh3::xxh3_128;
 
 use super::{Arg, Kernel, nvrtc, trace};
+use crate::devices::too_old;
 use crate::stream::Stream;
 use crate::{DeviceProperties, Error, Result};
 
 /// Shared memory that a block gets without asking, with what the kernel itself declares.
 const DEFAULT_SHARED_BYTES: usize = 48 << 10;
 /// The oldest architecture that the kernels are written for: bf16 matrix instructions and asynchronous copies.
-const MIN_CAPABILITY: u32 = 80;
+pub(crate) const MIN_CAPABILITY: u32 = 80;
 
 /// The first architecture on which a kernel can start before the one in front of it has ended.
 const EARLY_START_CAPABILITY: u32 = 90;
@@ -282,12 +283,7 @@ fn module(kernel: &Kernel, device_idx: usize, properties: &DeviceProperties) -> 
 fn architecture(kernel: &Kernel, properties: &DeviceProperties) -> Result<String> {
     let capability = properties.compute_capability;
     if capability < MIN_CAPABILITY {
-        return Err(kernel.error(format!(
-            "{} has compute capability {}.{}; the kernels need 8.0 (Ampere) or newer",
-            properties.name,
-            capability / 10,
-            capability % 10
-        )));
+        return Err(kernel.error(too_old(properties)));
     }
     let suffix = if capability == 90 { "a" } else { "" };
     Ok(format!("sm_{capability}{suffix}"))

@@ -22,6 +22,7 @@ use driver::Start;
 pub use boxes::Boxes;
 pub use cache::{cache_dir, cache_problem};
 pub use columns::ColumnSums;
+pub(crate) use driver::MIN_CAPABILITY;
 pub use nvrtc::{Compiled, EntryResources, compile};
 pub use trace::DIR as TRACE_DIR;
 

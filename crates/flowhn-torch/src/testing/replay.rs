@@ -3,7 +3,7 @@
 use tch::{Device, Kind, Tensor};
 
 use super::rule::{Op, directions_of, leaves_of, results, round, same_bits};
-use crate::{CaptureMode, Error, Graph, Priority, Result, Stream, StreamGuard};
+use crate::{CaptureMode, Error, Graph, Result, SideStream};
 
 /// Calls before the capture: kernels are compiled, and libtorch's libraries have their workspaces.
 const WARM_UP: u32 = 2;
@@ -18,8 +18,7 @@ const WARM_UP: u32 = 2;
 /// Those of `op`; [`Error::Torch`] if it cannot be captured; [`Error::Invalid`] that names the output or gradient that differs, and for
 /// a device without graphs.
 pub fn check_replay(op: Op, inputs: &[Tensor], kinds: &[Kind], device: Device) -> Result<String> {
-    let Device::Cuda(device_idx) = device else { return Err(Error::invalid("replay", "not a CUDA device")) };
-    let side = SideStream::enter(device_idx)?;
+    let Some(side) = SideStream::enter(device)? else { return Err(Error::invalid("replay", "not a CUDA device")) };
     let given: Vec<Tensor> = inputs.iter().zip(kinds).map(|(x, kind)| round(x, *kind).to_device(device)).collect();
     let copies: Vec<Tensor> = given.iter().map(Tensor::copy).collect();
     let leaves = leaves_of(&copies);
@@ -36,7 +35,7 @@ pub fn check_replay(op: Op, inputs: &[Tensor], kinds: &[Kind], device: Device) -
     for _ in 0..WARM_UP {
         run()?;
     }
-    side.stream.synchronize()?;
+    side.stream().synchronize()?;
     let mut graph = Graph::new()?;
     let replayed = graph.capture(None, CaptureMode::ThreadLocal, run)?;
     // Other values than those of the capture first: nothing that was there before can pass for a result.
@@ -44,7 +43,7 @@ pub fn check_replay(op: Op, inputs: &[Tensor], kinds: &[Kind], device: Device) -
         fill(factor)?;
         let eager = run()?;
         graph.replay()?;
-        side.stream.synchronize()?;
+        side.stream().synchronize()?;
         for ((name, eager), (_, replayed)) in eager.iter().zip(&replayed) {
             if !same_bits(eager, replayed) {
                 let message = format!("{name} of inputs times {factor} differs between the replay and an eager call");
@@ -53,26 +52,4 @@ pub fn check_replay(op: Op, inputs: &[Tensor], kinds: &[Kind], device: Device) -
         }
     }
     Ok(format!("the same bits of {} results", replayed.len()))
-}
-
-/// A stream that takes all work of the thread until dropped.
-struct SideStream {
-    stream: Stream,
-    _guard: StreamGuard,
-}
-
-impl SideStream {
-    /// Enters a stream, after the work that is under way.
-    fn enter(device_idx: usize) -> Result<Self> {
-        Stream::current(device_idx)?.synchronize()?;
-        let stream = Stream::from_pool(device_idx, Priority::Normal)?;
-        Ok(Self { stream, _guard: stream.enter()? })
-    }
-}
-
-impl Drop for SideStream {
-    fn drop(&mut self) {
-        // What the caller made on its own stream may go as soon as this returns. An error of the work shows again later.
-        let _ = self.stream.synchronize();
-    }
 }

@@ -9,7 +9,7 @@ use std::time::Instant;
 use flowhn_model::Branches;
 use flowhn_split::ScoreCount;
 use flowhn_torch::timeline::Timeline;
-use flowhn_torch::{Event, MemoryStats, Stream};
+use flowhn_torch::{Event, MemoryStats, SideStream, Stream};
 use rand_chacha::ChaCha8Rng;
 use rand_chacha::rand_core::{Rng, SeedableRng};
 use serde::{Deserialize, Serialize};
@@ -21,7 +21,7 @@ use crate::estimate::StepFlops;
 use crate::optim::AdamW;
 use crate::peak::{MatmulRate, device_name, max_memory_bytes};
 use crate::step::{CapturedStep, Stepper};
-use crate::trainer::{SideStream, model, prepare_device};
+use crate::trainer::{model, prepare_device};
 use crate::{Error, Result};
 
 pub use decode::{DecodeRow, DecodeSpeed, time_decoding};

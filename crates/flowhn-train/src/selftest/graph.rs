@@ -1,6 +1,7 @@
 //! Steps as CUDA graphs: the bits of steps that run operator by operator, also after their shapes have changed.
 
 use flowhn_model::Model;
+use flowhn_torch::SideStream;
 use flowhn_torch::testing::Case;
 use tch::Device;
 
@@ -10,7 +11,7 @@ use crate::batch::DeviceBatch;
 use crate::data::Batch;
 use crate::optim::AdamW;
 use crate::step::{CapturedStep, Outcome, compute};
-use crate::trainer::{SideStream, model, prepare_device};
+use crate::trainer::{model, prepare_device};
 use crate::{Result, RunConfig};
 
 pub(super) fn cases() -> Vec<Case> {
@@ -31,8 +32,10 @@ pub(super) fn cases() -> Vec<Case> {
             Case::on_cuda(name, move |device| told(graph_equals_operators(sets, device)))
         })
         .collect();
-    let name = "train: a step is captured anew when its shapes change";
-    cases.push(Case::on_cuda(name, |device| told(shapes_change(device))));
+    for (what, sets) in [variants[0], variants[1], variants[4]] {
+        let name = format!("train: a step is captured anew when its shapes change, {what}");
+        cases.push(Case::on_cuda(name, move |device| told(shapes_change(sets, device))));
+    }
     cases
 }
 
@@ -54,8 +57,8 @@ fn graph_equals_operators(sets: &[&str], device: Device) -> Result<String> {
 const SHAPES: [(usize, usize); 3] = [(2, 2), (1, 3), (2, 2)];
 const STEPS_OF_SHAPE: usize = 5;
 
-fn shapes_change(device: Device) -> Result<String> {
-    let config = Small::new()?.config("shapes", &[])?;
+fn shapes_change(sets: &[&str], device: Device) -> Result<String> {
+    let config = Small::new()?.config("shapes", sets)?;
     let graph = {
         let _stream = SideStream::enter(device)?;
         let mut captured = CapturedStep::new();

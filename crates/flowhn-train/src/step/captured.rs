@@ -46,7 +46,7 @@ impl CapturedStep {
     ) -> Result<Outcome> {
         // Neither a capture nor a replay looks at whether a weight's bf16 copy is up to date.
         model.refresh_bf16_copies()?;
-        if self.captured.as_ref().is_some_and(|captured| !captured.fits(batches)) {
+        if self.captured.as_ref().is_some_and(|captured| !captured.fits(batches, reset_documents)) {
             *self = Self::new();
         }
         if let Some(captured) = &mut self.captured {
@@ -82,8 +82,9 @@ impl Captured {
     }
 
     /// Whether these micro-batches have the shapes of those that were captured.
-    fn fits(&self, batches: &[Batch]) -> bool {
-        self.inputs.len() == batches.len() && self.inputs.iter().zip(batches).all(|(input, batch)| input.fits(batch))
+    fn fits(&self, batches: &[Batch], reset_documents: bool) -> bool {
+        let same = |(input, batch): (&DeviceBatch, &Batch)| input.fits(batch, reset_documents);
+        self.inputs.len() == batches.len() && self.inputs.iter().zip(batches).all(same)
     }
 
     /// Enqueues the graph. The next replay overwrites what it wrote, so the outcome is copied.

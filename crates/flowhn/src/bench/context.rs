@@ -60,6 +60,8 @@ pub struct Args {
 #[derive(Debug, Serialize, Deserialize)]
 struct Report {
     device: String,
+    /// Absent from reports of earlier versions.
+    #[serde(default)]
     size: String,
     tokens_per_step: usize,
     rows: Vec<Row>,
@@ -141,11 +143,13 @@ fn finish(args: &Args, report: &Report) -> Result<ExitCode> {
     Ok(ExitCode::SUCCESS)
 }
 
-/// Where the curves cross for the last time, the split below attention to the left and above it to the right.
+/// Where the curves cross for the last time, the split below attention to the left and above it from there on.
 fn crossing(rows: &[Row]) -> Option<f64> {
-    let lead = |row: &Row| row.split_tokens_per_s - row.attention_tokens_per_s;
-    let pairs = rows.windows(2).rev().find(|pair| lead(&pair[0]) < 0. && lead(&pair[1]) >= 0.)?;
-    let [left, right] = [&pairs[0], &pairs[1]].map(|row| ((row.seq_len as f64).ln(), lead(row)));
+    let lead = |row: &Row| ((row.seq_len as f64).ln(), row.split_tokens_per_s - row.attention_tokens_per_s);
+    let mut leads: Vec<(f64, f64)> = rows.iter().map(lead).collect();
+    leads.sort_by(|a, b| a.0.total_cmp(&b.0));
+    let last_behind = leads.iter().rposition(|&(_, lead)| lead < 0.)?;
+    let (left, right) = (leads[last_behind], *leads.get(last_behind + 1)?);
     Some((left.0 + (right.0 - left.0) * left.1 / (left.1 - right.1)).exp())
 }
 
@@ -212,6 +216,10 @@ mod tests {
         let rows = [row(1024, 9., 10.), row(4096, 8., 9.), row(16_384, 7., 4.)];
         // A quarter of the way from 4096 to 16384 by their logarithms.
         assert!((crossing(&rows).unwrap() - 4096. * 2f64.sqrt()).abs() < 1e-6);
+        let [a, b, c] = rows.each_ref().map(|r| row(r.seq_len, r.split_tokens_per_s, r.attention_tokens_per_s));
+        assert_eq!(crossing(&[c, a, b]), crossing(&rows), "in any order");
+        let falls_back = [row(1024, 9., 10.), row(4096, 9., 8.), row(16_384, 3., 4.)];
+        assert_eq!(crossing(&falls_back), None);
         assert_eq!(crossing(&rows[..2]), None);
         assert_eq!(crossing(&rows[2..]), None);
     }

@@ -12,6 +12,7 @@
 """
 
 import json
+import os
 import subprocess
 import sys
 import tempfile
@@ -30,7 +31,8 @@ FLOWHN = Path(sys.argv[1]).resolve()
 
 def flowhn(*args, refused=None):
     """Runs the program; with `refused` it must fail with one message that says all of these."""
-    done = subprocess.run([FLOWHN, *map(str, args)], cwd=REPO, capture_output=True, text=True, check=False)
+    env = {**os.environ, "CUDA_VISIBLE_DEVICES": ""}
+    done = subprocess.run([FLOWHN, *map(str, args)], cwd=REPO, env=env, capture_output=True, text=True, check=False)
     if refused is None:
         assert done.returncode == 0, f"{args}: {done.stderr}"
     else:
