@@ -122,13 +122,11 @@ twin_norm_backward(const X* s, const X* dy0, const X* dy1, const X* ds,
             float product = 0.f;
             #pragma unroll
             for (int v = 0; v < VECS; v++) {
-                float a[VEC], y[VEC], w[VEC];
-                row.s[v].get(a), row.dy0[v].get(y), w0.get(w, v);
-                #pragma unroll
-                for (int i = 0; i < VEC; i++) product += y[i] * w[i] * a[i];
-                row.dy1[v].get(y), w1.get(w, v);
-                #pragma unroll
-                for (int i = 0; i < VEC; i++) product += y[i] * w[i] * a[i];
+                float w[VEC];
+                w0.get(w, v);
+                product = add_product(product, row.s[v], row.dy0[v], w);
+                w1.get(w, v);
+                product = add_product(product, row.s[v], row.dy1[v], w);
             }
             float r = row.r, slope = team_sum(product, team) * r * r * r / d;
             #pragma unroll

@@ -31,17 +31,22 @@ template <class T> __device__ __forceinline__ Pack<T> normed_vector(const Pack<T
     return normed;
 }
 
+// sum + dy w x over a vector.
+template <class T>
+__device__ __forceinline__ float add_product(float sum, const Pack<T>& x, const Pack<T>& dy, const float (&w)[VEC]) {
+    float a[VEC], b[VEC];
+    x.get(a), dy.get(b);
+    #pragma unroll
+    for (int i = 0; i < VEC; i++) sum += b[i] * w[i] * a[i];
+    return sum;
+}
+
 // This thread's part of the sum of dy w x over a row; times r^3 / d the sum is the slope that norm_gradient takes.
 template <int N, class T>
 __device__ __forceinline__ float weighted_product(const Pack<T> (&x)[N], const Pack<T> (&dy)[N], const float (&w)[N][VEC]) {
     float sum = 0.f;
     #pragma unroll
-    for (int v = 0; v < N; v++) {
-        float a[VEC], b[VEC];
-        x[v].get(a), dy[v].get(b);
-        #pragma unroll
-        for (int i = 0; i < VEC; i++) sum += b[i] * w[v][i] * a[i];
-    }
+    for (int v = 0; v < N; v++) sum = add_product(sum, x[v], dy[v], w[v]);
     return sum;
 }
 

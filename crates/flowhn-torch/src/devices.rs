@@ -8,9 +8,10 @@ use crate::kernel::MIN_CAPABILITY;
 /// CUDA 13, which libtorch and NVRTC are of.
 const CUDA: i32 = 13_000;
 
-/// How many CUDA devices libtorch sees.
+/// How many CUDA devices libtorch sees, and this build can use.
 pub fn n_cuda_devices() -> usize {
-    if tch::Cuda::is_available() { usize::try_from(tch::Cuda::device_count()).unwrap_or(0) } else { 0 }
+    let is_there = crate::BUILT_WITH_CUDA && tch::Cuda::is_available();
+    if is_there { usize::try_from(tch::Cuda::device_count()).unwrap_or(0) } else { 0 }
 }
 
 /// Why nothing can be computed on the first GPU of a machine that has a GPU, or at least its driver.
@@ -25,9 +26,12 @@ pub struct CudaProblem {
 /// What keeps the first GPU from being used; `None` where it can be, and where nothing speaks for a GPU in this machine.
 pub fn cuda_problem() -> Option<CudaProblem> {
     if n_cuda_devices() > 0 {
-        let properties = DeviceProperties::of(0).ok()?;
-        return (properties.compute_capability < MIN_CAPABILITY)
-            .then(|| CudaProblem { message: too_old(properties), is_hidden: false });
+        let message = match DeviceProperties::of(0) {
+            Ok(properties) if properties.compute_capability >= MIN_CAPABILITY => return None,
+            Ok(properties) => too_old(properties),
+            Err(error) => error.to_string(),
+        };
+        return Some(CudaProblem { message, is_hidden: false });
     }
     let visible = std::env::var("CUDA_VISIBLE_DEVICES").ok();
     let has_cuda = crate::BUILT_WITH_CUDA && tch::utils::has_cudart();
@@ -67,8 +71,8 @@ impl Driver {
         let message = match (&self.n_devices, visible) {
             (_, Some(visible)) if is_hidden => format!("CUDA_VISIBLE_DEVICES hides all: it is \"{visible}\""),
             _ if !torch_has_cuda => {
-                "this machine has an NVIDIA driver, but libtorch is built without CUDA: install a CUDA 13 build of \
-                                     PyTorch (`cargo xtask setup` does) and build anew"
+                "this machine has an NVIDIA driver, but libtorch or this program is built without CUDA: install a \
+                                     CUDA 13 build of PyTorch (`cargo xtask setup` does) and build anew"
                     .to_owned()
             }
             _ if self.cuda < CUDA => format!(

@@ -99,7 +99,7 @@ pub fn run(args: &Args) -> Result<ExitCode> {
     }
     for &seq_len in &args.seq_len {
         let mut speed = |attn_frac: &str| -> Result<(f64, f64)> {
-            // Else attention sees no further than a document's start, however long the sequence.
+            // A sequence is one document: attention sees no further back than its document's start, however long the sequence.
             let mut sets = vec!["data.reset_documents=false".to_owned()];
             sets.extend(args.sets.sets.iter().cloned());
             sets.push(format!("model.seq_len={seq_len}"));
