@@ -24,8 +24,9 @@
 // With FP8_ROWS the forward pass leaves each branch's y rounded to fp8, y8_k [n_padded_k, d] and y8_t_k [d, n_padded_k], with the bits
 // that a cast of y_k would have (fp8_rows.cuh); a block has so many neighbouring rows, and rows are aligned.
 //
-// X_KIND: dtype of all but weights and rstd; BRANCH_GRADS: whether there is ds_k; VECS: vectors a thread; MAX_THREADS, MIN_BLOCKS:
-// bounds of the block and of the blocks of a multiprocessor; FP8_ROWS: the rows of a block of the forward pass alone, or 0.
+// X_KIND: dtype of all but weights and rstd; BRANCH_GRADS: whether there is ds_k; ROWS_ALIGNED: whether rows are read 16 bytes at a time;
+// VECS: vectors a thread; MAX_THREADS, MIN_BLOCKS: bounds of the block and of the blocks of a multiprocessor; FP8_ROWS: the rows of a block
+// of the forward pass alone, or 0.
 #include "norm.cuh"
 #include "smem.cuh"
 #if FP8_ROWS
@@ -63,7 +64,7 @@ extern "C" __global__ void __launch_bounds__(MAX_THREADS, MIN_BLOCKS)
 routed_norm_forward(const X* x, i64 x_batch, i64 x_token, const i64* positions0, const i64* positions1, int n0, int n1, int batch,
                     int seq_len, const X* change0, const X* change1, i64 change0_batch, i64 change0_token, i64 change1_batch,
                     i64 change1_token, int change_of_branch, const float* weight0, const float* weight1, X* sum, X* sum0, X* sum1, X* y0,
-                    X* y1, int y_of_branch, float* rstd, int n_blocks0, int d, int team_size, int aligned, float eps
+                    X* y1, int y_of_branch, float* rstd, int n_blocks0, int d, int team_size, float eps
 #if FP8_ROWS
                     , unsigned char* y8_0, unsigned char* y8_t0, float* slot0, int n_padded0, unsigned char* y8_1, unsigned char* y8_t1,
                     float* slot1, int n_padded1
@@ -72,55 +73,48 @@ routed_norm_forward(const X* x, i64 x_batch, i64 x_token, const i64* positions0,
     __shared__ float slots[64];
     Team team(team_size);
     TeamSum team_sum(slots);
-    auto run = [&](auto aligned_rows) {
-        Width<decltype(aligned_rows)::value> width{d};
-        Share share(team, positions0, positions1, n0, n1, batch, n_blocks0);
-        const X* change = share.route ? change1 : change0;
-        RowStrides change_strides = share.route ? RowStrides{change1_batch, change1_token} : RowStrides{change0_batch, change0_token};
+    Width<ROWS_ALIGNED> width{d};
+    Share share(team, positions0, positions1, n0, n1, batch, n_blocks0);
+    const X* change = share.route ? change1 : change0;
+    RowStrides change_strides = share.route ? RowStrides{change1_batch, change1_token} : RowStrides{change0_batch, change0_token};
 #if FP8_ROWS
-        int first_row = (blockIdx.x - (share.route ? n_blocks0 : 0)) * FP8_ROWS;
-        Fp8Rows y(share.route ? y8_1 : y8_0, share.route ? y8_t1 : y8_t0, share.route ? slot1 : slot0, first_row, share.n_rows,
-                  share.route ? n_padded1 : n_padded0, d, 0, d);
-        i64 row = first_row + team.idx, end = y.end(), step = team.n;
+    int first_row = (blockIdx.x - (share.route ? n_blocks0 : 0)) * FP8_ROWS;
+    Fp8Rows y(share.route ? y8_1 : y8_0, share.route ? y8_t1 : y8_t0, share.route ? slot1 : slot0, first_row, share.n_rows,
+              share.route ? n_padded1 : n_padded0, d, 0, d);
+    i64 row = first_row + team.idx, end = y.end(), step = team.n;
 #else
-        X* y = share.route ? y1 : y0;
-        i64 row = share.team_idx, end = share.n_rows, step = share.n_teams;
+    X* y = share.route ? y1 : y0;
+    i64 row = share.team_idx, end = share.n_rows, step = share.n_teams;
 #endif
-        X* branch_sum = share.route ? sum1 : sum0;
-        float w[VECS][VEC];
-        load_weight(w, share.route ? weight1 : weight0, team, width);
-        for (; row < end; row += step) {
-            Token token(share, (int)row);
-            i64 place = (i64)token.b * seq_len + token.p;
-            Pack<X> s[VECS];
-            load_row(s, x + RowStrides{x_batch, x_token}.start(token.b, token.p), team, width);
-            if (change) {
-                Pack<X> moved[VECS];
-                load_row(moved, change + change_strides.start(token.b, change_of_branch ? token.j : token.p), team, width);
-                add_row(s, moved, sum + place * d, team, width);
-            }
-            if (branch_sum) store_row(s, branch_sum + row * d, team, width);
-            float r = 1.f / sqrtf(team_sum(sum_of_squares(s), team) / d + eps);
-            if (rstd && team.t == 0) rstd[place] = r;
-            #pragma unroll
-            for (int v = 0; v < VECS; v++) {
-                Pack<X> out = normed_vector(s[v], r, w[v]);
-#if FP8_ROWS
-                y.put(out, (int)row, team.column(v));
-#else
-                store_vector(out, y + (y_of_branch ? row : place) * d, v, team, width);
-#endif
-            }
+    X* branch_sum = share.route ? sum1 : sum0;
+    float w[VECS][VEC];
+    load_weight(w, share.route ? weight1 : weight0, team, width);
+    for (; row < end; row += step) {
+        Token token(share, (int)row);
+        i64 place = (i64)token.b * seq_len + token.p;
+        Pack<X> s[VECS];
+        load_row(s, x + RowStrides{x_batch, x_token}.start(token.b, token.p), team, width);
+        if (change) {
+            Pack<X> moved[VECS];
+            load_row(moved, change + change_strides.start(token.b, change_of_branch ? token.j : token.p), team, width);
+            add_row(s, moved, sum + place * d, team, width);
         }
+        if (branch_sum) store_row(s, branch_sum + row * d, team, width);
+        float r = 1.f / sqrtf(team_sum(sum_of_squares(s), team) / d + eps);
+        if (rstd && team.t == 0) rstd[place] = r;
+        #pragma unroll
+        for (int v = 0; v < VECS; v++) {
+            Pack<X> out = normed_vector(s[v], r, w[v]);
 #if FP8_ROWS
-        pass_last_round(row - first_row, end - first_row, team);
-        y.finish();
-    };
-    run(Flag<true>());
+            y.put(out, (int)row, team.column(v));
 #else
-    };
-    if (aligned) run(Flag<true>());
-    else run(Flag<false>());
+            store_vector(out, y + (y_of_branch ? row : place) * d, v, team, width);
+#endif
+        }
+    }
+#if FP8_ROWS
+    pass_last_round(row - first_row, end - first_row, team);
+    y.finish();
 #endif
 }
 #endif
@@ -131,66 +125,67 @@ routed_norm_backward(const X* s, i64 s_batch, i64 s_token, const i64* positions0
                      int seq_len, const X* dy0, const X* dy1, i64 dy0_batch, i64 dy0_token, i64 dy1_batch, i64 dy1_token,
                      int dy_of_branch, const X* ds, i64 ds_batch, i64 ds_token, const X* ds0, const X* ds1, i64 ds0_batch, i64 ds0_token,
                      i64 ds1_batch, i64 ds1_token, const float* weight0, const float* weight1, const float* rstd,
-                     X* dx, X* dchange0, X* dchange1, float* partials, int n_blocks0, int d, int team_size, int aligned) {
+                     X* dx, X* dchange0, X* dchange1, float* partials, int n_blocks0, int d, int team_size) {
     __shared__ float slots[64];
     Team team(team_size);
     TeamSum team_sum(slots);
-    auto run = [&](auto aligned_rows) {
-        Width<decltype(aligned_rows)::value> width{d};
-        Share share(team, positions0, positions1, n0, n1, batch, n_blocks0);
-        const X* dy = share.route ? dy1 : dy0;
-        RowStrides dy_strides = share.route ? RowStrides{dy1_batch, dy1_token} : RowStrides{dy0_batch, dy0_token};
-        const X* branch_ds = share.route ? ds1 : ds0;
-        RowStrides branch_ds_strides = share.route ? RowStrides{ds1_batch, ds1_token} : RowStrides{ds0_batch, ds0_token};
-        X* dchange = share.route ? dchange1 : dchange0;
-        float w[VECS][VEC], dw[VECS][VEC] = {};
-        load_weight(w, share.route ? weight1 : weight0, team, width);
+    Width<ROWS_ALIGNED> width{d};
+    Share share(team, positions0, positions1, n0, n1, batch, n_blocks0);
+    const X* dy = share.route ? dy1 : dy0;
+    RowStrides dy_strides = share.route ? RowStrides{dy1_batch, dy1_token} : RowStrides{dy0_batch, dy0_token};
+    const X* branch_ds = share.route ? ds1 : ds0;
+    RowStrides branch_ds_strides = share.route ? RowStrides{ds1_batch, ds1_token} : RowStrides{ds0_batch, ds0_token};
+    X* dchange = share.route ? dchange1 : dchange0;
+    float* scratch = reinterpret_cast<float*>(shared_memory());
+    OwnWeight<VECS> own_weight(scratch, share.route ? weight1 : weight0, team, width);
+    float dw[VECS][VEC] = {};
 
-        // The next token is on its way while this one is summed.
-        struct Row {
-            Pack<X> s[VECS], dy[VECS], ds[VECS];
+    // The next token is on its way while this one is summed.
+    struct Row {
+        Pack<X> s[VECS], dy[VECS], ds[VECS];
 #if BRANCH_GRADS
-            Pack<X> branch_ds[VECS];
+        Pack<X> branch_ds[VECS];
 #endif
-            float r;
-            i64 place;
-        } row, ahead;
-        auto fetch = [&](int row_idx) {
-            Token token(share, row_idx);
-            ahead.place = (i64)token.b * seq_len + token.p;
-            load_row(ahead.s, s + RowStrides{s_batch, s_token}.start(token.b, token.p), team, width);
-            load_row(ahead.dy, dy + dy_strides.start(token.b, dy_of_branch ? token.j : token.p), team, width);
-            load_row(ahead.ds, ds + RowStrides{ds_batch, ds_token}.start(token.b, token.p), team, width);
+        float r;
+        i64 place;
+    } row, ahead;
+    auto fetch = [&](int row_idx) {
+        Token token(share, row_idx);
+        ahead.place = (i64)token.b * seq_len + token.p;
+        load_row(ahead.s, s + RowStrides{s_batch, s_token}.start(token.b, token.p), team, width);
+        load_row(ahead.dy, dy + dy_strides.start(token.b, dy_of_branch ? token.j : token.p), team, width);
+        load_row(ahead.ds, ds + RowStrides{ds_batch, ds_token}.start(token.b, token.p), team, width);
 #if BRANCH_GRADS
-            load_row(ahead.branch_ds, branch_ds + branch_ds_strides.start(token.b, token.j), team, width);
+        load_row(ahead.branch_ds, branch_ds + branch_ds_strides.start(token.b, token.j), team, width);
 #endif
-            ahead.r = rstd[ahead.place];
-        };
-        i64 current = share.team_idx;
-        if (current < share.n_rows) fetch((int)current);
-        for (; current < share.n_rows; current += share.n_teams) {
-            row = ahead;
-            if (current + share.n_teams < share.n_rows) fetch((int)(current + share.n_teams));
-            float r = row.r, slope = team_sum(weighted_product(row.s, row.dy, w), team) * r * r * r / d;
-            #pragma unroll
-            for (int v = 0; v < VECS; v++) {
-                float a[VEC];
-                norm_gradient(a, dw[v], row.s[v], row.dy[v], w[v], r, slope);
-                add_vector(a, row.ds[v]);
-#if BRANCH_GRADS
-                add_vector(a, row.branch_ds[v]);
-#endif
-                Pack<X> out;
-                out.set(a);
-                store_vector(out, dx + row.place * d, v, team, width);
-                if (dchange) store_vector(out, dchange + current * d, v, team, width);
-            }
-        }
-        pass_last_round(current, share.n_rows, team);
-        if (partials)
-            write_block_columns(dw, partials + (i64)blockIdx.x * d, reinterpret_cast<float*>(shared_memory()), team, d);
+        ahead.r = rstd[ahead.place];
     };
-    if (aligned) run(Flag<true>());
-    else run(Flag<false>());
+    i64 current = share.team_idx;
+    if (current < share.n_rows) fetch((int)current);
+    for (; current < share.n_rows; current += share.n_teams) {
+        row = ahead;
+        if (current + share.n_teams < share.n_rows) fetch((int)(current + share.n_teams));
+        float w[VECS][VEC];
+        own_weight.get(w);
+        float r = row.r, slope = team_sum(weighted_product(row.s, row.dy, w), team) * r * r * r / d;
+        #pragma unroll
+        for (int v = 0; v < VECS; v++) {
+            float a[VEC];
+            // Read again: kept, it would be registers that hold the next row.
+            own_weight.get(w[v], v);
+            norm_gradient(a, dw[v], row.s[v], row.dy[v], w[v], r, slope);
+            add_vector(a, row.ds[v]);
+#if BRANCH_GRADS
+            add_vector(a, row.branch_ds[v]);
+#endif
+            Pack<X> out;
+            out.set(a);
+            store_vector(out, dx + row.place * d, v, team, width);
+            if (dchange) store_vector(out, dchange + current * d, v, team, width);
+        }
+    }
+    pass_last_round(current, share.n_rows, team);
+    if (partials)
+        write_block_columns(dw, partials + (i64)blockIdx.x * d, scratch, team, d);
 }
 #endif

@@ -38,45 +38,63 @@ pub const KERNELS: &[KernelSpec] = &[
     KernelSpec {
         source: &ROUTED_NORM,
         variants: &[
-            &norm(RowForm::new(1, 512, 1), 0, false),
-            &norm(RowForm::new(2, 512, 1), 0, false),
-            &norm(RowForm::new(2, 512, 1), 0, true),
-            &norm(RowForm::new(3, 256, 1), 0, false),
-            &norm(RowForm::new(4, 1024, 1), 0, false),
-            &norm(RowForm::new(4, 1024, 1), 0, true),
-            &norm(RowForm::new(1, 512, 1), 1, false),
-            &norm(RowForm::new(2, 512, 1), 1, false),
-            &norm(RowForm::new(2, 512, 1), 1, true),
-            &norm(RowForm::new(3, 256, 1), 1, false),
-            &norm(RowForm::new(4, 1024, 1), 1, false),
+            &norm(RowForm::new(1, 512, 1), 0, true, false),
+            &norm(RowForm::new(1, 512, 1), 0, false, false),
+            &norm(RowForm::new(2, 512, 1), 0, true, false),
+            &norm(RowForm::new(2, 512, 1), 0, false, false),
+            &norm(RowForm::new(2, 512, 1), 0, true, true),
+            &norm(RowForm::new(2, 512, 1), 0, false, true),
+            &norm(RowForm::new(3, 256, 1), 0, true, false),
+            &norm(RowForm::new(3, 256, 1), 0, false, false),
+            &norm(RowForm::new(4, 1024, 1), 0, true, false),
+            &norm(RowForm::new(4, 1024, 1), 0, false, false),
+            &norm(RowForm::new(4, 1024, 1), 0, true, true),
+            &norm(RowForm::new(4, 1024, 1), 0, false, true),
+            &norm(RowForm::new(1, 512, 1), 1, true, false),
+            &norm(RowForm::new(1, 512, 1), 1, false, false),
+            &norm(RowForm::new(2, 512, 1), 1, true, false),
+            &norm(RowForm::new(2, 512, 1), 1, false, false),
+            &norm(RowForm::new(2, 512, 1), 1, true, true),
+            &norm(RowForm::new(2, 512, 1), 1, false, true),
+            &norm(RowForm::new(3, 256, 1), 1, true, false),
+            &norm(RowForm::new(3, 256, 1), 1, false, false),
+            &norm(RowForm::new(4, 1024, 1), 1, true, false),
+            &norm(RowForm::new(4, 1024, 1), 1, false, false),
             &norm_fp8(RowForm::new(1, 512, 2)),
             &norm_fp8(RowForm::new(2, 1024, 1)),
             &norm_fp8(RowForm::new(3, 256, 2)),
-            &norm(RowForm::new(4, 1024, 1), 1, true),
+            &norm(RowForm::new(4, 1024, 1), 1, true, true),
+            &norm(RowForm::new(4, 1024, 1), 1, false, true),
         ],
     },
     KernelSpec {
         source: &TWIN_NORM,
         variants: &[
-            &norm(RowForm::new(1, 512, 2), 0, false),
-            &norm(RowForm::new(1, 512, 1), 0, false),
-            &norm(RowForm::new(1, 512, 1), 0, true),
-            &norm(RowForm::new(1, 512, 2), 1, false),
-            &norm(RowForm::new(1, 512, 1), 1, false),
-            &norm(RowForm::new(1, 512, 1), 1, true),
+            &norm(RowForm::new(1, 512, 2), 0, true, false),
+            &norm(RowForm::new(1, 512, 2), 0, false, false),
+            &norm(RowForm::new(1, 512, 1), 0, true, false),
+            &norm(RowForm::new(1, 512, 1), 0, false, false),
+            &norm(RowForm::new(1, 512, 1), 0, true, true),
+            &norm(RowForm::new(1, 512, 1), 0, false, true),
+            &norm(RowForm::new(1, 512, 2), 1, true, false),
+            &norm(RowForm::new(1, 512, 2), 1, false, false),
+            &norm(RowForm::new(1, 512, 1), 1, true, false),
+            &norm(RowForm::new(1, 512, 1), 1, false, false),
+            &norm(RowForm::new(1, 512, 1), 1, true, true),
+            &norm(RowForm::new(1, 512, 1), 1, false, true),
         ],
     },
     KernelSpec { source: &MERGE_FP8, variants: &[MERGE_FP8_DEFINES] },
 ];
 
 /// The macros of `routed_norm.cu` and `twin_norm.cu`.
-pub(crate) const fn norm(form: RowForm, x_kind: i64, branch_grads: bool) -> [(&'static str, i64); 5] {
-    let [x_kind, vectors, threads, blocks] = form.defines(x_kind);
-    [x_kind, vectors, threads, blocks, ("BRANCH_GRADS", branch_grads as i64)]
+pub(crate) const fn norm(form: RowForm, x_kind: i64, is_aligned: bool, branch_grads: bool) -> [(&'static str, i64); 6] {
+    let [x_kind, aligned, vectors, threads, blocks] = form.defines(x_kind, is_aligned);
+    [x_kind, aligned, vectors, threads, blocks, ("BRANCH_GRADS", branch_grads as i64)]
 }
 
 /// The macros of the forward pass of `routed_norm.cu` that rounds.
-pub(crate) const fn norm_fp8(form: RowForm) -> [(&'static str, i64); 6] {
-    let [x_kind, vectors, threads, blocks, rows] = form.fp8_defines();
-    [x_kind, vectors, threads, blocks, rows, ("BRANCH_GRADS", 0)]
+pub(crate) const fn norm_fp8(form: RowForm) -> [(&'static str, i64); 7] {
+    let [x_kind, aligned, vectors, threads, blocks, rows] = form.fp8_defines();
+    [x_kind, aligned, vectors, threads, blocks, rows, ("BRANCH_GRADS", 0)]
 }

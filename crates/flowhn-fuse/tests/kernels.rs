@@ -4,8 +4,10 @@ use flowhn_torch::testing::check_kernels;
 
 /// The variants of the shapes that `flowhn bench kernels` times.
 const TUNED: &[&str] = &[
-    "routed_norm_forward X_KIND=1 VECS=1",
-    "routed_norm_backward X_KIND=1 VECS=1",
+    "routed_norm_forward X_KIND=1 ROWS_ALIGNED=1 VECS=1",
+    "routed_norm_forward X_KIND=1 ROWS_ALIGNED=1 VECS=2 MAX_THREADS=512",
+    "routed_norm_forward X_KIND=1 ROWS_ALIGNED=1 VECS=3",
+    "routed_norm_backward X_KIND=1 ROWS_ALIGNED=1 VECS=2 MAX_THREADS=512",
     "twin_norm_forward X_KIND=1 VECS=1",
     "twin_norm_backward X_KIND=1 VECS=1 MAX_THREADS=512 MIN_BLOCKS=1",
     "concat_sums X_KIND=1",

@@ -19,8 +19,8 @@
 // With FP8_ROWS the forward pass leaves y rounded to fp8, y8 [n_padded, d] and y8_t [d, n_padded], with the bits that a cast of y would
 // have (fp8_rows.cuh); the block has so many neighbouring rows, and rows are aligned.
 //
-// X_KIND: dtype of all but weight and rstd; VECS: vectors a thread; MAX_THREADS, MIN_BLOCKS:
-// bounds of the block and of the blocks of a multiprocessor; FP8_ROWS: the rows of a block of the forward pass alone, or 0.
+// X_KIND: dtype of all but weight and rstd; ROWS_ALIGNED: whether rows are read 16 bytes at a time; VECS: vectors a thread; MAX_THREADS,
+// MIN_BLOCKS: bounds of the block and of the blocks of a multiprocessor; FP8_ROWS: the rows of a block of the forward pass alone, or 0.
 #include "norm.cuh"
 #include "smem.cuh"
 #if FP8_ROWS
@@ -32,7 +32,7 @@ typedef DtypeOf<X_KIND>::type X;
 #if FP8_ROWS == 0 || __CUDA_ARCH__ >= 890
 extern "C" __global__ void __launch_bounds__(MAX_THREADS, MIN_BLOCKS)
 rms_norm_forward(const X* x, const X* delta, const float* weight, X* sum, X* y, float* rstd, i64 x_outer, i64 x_inner,
-                 i64 delta_outer, i64 delta_inner, int n_rows, int inner, int d, int team_size, int aligned, float eps
+                 i64 delta_outer, i64 delta_inner, int n_rows, int inner, int d, int team_size, float eps
 #if FP8_ROWS
                  , unsigned char* y8, unsigned char* y8_t, float* slot, int n_padded
 #endif
@@ -40,46 +40,39 @@ rms_norm_forward(const X* x, const X* delta, const float* weight, X* sum, X* y, 
     __shared__ float slots[64];
     Team team(team_size);
     TeamSum team_sum(slots);
-    auto run = [&](auto aligned_rows) {
-        Width<decltype(aligned_rows)::value> width{d};
-        float w[VECS][VEC];
-        load_weight(w, weight, team, width);
+    Width<ROWS_ALIGNED> width{d};
+    float w[VECS][VEC];
+    load_weight(w, weight, team, width);
 #if FP8_ROWS
-        Fp8Rows out(y8, y8_t, slot, blockIdx.x * FP8_ROWS, n_rows, n_padded, d, 0, d);
-        i64 next = out.first_row + team.idx, end = out.end(), step = team.n;
+    Fp8Rows out(y8, y8_t, slot, blockIdx.x * FP8_ROWS, n_rows, n_padded, d, 0, d);
+    i64 next = out.first_row + team.idx, end = out.end(), step = team.n;
 #else
-        i64 next = blockIdx.x * team.n + team.idx, end = n_rows, step = gridDim.x * team.n;
+    i64 next = blockIdx.x * team.n + team.idx, end = n_rows, step = gridDim.x * team.n;
 #endif
-        for (; next < end; next += step) {
-            int row = (int)next, outer_idx = (unsigned)row / (unsigned)inner, inner_idx = row - outer_idx * inner;
-            Pack<X> s[VECS];
-            load_row(s, x + RowStrides{x_outer, x_inner}.start(outer_idx, inner_idx), team, width);
-            if (delta) {
-                Pack<X> change[VECS];
-                load_row(change, delta + RowStrides{delta_outer, delta_inner}.start(outer_idx, inner_idx), team, width);
-                add_row(s, change, sum + (i64)row * d, team, width);
-            }
-            float r = 1.f / sqrtf(team_sum(sum_of_squares(s), team) / d + eps);
-            if (rstd && team.t == 0) rstd[row] = r;
-            #pragma unroll
-            for (int v = 0; v < VECS; v++) {
-                Pack<X> normed = normed_vector(s[v], r, w[v]);
-#if FP8_ROWS
-                out.put(normed, row, team.column(v));
-#else
-                store_vector(normed, y + (i64)row * d, v, team, width);
-#endif
-            }
+    for (; next < end; next += step) {
+        int row = (int)next, outer_idx = (unsigned)row / (unsigned)inner, inner_idx = row - outer_idx * inner;
+        Pack<X> s[VECS];
+        load_row(s, x + RowStrides{x_outer, x_inner}.start(outer_idx, inner_idx), team, width);
+        if (delta) {
+            Pack<X> change[VECS];
+            load_row(change, delta + RowStrides{delta_outer, delta_inner}.start(outer_idx, inner_idx), team, width);
+            add_row(s, change, sum + (i64)row * d, team, width);
         }
+        float r = 1.f / sqrtf(team_sum(sum_of_squares(s), team) / d + eps);
+        if (rstd && team.t == 0) rstd[row] = r;
+        #pragma unroll
+        for (int v = 0; v < VECS; v++) {
+            Pack<X> normed = normed_vector(s[v], r, w[v]);
 #if FP8_ROWS
-        pass_last_round(next - out.first_row, end - out.first_row, team);
-        out.finish();
-    };
-    run(Flag<true>());
+            out.put(normed, row, team.column(v));
 #else
-    };
-    if (aligned) run(Flag<true>());
-    else run(Flag<false>());
+            store_vector(normed, y + (i64)row * d, v, team, width);
+#endif
+        }
+    }
+#if FP8_ROWS
+    pass_last_round(next - out.first_row, end - out.first_row, team);
+    out.finish();
 #endif
 }
 #endif
@@ -94,15 +87,14 @@ struct Backward {
     int n_rows, inner, d, team_size;
 };
 
-// ALIGNED: whether rows are read by vectors. RESIDUAL: whether ds is there. Both are part of the type, so that loads stay free of
-// branches.
-template <bool ALIGNED, bool RESIDUAL>
+// RESIDUAL: whether ds is there; part of the type, so that loads stay free of branches.
+template <bool RESIDUAL>
 __device__ __forceinline__ void backward(const Backward& args) {
     int n_rows = args.n_rows, inner = args.inner, d = args.d;
     __shared__ float slots[64];
     Team team(args.team_size);
     TeamSum team_sum(slots);
-    Width<ALIGNED> width{d};
+    Width<ROWS_ALIGNED> width{d};
     float w[VECS][VEC], dw[VECS][VEC] = {};
     load_weight(w, args.weight, team, width);
 
@@ -139,28 +131,18 @@ __device__ __forceinline__ void backward(const Backward& args) {
         write_block_columns(dw, args.partials + (i64)blockIdx.x * d, reinterpret_cast<float*>(shared_memory()), team, d);
 }
 
-// A function of its own, so that it takes no registers from the other path.
-template <bool RESIDUAL> __device__ __noinline__ void backward_by_element(Backward args) { backward<false, RESIDUAL>(args); }
-
-template <bool RESIDUAL> __device__ __forceinline__ void backward(const Backward& args, int aligned) {
-    if (aligned) backward<true, RESIDUAL>(args);
-    else backward_by_element<RESIDUAL>(args);
-}
-
 extern "C" __global__ void __launch_bounds__(MAX_THREADS, MIN_BLOCKS)
 rms_norm_backward(const X* s, const X* dy, const float* weight, const float* rstd, X* dx, float* partials, i64 s_outer,
-                  i64 s_inner, i64 dy_outer, i64 dy_inner, int n_rows, int inner, int d, int team_size, int aligned) {
+                  i64 s_inner, i64 dy_outer, i64 dy_inner, int n_rows, int inner, int d, int team_size) {
     backward<false>(Backward{s, dy, nullptr, weight, rstd, dx, partials, {s_outer, s_inner}, {dy_outer, dy_inner}, {0, 0}, n_rows,
-                             inner, d, team_size},
-                    aligned);
+                             inner, d, team_size});
 }
 
 extern "C" __global__ void __launch_bounds__(MAX_THREADS, MIN_BLOCKS)
 residual_norm_backward(const X* s, const X* dy, const X* ds, const float* weight, const float* rstd, X* dx, float* partials,
                        i64 s_outer, i64 s_inner, i64 dy_outer, i64 dy_inner, i64 ds_outer, i64 ds_inner, int n_rows, int inner,
-                       int d, int team_size, int aligned) {
+                       int d, int team_size) {
     backward<true>(Backward{s, dy, ds, weight, rstd, dx, partials, {s_outer, s_inner}, {dy_outer, dy_inner}, {ds_outer, ds_inner},
-                            n_rows, inner, d, team_size},
-                   aligned);
+                            n_rows, inner, d, team_size});
 }
 #endif

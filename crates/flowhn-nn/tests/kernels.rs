@@ -4,10 +4,19 @@ use flowhn_torch::testing::check_kernels;
 
 /// The variants of the shapes that `flowhn bench kernels` times.
 const TUNED: &[&str] = &[
-    "rms_norm_forward X_KIND=1 VECS=1 MAX_THREADS=512 MIN_BLOCKS=2",
-    "rms_norm_forward X_KIND=1 VECS=2 MAX_THREADS=512 MIN_BLOCKS=2",
-    "gated_rms_norm_forward X_KIND=1 VECS=2 MAX_THREADS=256 MIN_BLOCKS=4",
-    "gated_rms_norm_backward X_KIND=1 VECS=1 MAX_THREADS=512 MIN_BLOCKS=1",
+    "rms_norm_forward X_KIND=1 ROWS_ALIGNED=1 VECS=1 MAX_THREADS=512 MIN_BLOCKS=2",
+    "rms_norm_forward X_KIND=1 ROWS_ALIGNED=1 VECS=2 MAX_THREADS=512 MIN_BLOCKS=2",
+    "rms_norm_forward X_KIND=1 ROWS_ALIGNED=1 VECS=3 MAX_THREADS=256 MIN_BLOCKS=3",
+    "rms_norm_backward X_KIND=1 ROWS_ALIGNED=1 VECS=2 MAX_THREADS=512 MIN_BLOCKS=1",
+    "rms_norm_backward X_KIND=1 ROWS_ALIGNED=1 VECS=2 MAX_THREADS=256 MIN_BLOCKS=2",
+    "residual_norm_backward X_KIND=1 ROWS_ALIGNED=1 VECS=2 MAX_THREADS=512 MIN_BLOCKS=1",
+    "residual_norm_backward X_KIND=1 ROWS_ALIGNED=1 VECS=2 MAX_THREADS=256 MIN_BLOCKS=2",
+    "gated_rms_norm_forward X_KIND=1 ROWS_ALIGNED=1 VECS=1 MAX_THREADS=512 MIN_BLOCKS=2",
+    "gated_rms_norm_forward X_KIND=1 ROWS_ALIGNED=1 VECS=2 MAX_THREADS=256 MIN_BLOCKS=4",
+    "gated_rms_norm_forward X_KIND=1 ROWS_ALIGNED=1 VECS=3 MAX_THREADS=256 MIN_BLOCKS=2",
+    "gated_rms_norm_backward X_KIND=1 ROWS_ALIGNED=1 VECS=1 MAX_THREADS=512 MIN_BLOCKS=1",
+    "gated_rms_norm_backward X_KIND=1 ROWS_ALIGNED=1 VECS=2 MAX_THREADS=256 MIN_BLOCKS=1",
+    "gated_rms_norm_backward X_KIND=1 ROWS_ALIGNED=1 VECS=3 MAX_THREADS=256 MIN_BLOCKS=1",
     "swiglu_forward X_KIND=1",
     "swiglu_backward X_KIND=1",
     "cross_entropy_rows X_KIND=1",
@@ -23,8 +32,8 @@ const TUNED: &[&str] = &[
     "fp8_cast FORMAT=1",
     "swiglu_forward_fp8 FORMAT=0",
     "swiglu_backward_fp8 FORMAT=1",
-    "rms_norm_forward X_KIND=1 VECS=2 MAX_THREADS=1024 MIN_BLOCKS=1 FP8_ROWS=32",
-    "gated_rms_norm_forward X_KIND=1 VECS=2 MAX_THREADS=1024 MIN_BLOCKS=1 FP8_ROWS=32",
+    "rms_norm_forward X_KIND=1 ROWS_ALIGNED=1 VECS=2 MAX_THREADS=1024 MIN_BLOCKS=1 FP8_ROWS=32",
+    "gated_rms_norm_forward X_KIND=1 ROWS_ALIGNED=1 VECS=2 MAX_THREADS=1024 MIN_BLOCKS=1 FP8_ROWS=32",
 ];
 
 #[test]

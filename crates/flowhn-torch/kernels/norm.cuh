@@ -41,6 +41,32 @@ __device__ __forceinline__ float add_product(float sum, const Pack<T>& x, const 
     return sum;
 }
 
+// This thread's columns of a weight, which stay in shared memory where they would be too many registers.
+template <int N> struct OwnWeight {
+    float4* own;
+    template <bool ALIGNED>
+    __device__ __forceinline__ OwnWeight(float* slots, const float* weight, const Team& team, const Width<ALIGNED>& width)
+        : own(reinterpret_cast<float4*>(slots) + threadIdx.x) {
+        float w[N][VEC];
+        load_weight(w, weight, team, width);
+        #pragma unroll
+        for (int v = 0; v < N; v++) {
+            at(v, 0) = make_float4(w[v][0], w[v][1], w[v][2], w[v][3]);
+            at(v, 1) = make_float4(w[v][4], w[v][5], w[v][6], w[v][7]);
+        }
+    }
+    // Half of a vector; those of neighbouring threads are neighbours.
+    __device__ __forceinline__ float4& at(int v, int half) const { return own[(2 * v + half) * blockDim.x]; }
+    __device__ __forceinline__ void get(float (&w)[N][VEC]) const {
+        #pragma unroll
+        for (int v = 0; v < N; v++) get(w[v], v);
+    }
+    __device__ __forceinline__ void get(float (&w)[VEC], int v) const {
+        float4 low = at(v, 0), high = at(v, 1);
+        w[0] = low.x, w[1] = low.y, w[2] = low.z, w[3] = low.w, w[4] = high.x, w[5] = high.y, w[6] = high.z, w[7] = high.w;
+    }
+};
+
 // This thread's part of the sum of dy w x over a row; times r^3 / d the sum is the slope that norm_gradient takes.
 template <int N, class T>
 __device__ __forceinline__ float weighted_product(const Pack<T> (&x)[N], const Pack<T> (&dy)[N], const float (&w)[N][VEC]) {

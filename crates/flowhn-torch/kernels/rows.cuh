@@ -76,11 +76,6 @@ template <bool ALIGNED> struct Width {
     int d;
 };
 
-// A flag as a type.
-template <bool VALUE> struct Flag {
-    static constexpr bool value = VALUE;
-};
-
 template <int N, class T, bool ALIGNED>
 __device__ __forceinline__ void load_row(Pack<T> (&row)[N], const T* p, const Team& team, const Width<ALIGNED>& width) {
     if constexpr (ALIGNED) {

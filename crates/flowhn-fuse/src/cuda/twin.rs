@@ -4,7 +4,7 @@
 
 use tch::{Kind, Tensor};
 
-use flowhn_torch::kernel::rows::{RowForm, RowTiling, Rows, aligned};
+use flowhn_torch::kernel::rows::{RowForm, RowTiling, Rows, rows_are_aligned};
 use flowhn_torch::kernel::{Arg, ColumnSums, Kernel, kind_define};
 use flowhn_torch::{BackwardCtx, ForwardCtx, Function, Result};
 
@@ -52,8 +52,8 @@ impl Function for TwinNorm {
             args.extend([Arg::opt(sum.as_ref()), Arg::Tensor(&y0), Arg::Tensor(&y1), Arg::Tensor(&rstd)]);
             args.extend(rows.strides(0).into_iter().chain(rows.strides(1)));
             args.extend([Arg::I32(n_rows), rows.inner(), Arg::I32(d as i32), Arg::I32(tiling.team as i32)]);
-            args.extend([aligned(d, &touched), Arg::F32(self.eps as f32)]);
-            let defines = defines(tiling.form, x_kind, false);
+            args.push(Arg::F32(self.eps as f32));
+            let defines = defines(tiling.form, x_kind, rows_are_aligned(d, &touched), false);
             let kernel = Kernel { source: &TWIN_NORM, entry: "twin_norm_forward", defines: &defines };
             let n_blocks = tiling.n_blocks(i64::from(n_rows), x.device())?;
             kernel.launch([n_blocks as u32, 1, 1], tiling.block(), 0, &args)?;
@@ -90,12 +90,10 @@ impl Function for TwinNorm {
         args.extend([Arg::Tensor(rstd), Arg::Tensor(&dx), dweights.arg()]);
         args.extend((0..read.len()).flat_map(|idx| rows.strides(idx)));
         args.extend([Arg::I32(rows.n_rows()), rows.inner(), Arg::I32(d as i32), Arg::I32(tiling.team as i32)]);
-        args.push(aligned(d, &touched));
-        let defines = defines(tiling.form, x_kind, self.with_tokens);
+        let defines = defines(tiling.form, x_kind, rows_are_aligned(d, &touched), self.with_tokens);
         let kernel = Kernel { source: &TWIN_NORM, entry: "twin_norm_backward", defines: &defines };
         // Both weights, and behind the last row the columns that teams add up.
-        let shared_bytes = 2 * tiling.form.n_vectors as usize * tiling.column_bytes();
-        kernel.launch([n_blocks as u32, 1, 1], tiling.block(), shared_bytes, &args)?;
+        kernel.launch([n_blocks as u32, 1, 1], tiling.block(), tiling.weight_bytes(2), &args)?;
         let dchange = (self.n_inputs == 4).then(|| Some(dx.shallow_clone()));
         let dweights = dweights.totals(weight0.kind())?;
         Ok([Some(dx)].into_iter().chain(dweights).chain(dchange).collect())

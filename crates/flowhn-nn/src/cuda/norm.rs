@@ -3,7 +3,7 @@
 
 use tch::{Kind, Tensor};
 
-use flowhn_torch::kernel::rows::{Fp8Blocks, RowForm, RowTiling, Rows, aligned};
+use flowhn_torch::kernel::rows::{Fp8Blocks, RowForm, RowTiling, Rows, rows_are_aligned};
 use flowhn_torch::kernel::{Arg, ColumnSums, Kernel, KernelSource, kind_define};
 use flowhn_torch::{BackwardCtx, ForwardCtx, Function, Result};
 
@@ -113,8 +113,10 @@ impl Norm {
         args.extend([Arg::opt(sum.as_ref()), out.arg(), Arg::opt(rstd.as_ref())]);
         args.extend(rows.strides(0).into_iter().chain(rows.strides(1)));
         args.extend([Arg::I32(rows.n_rows()), rows.inner(), Arg::I32(d as i32), Arg::I32(tiling.team as i32)]);
-        args.extend([aligned(d, &touched), Arg::F32(self.eps as f32)]);
-        let y = out.launch(&RMS_NORM, "rms_norm_forward", &tiling, x_kind, [i64::from(rows.n_rows()), 1], args)?;
+        args.push(Arg::F32(self.eps as f32));
+        let defines = tiling.defines(x_kind, rows_are_aligned(d, &touched));
+        let y =
+            out.launch(kernel(&RMS_NORM, "rms_norm_forward", &defines), &tiling, [i64::from(rows.n_rows()), 1], args)?;
         Ok(Forward { sum, y, rstd })
     }
 }
@@ -147,13 +149,11 @@ impl RowsOut {
         Arg::opt(self.blocks.is_none().then_some(&self.y))
     }
 
-    /// Launches a kernel with the arguments of the variant that stores rows; returns those, or what stands in for them.
+    /// Launches a kernel, given as the variant that stores rows, with its arguments; returns those rows, or what stands in for them.
     fn launch<'a>(
         &'a self,
-        source: &'static KernelSource,
-        entry: &'static str,
+        plain: Kernel,
         tiling: &RowTiling,
-        x_kind: i64,
         [n_rows, n_groups]: [i64; 2],
         mut args: Vec<Arg<'a>>,
     ) -> Result<Tensor> {
@@ -161,12 +161,12 @@ impl RowsOut {
             args.extend(place.args());
             let defines = tiling.form.fp8_defines();
             let grid = [blocks.n_blocks(place.n_padded()) as u32, n_groups as u32, 1];
-            kernel(source, entry, &defines).launch(grid, tiling.block(), blocks.shared_bytes, &args)?;
+            Kernel { defines: &defines, ..plain }.launch(grid, tiling.block(), blocks.shared_bytes, &args)?;
             return Ok(self.y.shallow_clone());
         }
         if n_rows > 0 {
             let grid = [tiling.n_blocks(n_rows, self.y.device())? as u32, n_groups as u32, 1];
-            kernel(source, entry, &tiling.defines(x_kind)).launch(grid, tiling.block(), 0, &args)?;
+            plain.launch(grid, tiling.block(), 0, &args)?;
         }
         self.place.as_ref().map_or_else(|| Ok(self.y.shallow_clone()), |place| place.fill(&self.y))
     }
@@ -198,8 +198,7 @@ fn backward(
     args.extend([Arg::Tensor(&weight), Arg::Tensor(rstd), Arg::Tensor(&dx), dweight.arg()]);
     args.extend((0..2 + usize::from(ds.is_some())).flat_map(|idx| rows.strides(idx)));
     args.extend([Arg::I32(rows.n_rows()), rows.inner(), Arg::I32(d as i32), Arg::I32(tiling.team as i32)]);
-    args.push(aligned(d, &touched));
-    let defines = tiling.defines(x_kind);
+    let defines = tiling.defines(x_kind, rows_are_aligned(d, &touched));
     kernel(&RMS_NORM, entry, &defines).launch([n_blocks as u32, 1, 1], tiling.block(), tiling.column_bytes(), &args)?;
     Ok((dx, dweight.totals(weight_kind)?.remove(0)))
 }
@@ -230,8 +229,10 @@ impl Function for GatedRmsNormCuda {
         args.extend([out.arg(), Arg::Tensor(&rstd)]);
         args.extend(rows.strides(0).into_iter().chain(rows.strides(1)));
         args.extend([Arg::I32(rows.n_rows()), rows.inner(), Arg::I32(d as i32), Arg::I32(tiling.team as i32)]);
-        args.extend([aligned(d, &touched), Arg::F32(self.eps as f32)]);
-        let y = out.launch(&GATED_RMS_NORM, "gated_rms_norm_forward", &tiling, x_kind, [n_rows, n_groups], args)?;
+        args.push(Arg::F32(self.eps as f32));
+        let defines = tiling.defines(x_kind, rows_are_aligned(d, &touched));
+        let y =
+            out.launch(kernel(&GATED_RMS_NORM, "gated_rms_norm_forward", &defines), &tiling, [n_rows, n_groups], args)?;
         if ctx.is_recorded() {
             inputs.iter().for_each(|input| ctx.save(input));
             ctx.save(&rstd);
@@ -255,7 +256,9 @@ impl Function for GatedRmsNormCuda {
         let dweight = ColumnSums::new(&[(n_blocks, ctx.needs_grad(2))], width, x.device())?;
         let [[x_outer, x_inner], [z_outer, z_inner], [dy_outer, dy_inner], [dz_outer, dz_inner]] =
             [0, 1, 2, 3].map(|idx| rows.strides(idx));
-        kernel(&GATED_RMS_NORM, "gated_rms_norm_backward", &tiling.defines(x_kind)).launch(
+        let touched = [rows.tensor(0), rows.tensor(1), rows.tensor(2), &weight, &dx, &dz];
+        let defines = tiling.defines(x_kind, rows_are_aligned(d, &touched));
+        kernel(&GATED_RMS_NORM, "gated_rms_norm_backward", &defines).launch(
             [n_blocks as u32, self.n_groups as u32, 1],
             tiling.block(),
             tiling.column_bytes(),
@@ -280,7 +283,6 @@ impl Function for GatedRmsNormCuda {
                 rows.inner(),
                 Arg::I32(d as i32),
                 Arg::I32(tiling.team as i32),
-                aligned(d, &[rows.tensor(0), rows.tensor(1), rows.tensor(2), &weight, &dx, &dz]),
             ],
         )?;
         Ok(vec![Some(dx), Some(dz), dweight.totals(weight_kind)?.remove(0)])

@@ -32,10 +32,11 @@ impl RowForm {
         Self { n_vectors, max_threads, min_blocks }
     }
 
-    /// The macros, with the dtype of the rows as a number.
-    pub const fn defines(self, x_kind: i64) -> [(&'static str, i64); 4] {
+    /// The macros, with the dtype of the rows as a number and whether they are read 16 bytes at a time ([`rows_are_aligned`]).
+    pub const fn defines(self, x_kind: i64, is_aligned: bool) -> [(&'static str, i64); 5] {
         [
             ("X_KIND", x_kind),
+            ("ROWS_ALIGNED", is_aligned as i64),
             ("VECS", self.n_vectors as i64),
             ("MAX_THREADS", self.max_threads as i64),
             ("MIN_BLOCKS", self.min_blocks as i64),
@@ -43,9 +44,9 @@ impl RowForm {
     }
 
     /// The macros for rows of bf16 that are rounded to fp8 where they are computed ([`Fp8Blocks`]).
-    pub const fn fp8_defines(self) -> [(&'static str, i64); 5] {
-        let [x_kind, vectors, threads, blocks] = self.defines(1);
-        [x_kind, vectors, threads, blocks, Fp8Blocks::DEFINE]
+    pub const fn fp8_defines(self) -> [(&'static str, i64); 6] {
+        let [x_kind, aligned, vectors, threads, blocks] = self.defines(1, true);
+        [x_kind, aligned, vectors, threads, blocks, Fp8Blocks::DEFINE]
     }
 
     /// Threads that a row of `d` elements takes.
@@ -91,8 +92,8 @@ impl RowTiling {
     }
 
     /// The macros of the form.
-    pub fn defines(&self, x_kind: i64) -> [(&'static str, i64); 4] {
-        self.form.defines(x_kind)
+    pub fn defines(&self, x_kind: i64, is_aligned: bool) -> [(&'static str, i64); 5] {
+        self.form.defines(x_kind, is_aligned)
     }
 
     /// Blocks for `n_rows` rows that nothing outlives: several waves even out what the ends of blocks leave idle.
@@ -118,6 +119,12 @@ impl RowTiling {
         let n_teams = i64::from(self.n_teams);
         let cap = i64::from(DeviceProperties::of(device_idx)?.n_multiprocessors) * per_multiprocessor;
         Ok(((n_rows + n_teams - 1) / n_teams).clamp(1, cap.max(1)))
+    }
+
+    /// Bytes of shared memory for `n` weights of which each thread keeps its columns there (`OwnWeight` of `norm.cuh`), and behind the last
+    /// row for [adding up columns](Self::column_bytes).
+    pub fn weight_bytes(&self, n: usize) -> usize {
+        n.max(1) * self.form.n_vectors as usize * self.column_bytes()
     }
 
     /// Bytes of shared memory for adding up the columns of a block's teams.
