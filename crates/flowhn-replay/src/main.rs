@@ -55,7 +55,8 @@ struct Cli {
 #[derive(Default)]
 struct Tally<'a> {
     n_failed: usize,
-    n_left: usize,
+    /// How many of each kernel there was no time for.
+    left: BTreeMap<&'a str, usize>,
     /// How many of each kernel were replayed, and how long that took.
     done: BTreeMap<&'a str, (usize, Duration)>,
 }
@@ -95,7 +96,8 @@ fn run(cli: &Cli) -> Result<ExitCode> {
     let device = Device::open(cli.device)?;
     let mode = Mode { leave_unwritten: cli.leave_unwritten, compare: cli.compare };
     let mut replayer = Replayer::new(&device, mode);
-    let Tally { n_failed, n_left, done } = replay_all(cli, until, &device, &mut replayer, &traces, &chosen)?;
+    let Tally { n_failed, left, done } = replay_all(cli, until, &device, &mut replayer, &traces, &chosen)?;
+    let n_left: usize = left.values().sum();
     let (n_done, n_kernels) = (done.values().map(|(n, _)| n).sum::<usize>(), done.len());
     println!(
         "{n_done} launches of {n_kernels} kernels replayed, {n_failed} failed, {n_left} left for lack of time; {n_skipped} were not recorded"
@@ -111,6 +113,9 @@ fn run(cli: &Cli) -> Result<ExitCode> {
     longest.sort_by_key(|(_, (_, took))| std::cmp::Reverse(*took));
     for (kernel, (n, took)) in longest.iter().take(3) {
         println!("{:>7.1} s for {n} launches of {kernel}", took.as_secs_f64());
+    }
+    for (kernel, n) in &left {
+        println!("    left: {n} launches of {kernel}");
     }
     Ok(if n_failed + n_left == 0 { ExitCode::SUCCESS } else { ExitCode::FAILURE })
 }
@@ -142,11 +147,11 @@ fn replay_all<'a>(
         if !cli.share.claim(idx)? {
             continue;
         }
+        let Found { trace, line, launch } = chosen[idx];
         if is_late {
-            tally.n_left += 1;
+            *tally.left.entry(&launch.kernel).or_default() += 1;
             continue;
         }
-        let Found { trace, line, launch } = chosen[idx];
         let place = || format!("{}:{line} {} {:?}", cli.traces[trace].display(), name(launch), launch.grid);
         if cli.verbose {
             println!("{}", place());

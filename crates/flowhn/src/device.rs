@@ -16,7 +16,7 @@ pub struct DeviceArgs {
     device: Option<DeviceName>,
 }
 
-/// A device as it is written.
+/// A device that was named.
 #[derive(Clone, Copy, Debug, PartialEq)]
 struct DeviceName(Device);
 
@@ -31,6 +31,14 @@ impl FromStr for DeviceName {
             _ => None,
         };
         device.map(Self).ok_or("expected cpu, cuda, or cuda:N")
+    }
+}
+
+/// A device as it is written.
+pub fn device_name(device: Device) -> String {
+    match device {
+        Device::Cuda(idx) => format!("cuda:{idx}"),
+        _ => "cpu".to_owned(),
     }
 }
 
@@ -83,6 +91,7 @@ mod tests {
         assert_eq!(read("cpu"), Ok(Device::Cpu));
         assert_eq!(read("cuda"), Ok(Device::Cuda(0)));
         assert_eq!(read("cuda:3"), Ok(Device::Cuda(3)));
+        assert!([Device::Cpu, Device::Cuda(2)].into_iter().all(|device| read(&device_name(device)) == Ok(device)));
         assert!(["gpu", "cuda:", "cuda:x", "cpu:0", ""].into_iter().all(|name| read(name).is_err()));
     }
 }

@@ -11,11 +11,12 @@ use anyhow::Result;
 use flowhn_train::run_dir::Start;
 use flowhn_train::{Outcome, RunConfig, TrainOptions, Trainer};
 use serde_json::json;
+use tch::Device;
 
 use crate::cli::policies_help;
 use crate::config_args::{self, SetArgs};
 use crate::console::{self, Console};
-use crate::device::DeviceArgs;
+use crate::device::{DeviceArgs, device_name};
 use crate::fail::INTERRUPTED;
 use crate::interrupt::Interrupt;
 use crate::threads;
@@ -80,7 +81,7 @@ pub fn run(args: &Args) -> Result<ExitCode> {
         Outcome::Done(summary) if args.json => console::print_json(&*summary)?,
         Outcome::Done(summary) => console::print(&report::outcome(&trainer, &summary))?,
         Outcome::Stopped { step, checkpoint } => {
-            let command = resume_command();
+            let command = resume_command(std::env::args_os().collect(), device);
             console.line(format_args!(
                 "stopped after step {step} of {}; checkpoint {}\nresume with: {command}",
                 config.train.steps,
@@ -113,10 +114,15 @@ fn configuration(args: &Args) -> Result<RunConfig> {
     Ok(config)
 }
 
-/// This process's own command line with `--resume`, as a shell reads it.
-fn resume_command() -> String {
-    let mut words: Vec<OsString> = std::env::args_os().collect();
-    if !words.iter().any(|word| word == "--resume") {
+/// This command line with `--resume`, as a shell reads it. It names the device, since another one sums in another order.
+fn resume_command(mut words: Vec<OsString>, device: Device) -> String {
+    let names = |word: &OsString, option: &str| {
+        word.to_str().is_some_and(|word| word == option || word.starts_with(&format!("{option}=")))
+    };
+    if !words.iter().any(|word| names(word, "--device")) {
+        words.extend(["--device".into(), device_name(device).into()]);
+    }
+    if !words.iter().any(|word| names(word, "--resume")) {
         words.push("--resume".into());
     }
     words.iter().map(|word| quoted(&word.to_string_lossy())).collect::<Vec<_>>().join(" ")
@@ -133,6 +139,16 @@ fn quoted(word: &str) -> String {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn a_run_is_resumed_on_its_device() {
+        let command = |line: &str, device| resume_command(line.split(' ').map(OsString::from).collect(), device);
+        assert_eq!(command("flowhn train", Device::Cpu), "flowhn train --device cpu --resume");
+        assert_eq!(command("flowhn train --resume", Device::Cuda(0)), "flowhn train --resume --device cuda:0");
+        for named in ["flowhn train --device cuda --resume", "flowhn train --device=cuda:1 --resume"] {
+            assert_eq!(command(named, Device::Cuda(1)), named);
+        }
+    }
 
     #[test]
     fn words_are_quoted_for_a_shell() {

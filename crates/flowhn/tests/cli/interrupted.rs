@@ -118,7 +118,9 @@ fn ctrl_c_saves_and_tells_the_command_that_resumes() {
     assert_eq!(n_lines, step, "the steps up to the checkpoint are logged");
 
     let resume = out.stderr.lines().find_map(|line| line.strip_prefix("resume with: ")).expect("it says how");
+    assert!(resume.ends_with(" --device cpu --resume"), "where it computed: {resume}");
     let mut shell = Command::new("sh");
+    // With a GPU in sight, if there is one: the command is to name the device.
     shell.args(["-c", resume]).current_dir(dir()).env("OMP_NUM_THREADS", "1").env("RAYON_NUM_THREADS", "1");
     let out = finish(shell.stdout(Stdio::piped()).stderr(Stdio::piped()).spawn().unwrap());
     assert!(out.stderr.contains(&format!("resuming after step {step}")), "{out:?}");
