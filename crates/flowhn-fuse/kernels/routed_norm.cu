@@ -19,7 +19,8 @@
 // rstd: [batch, seq_len], f32; positions: [n], i64.
 //
 // Teams of threads hold rows in registers as in rms_norm.cu. The first n_blocks0 blocks take the tokens of route 0, the
-// others those of route 1, so that a block has one weight and one part of its gradient.
+// others those of route 1, so that a block has one weight and one part of its gradient. Backward the weight waits in shared memory, each
+// thread's columns for itself; behind the last row the same memory adds up the teams' columns.
 //
 // With FP8_ROWS the forward pass leaves each branch's y rounded to fp8, y8_k [n_padded_k, d] and y8_t_k [d, n_padded_k], with the bits
 // that a cast of y_k would have (fp8_rows.cuh); a block has so many neighbouring rows, and rows are aligned.

@@ -12,6 +12,7 @@
 // x, change, dy, ds: [outer, inner, d], last axis dense, f32 or bf16; weights: [d], f32; sum, y, dx: contiguous; rstd: [outer inner], f32.
 //
 // Teams of threads hold rows in registers as in rms_norm.cu, so that s, its statistics and its gradient pass through memory once for both.
+// Backward the weights wait in shared memory as in routed_norm.cu.
 //
 // X_KIND: dtype of all but weights and rstd; BRANCH_GRADS: whether there are ds_0 and ds_1; ROWS_ALIGNED: whether rows are read 16 bytes at
 // a time; VECS: vectors a thread; MAX_THREADS, MIN_BLOCKS: bounds of the block and of the blocks of a multiprocessor.

@@ -1,6 +1,7 @@
 //! The kernels of this crate.
 
-use flowhn_torch::kernel::rows::RowForm;
+use flowhn_torch::kernel::rows::RowAccess::{Elements, Vectors};
+use flowhn_torch::kernel::rows::{RowAccess, RowForm};
 use flowhn_torch::kernel::{KernelSource, KernelSpec};
 
 /// Copies and sums of tokens between a sequence and its branches.
@@ -38,58 +39,63 @@ pub const KERNELS: &[KernelSpec] = &[
     KernelSpec {
         source: &ROUTED_NORM,
         variants: &[
-            &norm(RowForm::new(1, 512, 1), 0, true, false),
-            &norm(RowForm::new(1, 512, 1), 0, false, false),
-            &norm(RowForm::new(2, 512, 1), 0, true, false),
-            &norm(RowForm::new(2, 512, 1), 0, false, false),
-            &norm(RowForm::new(2, 512, 1), 0, true, true),
-            &norm(RowForm::new(2, 512, 1), 0, false, true),
-            &norm(RowForm::new(3, 256, 1), 0, true, false),
-            &norm(RowForm::new(3, 256, 1), 0, false, false),
-            &norm(RowForm::new(4, 1024, 1), 0, true, false),
-            &norm(RowForm::new(4, 1024, 1), 0, false, false),
-            &norm(RowForm::new(4, 1024, 1), 0, true, true),
-            &norm(RowForm::new(4, 1024, 1), 0, false, true),
-            &norm(RowForm::new(1, 512, 1), 1, true, false),
-            &norm(RowForm::new(1, 512, 1), 1, false, false),
-            &norm(RowForm::new(2, 512, 1), 1, true, false),
-            &norm(RowForm::new(2, 512, 1), 1, false, false),
-            &norm(RowForm::new(2, 512, 1), 1, true, true),
-            &norm(RowForm::new(2, 512, 1), 1, false, true),
-            &norm(RowForm::new(3, 256, 1), 1, true, false),
-            &norm(RowForm::new(3, 256, 1), 1, false, false),
-            &norm(RowForm::new(4, 1024, 1), 1, true, false),
-            &norm(RowForm::new(4, 1024, 1), 1, false, false),
+            &norm(RowForm::new(1, 512, 1), 0, Vectors, false),
+            &norm(RowForm::new(1, 512, 1), 0, Elements, false),
+            &norm(RowForm::new(2, 512, 1), 0, Vectors, false),
+            &norm(RowForm::new(2, 512, 1), 0, Elements, false),
+            &norm(RowForm::new(2, 512, 1), 0, Vectors, true),
+            &norm(RowForm::new(2, 512, 1), 0, Elements, true),
+            &norm(RowForm::new(3, 256, 1), 0, Vectors, false),
+            &norm(RowForm::new(3, 256, 1), 0, Elements, false),
+            &norm(RowForm::new(4, 1024, 1), 0, Vectors, false),
+            &norm(RowForm::new(4, 1024, 1), 0, Elements, false),
+            &norm(RowForm::new(4, 1024, 1), 0, Vectors, true),
+            &norm(RowForm::new(4, 1024, 1), 0, Elements, true),
+            &norm(RowForm::new(1, 512, 1), 1, Vectors, false),
+            &norm(RowForm::new(1, 512, 1), 1, Elements, false),
+            &norm(RowForm::new(2, 512, 1), 1, Vectors, false),
+            &norm(RowForm::new(2, 512, 1), 1, Elements, false),
+            &norm(RowForm::new(2, 512, 1), 1, Vectors, true),
+            &norm(RowForm::new(2, 512, 1), 1, Elements, true),
+            &norm(RowForm::new(3, 256, 1), 1, Vectors, false),
+            &norm(RowForm::new(3, 256, 1), 1, Elements, false),
+            &norm(RowForm::new(4, 1024, 1), 1, Vectors, false),
+            &norm(RowForm::new(4, 1024, 1), 1, Elements, false),
             &norm_fp8(RowForm::new(1, 512, 2)),
             &norm_fp8(RowForm::new(2, 1024, 1)),
             &norm_fp8(RowForm::new(3, 256, 2)),
-            &norm(RowForm::new(4, 1024, 1), 1, true, true),
-            &norm(RowForm::new(4, 1024, 1), 1, false, true),
+            &norm(RowForm::new(4, 1024, 1), 1, Elements, true),
+            &norm(RowForm::new(4, 1024, 1), 1, Vectors, true),
         ],
     },
     KernelSpec {
         source: &TWIN_NORM,
         variants: &[
-            &norm(RowForm::new(1, 512, 2), 0, true, false),
-            &norm(RowForm::new(1, 512, 2), 0, false, false),
-            &norm(RowForm::new(1, 512, 1), 0, true, false),
-            &norm(RowForm::new(1, 512, 1), 0, false, false),
-            &norm(RowForm::new(1, 512, 1), 0, true, true),
-            &norm(RowForm::new(1, 512, 1), 0, false, true),
-            &norm(RowForm::new(1, 512, 2), 1, true, false),
-            &norm(RowForm::new(1, 512, 2), 1, false, false),
-            &norm(RowForm::new(1, 512, 1), 1, true, false),
-            &norm(RowForm::new(1, 512, 1), 1, false, false),
-            &norm(RowForm::new(1, 512, 1), 1, true, true),
-            &norm(RowForm::new(1, 512, 1), 1, false, true),
+            &norm(RowForm::new(1, 512, 2), 0, Vectors, false),
+            &norm(RowForm::new(1, 512, 2), 0, Elements, false),
+            &norm(RowForm::new(1, 512, 1), 0, Vectors, false),
+            &norm(RowForm::new(1, 512, 1), 0, Elements, false),
+            &norm(RowForm::new(1, 512, 1), 0, Vectors, true),
+            &norm(RowForm::new(1, 512, 1), 0, Elements, true),
+            &norm(RowForm::new(1, 512, 2), 1, Vectors, false),
+            &norm(RowForm::new(1, 512, 2), 1, Elements, false),
+            &norm(RowForm::new(1, 512, 1), 1, Vectors, false),
+            &norm(RowForm::new(1, 512, 1), 1, Elements, false),
+            &norm(RowForm::new(1, 512, 1), 1, Elements, true),
+            &norm(RowForm::new(1, 512, 1), 1, Vectors, true),
         ],
     },
     KernelSpec { source: &MERGE_FP8, variants: &[MERGE_FP8_DEFINES] },
 ];
 
 /// The macros of `routed_norm.cu` and `twin_norm.cu`.
-pub(crate) const fn norm(form: RowForm, x_kind: i64, is_aligned: bool, branch_grads: bool) -> [(&'static str, i64); 6] {
-    let [x_kind, aligned, vectors, threads, blocks] = form.defines(x_kind, is_aligned);
+pub(crate) const fn norm(
+    form: RowForm,
+    x_kind: i64,
+    access: RowAccess,
+    branch_grads: bool,
+) -> [(&'static str, i64); 6] {
+    let [x_kind, aligned, vectors, threads, blocks] = form.defines(x_kind, access);
     [x_kind, aligned, vectors, threads, blocks, ("BRANCH_GRADS", branch_grads as i64)]
 }
 

@@ -18,6 +18,8 @@ const BATCH: i64 = 3;
 const EPS: f64 = 1e-6;
 /// Widths that vectors fit and one that they do not.
 const WIDTHS: [i64; 4] = [7, 128, 768, 2048];
+/// One that takes the form for the widest rows.
+const WIDEST: [i64; 1] = [9000];
 /// Those of the patterns with many tokens.
 const LONG_WIDTHS: [i64; 2] = [64, 136];
 
@@ -36,7 +38,9 @@ const OPERATIONS: [(&str, OfRuns); 5] = [
 /// Every check of this crate.
 pub fn cases() -> Vec<Case> {
     let mut cases = Vec::new();
-    for (widths, patterns) in [(&WIDTHS[..], patterns()), (&LONG_WIDTHS[..], long_patterns())] {
+    let wide_patterns = vec![("a window that wraps", vec![5, 21, 5])];
+    let sizes = [(&WIDTHS[..], patterns()), (&LONG_WIDTHS[..], long_patterns()), (&WIDEST[..], wide_patterns)];
+    for (widths, patterns) in sizes {
         for (name, runs) in patterns {
             for kind in [Kind::Float, Kind::BFloat16] {
                 for &d in widths {

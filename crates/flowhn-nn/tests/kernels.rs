@@ -2,7 +2,7 @@
 
 use flowhn_torch::testing::check_kernels;
 
-/// The variants of the shapes that `flowhn bench kernels` times.
+/// The variants of the shapes that `flowhn bench kernels` times, and forms of the norms for other widths.
 const TUNED: &[&str] = &[
     "rms_norm_forward X_KIND=1 ROWS_ALIGNED=1 VECS=1 MAX_THREADS=512 MIN_BLOCKS=2",
     "rms_norm_forward X_KIND=1 ROWS_ALIGNED=1 VECS=2 MAX_THREADS=512 MIN_BLOCKS=2",

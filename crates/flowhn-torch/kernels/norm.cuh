@@ -41,18 +41,25 @@ __device__ __forceinline__ float add_product(float sum, const Pack<T>& x, const 
     return sum;
 }
 
-// This thread's columns of a weight, which stay in shared memory where they would be too many registers.
+// This thread's columns of a weight, which wait in shared memory so that registers are left for rows; more than two vectors a thread would be
+// more than the shared memory of some GPUs, and stay in registers.
 template <int N> struct OwnWeight {
+    static constexpr bool SHARED = N <= 2;
     float4* own;
+    float kept[SHARED ? 1 : N][VEC];
     template <bool ALIGNED>
     __device__ __forceinline__ OwnWeight(float* slots, const float* weight, const Team& team, const Width<ALIGNED>& width)
         : own(reinterpret_cast<float4*>(slots) + threadIdx.x) {
-        float w[N][VEC];
-        load_weight(w, weight, team, width);
-        #pragma unroll
-        for (int v = 0; v < N; v++) {
-            at(v, 0) = make_float4(w[v][0], w[v][1], w[v][2], w[v][3]);
-            at(v, 1) = make_float4(w[v][4], w[v][5], w[v][6], w[v][7]);
+        if constexpr (SHARED) {
+            float w[N][VEC];
+            load_weight(w, weight, team, width);
+            #pragma unroll
+            for (int v = 0; v < N; v++) {
+                at(v, 0) = make_float4(w[v][0], w[v][1], w[v][2], w[v][3]);
+                at(v, 1) = make_float4(w[v][4], w[v][5], w[v][6], w[v][7]);
+            }
+        } else {
+            load_weight(kept, weight, team, width);
         }
     }
     // Half of a vector; those of neighbouring threads are neighbours.
@@ -62,8 +69,13 @@ template <int N> struct OwnWeight {
         for (int v = 0; v < N; v++) get(w[v], v);
     }
     __device__ __forceinline__ void get(float (&w)[VEC], int v) const {
-        float4 low = at(v, 0), high = at(v, 1);
-        w[0] = low.x, w[1] = low.y, w[2] = low.z, w[3] = low.w, w[4] = high.x, w[5] = high.y, w[6] = high.z, w[7] = high.w;
+        if constexpr (SHARED) {
+            float4 low = at(v, 0), high = at(v, 1);
+            w[0] = low.x, w[1] = low.y, w[2] = low.z, w[3] = low.w, w[4] = high.x, w[5] = high.y, w[6] = high.z, w[7] = high.w;
+        } else {
+            #pragma unroll
+            for (int i = 0; i < VEC; i++) w[i] = kept[v][i];
+        }
     }
 };
 

@@ -40,7 +40,7 @@ pub struct Args {
     /// List the names of the cases and run none
     #[arg(long)]
     list: bool,
-    /// Run so many processes side by side, with a part of the cases each, which on a GPU take some 2 GiB of its memory each; cases that take
+    /// Run so many processes side by side, with a part of the cases each, which on a GPU take 2 to 5 GiB of its memory each; cases that take
     /// most of a device follow alone
     #[arg(long, value_name = "N", default_value = "1")]
     jobs: NonZeroUsize,

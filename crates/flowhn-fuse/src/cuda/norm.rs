@@ -5,7 +5,7 @@
 use tch::{Kind, Tensor};
 
 use flowhn_nn::Fp8Place;
-use flowhn_torch::kernel::rows::{Fp8Blocks, RowForm, RowTiling, rows_are_aligned, with_dense_rows};
+use flowhn_torch::kernel::rows::{Fp8Blocks, RowAccess, RowForm, RowTiling, with_dense_rows};
 use flowhn_torch::kernel::{Arg, ColumnSums, Defines, Kernel, kind_define};
 use flowhn_torch::{BackwardCtx, ForwardCtx, Function, Result};
 
@@ -317,7 +317,7 @@ impl<'a> Call<'a> {
         const ENTRY: &str = "routed_norm_forward";
         match normed {
             Normed::Plain(..) => {
-                let defines = defines(tiling.form, self.x_kind, rows_are_aligned(self.d, &touched), false);
+                let defines = defines(tiling.form, self.x_kind, RowAccess::of(self.d, &touched), false);
                 kernel(ENTRY, &defines).launch(grid, tiling.block(), 0, &args)?;
             }
             Normed::Fp8(places, blocks) => {
@@ -370,7 +370,7 @@ impl<'a> Call<'a> {
         args.extend(branches.map(Arg::opt));
         args.extend([dweights.arg(), Arg::I32(n_blocks0 as i32), Arg::I32(self.d as i32)]);
         args.push(Arg::I32(tiling.team as i32));
-        let defines = defines(tiling.form, self.x_kind, rows_are_aligned(self.d, &touched), ds_k[0].is_some());
+        let defines = defines(tiling.form, self.x_kind, RowAccess::of(self.d, &touched), ds_k[0].is_some());
         let grid = [(n_blocks0 + n_blocks1) as u32, 1, 1];
         kernel("routed_norm_backward", &defines).launch(grid, tiling.block(), tiling.weight_bytes(1), &args)?;
         dweights.totals(self.weight_kind)

@@ -4,7 +4,7 @@
 
 use tch::{Kind, Tensor};
 
-use flowhn_torch::kernel::rows::{RowForm, RowTiling, Rows, rows_are_aligned};
+use flowhn_torch::kernel::rows::{RowAccess, RowForm, RowTiling, Rows};
 use flowhn_torch::kernel::{Arg, ColumnSums, Kernel, kind_define};
 use flowhn_torch::{BackwardCtx, ForwardCtx, Function, Result};
 
@@ -53,7 +53,7 @@ impl Function for TwinNorm {
             args.extend(rows.strides(0).into_iter().chain(rows.strides(1)));
             args.extend([Arg::I32(n_rows), rows.inner(), Arg::I32(d as i32), Arg::I32(tiling.team as i32)]);
             args.push(Arg::F32(self.eps as f32));
-            let defines = defines(tiling.form, x_kind, rows_are_aligned(d, &touched), false);
+            let defines = defines(tiling.form, x_kind, RowAccess::of(d, &touched), false);
             let kernel = Kernel { source: &TWIN_NORM, entry: "twin_norm_forward", defines: &defines };
             let n_blocks = tiling.n_blocks(i64::from(n_rows), x.device())?;
             kernel.launch([n_blocks as u32, 1, 1], tiling.block(), 0, &args)?;
@@ -90,7 +90,7 @@ impl Function for TwinNorm {
         args.extend([Arg::Tensor(rstd), Arg::Tensor(&dx), dweights.arg()]);
         args.extend((0..read.len()).flat_map(|idx| rows.strides(idx)));
         args.extend([Arg::I32(rows.n_rows()), rows.inner(), Arg::I32(d as i32), Arg::I32(tiling.team as i32)]);
-        let defines = defines(tiling.form, x_kind, rows_are_aligned(d, &touched), self.with_tokens);
+        let defines = defines(tiling.form, x_kind, RowAccess::of(d, &touched), self.with_tokens);
         let kernel = Kernel { source: &TWIN_NORM, entry: "twin_norm_backward", defines: &defines };
         // Both weights, and behind the last row the columns that teams add up.
         kernel.launch([n_blocks as u32, 1, 1], tiling.block(), tiling.weight_bytes(2), &args)?;

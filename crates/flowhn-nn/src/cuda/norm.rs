@@ -3,7 +3,7 @@
 
 use tch::{Kind, Tensor};
 
-use flowhn_torch::kernel::rows::{Fp8Blocks, RowForm, RowTiling, Rows, rows_are_aligned};
+use flowhn_torch::kernel::rows::{Fp8Blocks, RowAccess, RowForm, RowTiling, Rows};
 use flowhn_torch::kernel::{Arg, ColumnSums, Kernel, KernelSource, kind_define};
 use flowhn_torch::{BackwardCtx, ForwardCtx, Function, Result};
 
@@ -114,7 +114,7 @@ impl Norm {
         args.extend(rows.strides(0).into_iter().chain(rows.strides(1)));
         args.extend([Arg::I32(rows.n_rows()), rows.inner(), Arg::I32(d as i32), Arg::I32(tiling.team as i32)]);
         args.push(Arg::F32(self.eps as f32));
-        let defines = tiling.defines(x_kind, rows_are_aligned(d, &touched));
+        let defines = tiling.defines(x_kind, RowAccess::of(d, &touched));
         let y =
             out.launch(kernel(&RMS_NORM, "rms_norm_forward", &defines), &tiling, [i64::from(rows.n_rows()), 1], args)?;
         Ok(Forward { sum, y, rstd })
@@ -198,7 +198,7 @@ fn backward(
     args.extend([Arg::Tensor(&weight), Arg::Tensor(rstd), Arg::Tensor(&dx), dweight.arg()]);
     args.extend((0..2 + usize::from(ds.is_some())).flat_map(|idx| rows.strides(idx)));
     args.extend([Arg::I32(rows.n_rows()), rows.inner(), Arg::I32(d as i32), Arg::I32(tiling.team as i32)]);
-    let defines = tiling.defines(x_kind, rows_are_aligned(d, &touched));
+    let defines = tiling.defines(x_kind, RowAccess::of(d, &touched));
     kernel(&RMS_NORM, entry, &defines).launch([n_blocks as u32, 1, 1], tiling.block(), tiling.column_bytes(), &args)?;
     Ok((dx, dweight.totals(weight_kind)?.remove(0)))
 }
@@ -230,7 +230,7 @@ impl Function for GatedRmsNormCuda {
         args.extend(rows.strides(0).into_iter().chain(rows.strides(1)));
         args.extend([Arg::I32(rows.n_rows()), rows.inner(), Arg::I32(d as i32), Arg::I32(tiling.team as i32)]);
         args.push(Arg::F32(self.eps as f32));
-        let defines = tiling.defines(x_kind, rows_are_aligned(d, &touched));
+        let defines = tiling.defines(x_kind, RowAccess::of(d, &touched));
         let y =
             out.launch(kernel(&GATED_RMS_NORM, "gated_rms_norm_forward", &defines), &tiling, [n_rows, n_groups], args)?;
         if ctx.is_recorded() {
@@ -257,7 +257,7 @@ impl Function for GatedRmsNormCuda {
         let [[x_outer, x_inner], [z_outer, z_inner], [dy_outer, dy_inner], [dz_outer, dz_inner]] =
             [0, 1, 2, 3].map(|idx| rows.strides(idx));
         let touched = [rows.tensor(0), rows.tensor(1), rows.tensor(2), &weight, &dx, &dz];
-        let defines = tiling.defines(x_kind, rows_are_aligned(d, &touched));
+        let defines = tiling.defines(x_kind, RowAccess::of(d, &touched));
         kernel(&GATED_RMS_NORM, "gated_rms_norm_backward", &defines).launch(
             [n_blocks as u32, self.n_groups as u32, 1],
             tiling.block(),

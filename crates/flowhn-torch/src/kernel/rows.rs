@@ -11,6 +11,25 @@ pub const MAX_WIDTH: i64 = 32_768;
 /// Elements of a vector, `VEC` of `rows.cuh`.
 const VEC: i64 = 8;
 
+/// How a kernel reads and writes rows: the macro `ROWS_ALIGNED`.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum RowAccess {
+    /// 16 bytes at a time.
+    Vectors,
+    /// Element by element.
+    Elements,
+}
+
+impl RowAccess {
+    /// For rows of `d` elements of each of these tensors.
+    pub fn of(d: i64, tensors: &[&Tensor]) -> Self {
+        match rows_are_aligned(d, tensors) {
+            true => Self::Vectors,
+            false => Self::Elements,
+        }
+    }
+}
+
 /// A compiled form of a kernel whose teams hold rows in registers: how many vectors a thread holds, and the bounds that leave it
 /// registers enough.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -32,11 +51,11 @@ impl RowForm {
         Self { n_vectors, max_threads, min_blocks }
     }
 
-    /// The macros, with the dtype of the rows as a number and whether they are read 16 bytes at a time ([`rows_are_aligned`]).
-    pub const fn defines(self, x_kind: i64, is_aligned: bool) -> [(&'static str, i64); 5] {
+    /// The macros, with the dtype of the rows as a number.
+    pub const fn defines(self, x_kind: i64, access: RowAccess) -> [(&'static str, i64); 5] {
         [
             ("X_KIND", x_kind),
-            ("ROWS_ALIGNED", is_aligned as i64),
+            ("ROWS_ALIGNED", matches!(access, RowAccess::Vectors) as i64),
             ("VECS", self.n_vectors as i64),
             ("MAX_THREADS", self.max_threads as i64),
             ("MIN_BLOCKS", self.min_blocks as i64),
@@ -45,7 +64,7 @@ impl RowForm {
 
     /// The macros for rows of bf16 that are rounded to fp8 where they are computed ([`Fp8Blocks`]).
     pub const fn fp8_defines(self) -> [(&'static str, i64); 6] {
-        let [x_kind, aligned, vectors, threads, blocks] = self.defines(1, true);
+        let [x_kind, aligned, vectors, threads, blocks] = self.defines(1, RowAccess::Vectors);
         [x_kind, aligned, vectors, threads, blocks, Fp8Blocks::DEFINE]
     }
 
@@ -92,8 +111,8 @@ impl RowTiling {
     }
 
     /// The macros of the form.
-    pub fn defines(&self, x_kind: i64, is_aligned: bool) -> [(&'static str, i64); 5] {
-        self.form.defines(x_kind, is_aligned)
+    pub fn defines(&self, x_kind: i64, access: RowAccess) -> [(&'static str, i64); 5] {
+        self.form.defines(x_kind, access)
     }
 
     /// Blocks for `n_rows` rows that nothing outlives: several waves even out what the ends of blocks leave idle.
@@ -121,10 +140,13 @@ impl RowTiling {
         Ok(((n_rows + n_teams - 1) / n_teams).clamp(1, cap.max(1)))
     }
 
-    /// Bytes of shared memory for `n` weights of which each thread keeps its columns there (`OwnWeight` of `norm.cuh`), and behind the last
-    /// row for [adding up columns](Self::column_bytes).
+    /// Bytes of shared memory in which each thread keeps its columns of `n` weights (`OwnWeight` of `norm.cuh`, which keeps them in registers
+    /// where a thread has more than two vectors); behind the last row the same bytes serve to [add up columns](Self::column_bytes).
     pub fn weight_bytes(&self, n: usize) -> usize {
-        n.max(1) * self.form.n_vectors as usize * self.column_bytes()
+        match self.form.n_vectors as usize {
+            n_vectors @ ..=2 => n * n_vectors * self.column_bytes(),
+            _ => self.column_bytes(),
+        }
     }
 
     /// Bytes of shared memory for adding up the columns of a block's teams.
