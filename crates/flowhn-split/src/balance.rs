@@ -73,6 +73,9 @@ impl<'a> Balance<'a> {
     }
 
     /// `cost_attn(n) - cost_ssm(seq_len - n)`, which rises with `n`.
+    ///
+    /// # Panics
+    /// For more than `seq_len` tokens.
     pub fn difference(&self, n_attn: usize) -> i128 {
         let attn = i128::from(self.attn(n_attn).total());
         attn - i128::from(self.ssm(self.seq_len - n_attn).total())

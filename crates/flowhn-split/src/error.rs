@@ -61,10 +61,17 @@ pub enum Error {
     Measured,
     /// A fraction that contradicts the constant of the released script.
     #[error(
-        "attn_frac is {0}, but fa_split with released = true always reads int(0.59 * seq_len) \
+        "attn_frac is {got}, but {policy} with released = true always gives attention int({want} * seq_len) \
          tokens: drop attn_frac or released"
     )]
-    ReleasedFrac(f64),
+    ReleasedFrac {
+        /// The policy's name.
+        policy: &'static str,
+        /// The fraction that was asked for.
+        got: f64,
+        /// That of the script.
+        want: f64,
+    },
     /// `released = true` for a policy that the script does not have.
     #[error("{policy} has no released form: drop released = true")]
     ReleasedForm {

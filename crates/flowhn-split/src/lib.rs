@@ -21,7 +21,7 @@ pub use cost::{BlockFlops, Flops, ModelFlops, ScoreCount};
 pub use error::{Error, Result};
 pub use plan::{BlockPlan, Branch, Owner, Span, SplitPlan};
 pub use policy::{POLICIES, Policy, Sharing, SplitPolicy, SplitRequest};
-pub use report::{BlockReport, PerToken, PlanReport};
+pub use report::{BlockReport, FlopsPerToken, KindFlops, PartFlops, PerToken, PlanReport, TotalFlops};
 pub use routing::{BlockRoute, Routing, policy_per_block};
 pub use settings::{AttnFrac, Cycle, SplitSettings, Window};
 pub use shape::{

@@ -169,10 +169,25 @@ impl Routing {
     }
 }
 
+/// Refuses what the balance of the branches and the cost of a bridge leave out.
+fn check_counted(settings: &SplitSettings, shape: &BlockShape) -> Result<()> {
+    let options = &shape.options;
+    let counts_all = settings.policy.sharing() != Sharing::Split && shape.attn.bridge == Bridge::None;
+    let sizes = [("model.attn.window", options.window.unwrap_or(0)), ("model.n_meta", options.n_meta)];
+    match sizes.into_iter().find(|&(_, got)| got > 0 && !counts_all) {
+        None => Ok(()),
+        Some((name, got)) => {
+            let want = "leave it out where branches share the tokens out or attention has a bridge, whose costs do not count it";
+            Err(Error::Shape { name, got, want: want.to_owned() })
+        }
+    }
+}
+
 impl BlockRoute {
     fn new(seq_len: usize, block_idx: usize, settings: &SplitSettings, shape: &BlockShape) -> Result<Self> {
         settings.check()?;
         shape.check()?;
+        check_counted(settings, shape)?;
         let needs = if settings.released { Needs::Nothing } else { settings.policy.needs() };
         let n_attn = (needs == Needs::Tokens).then(|| solve_tokens(seq_len, settings, shape));
         let cycle = (needs == Needs::Cycle).then(|| solve_cycle(seq_len, settings, shape));
@@ -346,8 +361,8 @@ fn solved_sharing(settings: &SplitSettings, needs: Needs, cycle: Option<Cycle>) 
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::Window;
     use crate::shape::tests::released_135m;
+    use crate::{BlockOptions, Window};
 
     fn routing(name: &str, seq_len: usize, change: impl Fn(&mut SplitSettings)) -> Routing {
         let mut settings = SplitSettings::new(name.parse().unwrap());
@@ -417,13 +432,34 @@ mod tests {
     }
 
     #[test]
+    fn what_a_balance_does_not_count_is_refused() {
+        for (window, n_meta) in [(Some(64), 0), (None, 4)] {
+            let mut block = released_135m();
+            block.options = BlockOptions { window, n_meta, ..block.options };
+            let route =
+                |policy: &str, block| Routing::new(256, &[SplitSettings::new(policy.parse().unwrap())], &[block]);
+            assert!(route("no_split", block).is_ok() && route("attn_all", block).is_ok());
+            let refused = route("fac_split", block).unwrap_err().to_string();
+            assert!(refused.contains(if n_meta > 0 { "n_meta is 4" } else { "window is 64" }), "{refused}");
+            block.attn.bridge = Bridge::Kv;
+            assert!(route("no_split", block).is_err());
+        }
+    }
+
+    #[test]
     fn a_contradicted_released_fraction_is_refused() {
         let mut settings = SplitSettings::new("fa_split".parse().unwrap());
         settings.released = true;
         settings.attn_frac = AttnFrac::Fixed(0.5);
         let refused = Routing::new(64, &[settings.clone()], &[released_135m()]);
-        assert_eq!(refused, Err(Error::ReleasedFrac(0.5)));
+        assert_eq!(refused, Err(Error::ReleasedFrac { policy: "fa_split", got: 0.5, want: 0.59 }));
         settings.attn_frac = AttnFrac::Fixed(0.59);
+        assert!(Routing::new(64, &[settings.clone()], &[released_135m()]).is_ok());
+        // Halves that swap: one half is what the script's fac_split has.
+        settings.policy = "fac_split".parse().unwrap();
+        let refused = Routing::new(64, &[settings.clone()], &[released_135m()]).unwrap_err().to_string();
+        assert!(refused.contains("fac_split") && refused.contains("0.5 *"), "{refused}");
+        settings.attn_frac = AttnFrac::Fixed(0.5);
         assert!(Routing::new(64, &[settings], &[released_135m()]).is_ok());
     }
 

@@ -149,7 +149,8 @@ pub struct SplitSettings {
     pub attn_frac: AttnFrac,
     /// Which end is attention's (`fa_split`, `fac_split`).
     pub window: Window,
-    /// The released script's own form, planned at the actual length.
+    /// The form of the authors' script, planned at the actual length: `fa_split` gives attention the first `floor(0.59 seq_len)` tokens,
+    /// `fac_split` the last `floor(seq_len / 2)` in even blocks and the first in odd ones; `cyclic_split` has none, others plan as ever.
     pub released: bool,
     /// The number of attention tokens is a multiple of this wherever the length holds two tiles.
     pub tile: usize,

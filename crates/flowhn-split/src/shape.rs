@@ -173,9 +173,10 @@ pub struct BlockOptions {
     pub gate_norm: GateNorm,
     /// Whether one norm opens both branches of a flow block; one that has a single branch is the same either way.
     pub shared_norm: bool,
-    /// Positions that a query sees, its own included; `None` for all before it.
+    /// Positions that a query sees, its own included; `None` for all before it. The balance of two branches that share the tokens out does not
+    /// count it, nor does a bridge: [`Routing::new`](crate::Routing::new) refuses both.
     pub window: Option<usize>,
-    /// Learned tokens in front of every sequence, which every query sees whatever its window. All blocks of a model have the same.
+    /// Learned tokens in front of every sequence, which every query sees whatever its window. All blocks of a model have the same. Refused where a window is refused.
     pub n_meta: usize,
 }
 

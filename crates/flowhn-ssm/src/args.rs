@@ -76,12 +76,7 @@ impl Checker {
 
     /// The error for a device without a path.
     pub(crate) fn no_path(&self, arg: &'static str) -> Error {
-        Error::Device {
-            op: self.op,
-            arg,
-            got: self.device,
-            want: "the CPU: this operation has no CUDA kernel yet; move the arguments to Device::Cpu".to_owned(),
-        }
+        Error::Device { op: self.op, arg, got: self.device, want: "the CPU or a CUDA device".to_owned() }
     }
 }
 

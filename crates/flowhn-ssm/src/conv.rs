@@ -1,7 +1,7 @@
 //! The causal depthwise convolution in front of the scans.
 // b batch, l seq_len, e channels, k d_conv, j d_conv - 1
 
-use flowhn_torch::{Error, Result};
+use flowhn_torch::{Error, Result, catch};
 use tch::{Device, Tensor};
 
 use crate::args::{Carry, Checker};
@@ -22,9 +22,9 @@ pub enum Activation {
 pub struct CausalConv1d<'a> {
     /// Input `[batch, seq_len, channels]`, bf16, f32 or f64.
     pub x_ble: &'a Tensor,
-    /// Taps `[channels, d_conv]`, the last one for the present token; any `d_conv` from 1 on.
+    /// Taps `[channels, d_conv]`, in the dtype of `x_ble` or f32, the last one for the present token; any `d_conv` from 1 on.
     pub weight_ek: &'a Tensor,
-    /// Bias `[channels]`.
+    /// Bias `[channels]`, in the dtype of `x_ble` or f32.
     pub bias_e: Option<&'a Tensor>,
     /// What follows.
     pub activation: Activation,
@@ -78,7 +78,7 @@ pub struct CausalConv1dOutput {
 /// [`Error::Shape`], [`Error::Dtype`], [`Error::Device`] or [`Error::Invalid`], naming the argument at fault; `Error::Device` also on
 /// a device other than the CPU and CUDA. On CUDA, `Error::Dtype` for f64 and `Error::Invalid` for a `d_conv` above 64.
 pub fn causal_conv1d(args: &CausalConv1d) -> Result<CausalConv1dOutput> {
-    run(Carry::Apart, args)
+    catch(|| run(Carry::Apart, args))
 }
 
 pub(crate) fn run(carry: Carry, args: &CausalConv1d) -> Result<CausalConv1dOutput> {
@@ -148,17 +148,19 @@ pub struct CausalConv1dStep<'a> {
 /// ```
 ///
 /// # Errors
-/// As [`causal_conv1d`]; shapes in messages have `seq_len` 1. [`Error::Invalid`] if the state is not contiguous, if another argument
+/// As [`causal_conv1d`], whose name and arguments messages have (`x_ble` for `x_be`, `initial_state_bje` for `state_bje`) with `seq_len` 1. [`Error::Invalid`] if the state is not contiguous, if another argument
 /// shares memory with it, or where gradients are recorded: a step has none, [`causal_conv1d`] of one token has.
 pub fn causal_conv1d_step(args: CausalConv1dStep) -> Result<Tensor> {
-    let reset = args.reset_b.map(|t| t.unsqueeze(1));
-    let one_token = CausalConv1d {
-        x_ble: &args.x_be.unsqueeze(1),
-        weight_ek: args.weight_ek,
-        bias_e: args.bias_e,
-        activation: args.activation,
-        initial_state_bje: Some(&*args.state_bje),
-        reset_bl: reset.as_ref(),
-    };
-    Ok(run(Carry::InPlace, &one_token)?.y_ble.squeeze_dim(1))
+    catch(|| {
+        let reset = args.reset_b.map(|t| t.unsqueeze(1));
+        let one_token = CausalConv1d {
+            x_ble: &args.x_be.unsqueeze(1),
+            weight_ek: args.weight_ek,
+            bias_e: args.bias_e,
+            activation: args.activation,
+            initial_state_bje: Some(&*args.state_bje),
+            reset_bl: reset.as_ref(),
+        };
+        Ok(run(Carry::InPlace, &one_token)?.y_ble.squeeze_dim(1))
+    })
 }

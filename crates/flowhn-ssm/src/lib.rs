@@ -15,6 +15,7 @@ pub mod selftest;
 mod ssd;
 
 pub use conv::{Activation, CausalConv1d, CausalConv1dOutput, CausalConv1dStep, causal_conv1d, causal_conv1d_step};
+pub use flowhn_nn::{Activations, Params, Path};
 pub use flowhn_torch::{Error, Result};
 pub use kernels::KERNELS;
 pub use mixer::{

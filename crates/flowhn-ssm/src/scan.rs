@@ -1,7 +1,7 @@
 //! The selective scan of Mamba-1: a diagonal linear recurrence whose decay and input depend on the token.
 // b batch, l seq_len, e d_inner, n d_state
 
-use flowhn_torch::Result;
+use flowhn_torch::{Result, catch};
 use tch::{Device, Tensor};
 
 use crate::args::{Carry, Checker, check_sizes};
@@ -22,19 +22,19 @@ pub enum DtActivation {
 pub struct SelectiveScan<'a> {
     /// Input `[batch, seq_len, d_inner]`, bf16, f32 or f64.
     pub x_ble: &'a Tensor,
-    /// Step sizes before bias and activation, `[batch, seq_len, d_inner]`.
+    /// Step sizes before bias and activation, `[batch, seq_len, d_inner]`, in the dtype of `x_ble` or f32.
     pub dt_ble: &'a Tensor,
     /// Decay rates `[d_inner, d_state]`, negative, f32 (f64 with f64 inputs).
     pub a_en: &'a Tensor,
-    /// Input projections `[batch, seq_len, d_state]`.
+    /// Input projections `[batch, seq_len, d_state]`, in the dtype of `x_ble` or f32.
     pub b_bln: &'a Tensor,
-    /// Output projections `[batch, seq_len, d_state]`.
+    /// Output projections `[batch, seq_len, d_state]`, in the dtype of `x_ble` or f32.
     pub c_bln: &'a Tensor,
-    /// Skip weights `[d_inner]`: adds `d x` to the output.
+    /// Skip weights `[d_inner]`, f32 (f64 with f64 inputs): adds `d x` to the output.
     pub d_e: Option<&'a Tensor>,
-    /// Gate `[batch, seq_len, d_inner]`: multiplies the output by `silu(z)`.
+    /// Gate `[batch, seq_len, d_inner]`, in the dtype of `x_ble` or f32: multiplies the output by `silu(z)`.
     pub z_ble: Option<&'a Tensor>,
-    /// Added to `dt_ble` before the activation, `[d_inner]`.
+    /// Added to `dt_ble` before the activation, `[d_inner]`, f32 (f64 with f64 inputs).
     pub dt_bias_e: Option<&'a Tensor>,
     /// What turns `dt_ble` into step sizes.
     pub dt_activation: DtActivation,
@@ -112,7 +112,7 @@ pub struct SelectiveScanOutput {
 /// the argument at fault; `Error::Device` also on a device other than the CPU and CUDA. On CUDA, `Error::Dtype` for f64 and
 /// [`Error::Invalid`](crate::Error::Invalid) for a `d_state` above 256.
 pub fn selective_scan(args: &SelectiveScan) -> Result<SelectiveScanOutput> {
-    run(Carry::Apart, args)
+    catch(|| run(Carry::Apart, args))
 }
 
 pub(crate) fn run(carry: Carry, args: &SelectiveScan) -> Result<SelectiveScanOutput> {
@@ -152,7 +152,7 @@ fn check(args: &SelectiveScan) -> Result<Checker> {
     Ok(checker)
 }
 
-/// Arguments of [`selective_scan_step`]: those of [`SelectiveScan`] for one token.
+/// Arguments of [`selective_scan_step`]: those of [`SelectiveScan`] for one token, in the same dtypes.
 #[derive(Debug)]
 pub struct SelectiveScanStep<'a> {
     /// Input `[batch, d_inner]`.
@@ -173,7 +173,7 @@ pub struct SelectiveScanStep<'a> {
     pub dt_bias_e: Option<&'a Tensor>,
     /// What turns `dt_be` into step sizes.
     pub dt_activation: DtActivation,
-    /// State before this token and, when the call returns, after it: `[batch, d_inner, d_state]`, contiguous.
+    /// State before this token and, when the call returns, after it: `[batch, d_inner, d_state]`, contiguous, f32 (f64 with f64 inputs).
     pub state_ben: &'a mut Tensor,
     /// bool `[batch]`: true clears the state first.
     pub reset_b: Option<&'a Tensor>,
@@ -202,23 +202,25 @@ pub struct SelectiveScanStep<'a> {
 /// ```
 ///
 /// # Errors
-/// As [`selective_scan`]; shapes in messages have `seq_len` 1. [`Error::Invalid`](crate::Error::Invalid) if the state is not contiguous,
+/// As [`selective_scan`], whose name and arguments messages have (`x_ble` for `x_be`, `initial_state_ben` for `state_ben`) with `seq_len` 1. [`Error::Invalid`](crate::Error::Invalid) if the state is not contiguous,
 /// if another argument shares memory with it, or where gradients are recorded: a step has none, [`selective_scan`] of one token has.
 pub fn selective_scan_step(args: SelectiveScanStep) -> Result<Tensor> {
-    let one_token = |t: &Tensor| t.unsqueeze(1);
-    let (z, reset) = (args.z_be.map(one_token), args.reset_b.map(one_token));
-    let one_token = SelectiveScan {
-        x_ble: &one_token(args.x_be),
-        dt_ble: &one_token(args.dt_be),
-        a_en: args.a_en,
-        b_bln: &one_token(args.b_bn),
-        c_bln: &one_token(args.c_bn),
-        d_e: args.d_e,
-        z_ble: z.as_ref(),
-        dt_bias_e: args.dt_bias_e,
-        dt_activation: args.dt_activation,
-        initial_state_ben: Some(&*args.state_ben),
-        reset_bl: reset.as_ref(),
-    };
-    Ok(run(Carry::InPlace, &one_token)?.y_ble.squeeze_dim(1))
+    catch(|| {
+        let one_token = |t: &Tensor| t.unsqueeze(1);
+        let (z, reset) = (args.z_be.map(one_token), args.reset_b.map(one_token));
+        let one_token = SelectiveScan {
+            x_ble: &one_token(args.x_be),
+            dt_ble: &one_token(args.dt_be),
+            a_en: args.a_en,
+            b_bln: &one_token(args.b_bn),
+            c_bln: &one_token(args.c_bn),
+            d_e: args.d_e,
+            z_ble: z.as_ref(),
+            dt_bias_e: args.dt_bias_e,
+            dt_activation: args.dt_activation,
+            initial_state_ben: Some(&*args.state_ben),
+            reset_bl: reset.as_ref(),
+        };
+        Ok(run(Carry::InPlace, &one_token)?.y_ble.squeeze_dim(1))
+    })
 }

@@ -1,7 +1,7 @@
 //! SSD, the recurrence of Mamba-2: one decay per head and token, so that chunks of it are matrix products.
 // b batch, l seq_len, h n_heads, p d_head, g n_groups, n d_state
 
-use flowhn_torch::{Error, Result};
+use flowhn_torch::{Error, Result, catch};
 use tch::{Device, Tensor};
 
 use crate::args::{Carry, Checker, check_sizes};
@@ -13,17 +13,17 @@ use crate::{cpu, cuda, reference};
 pub struct Ssd<'a> {
     /// Input `[batch, seq_len, n_heads, d_head]`, bf16, f32 or f64.
     pub x_blhp: &'a Tensor,
-    /// Step sizes before bias and activation, `[batch, seq_len, n_heads]`.
+    /// Step sizes before bias and activation, `[batch, seq_len, n_heads]`, in the dtype of `x_blhp` or f32.
     pub dt_blh: &'a Tensor,
     /// Decay rates `[n_heads]`, negative, f32 (f64 with f64 inputs).
     pub a_h: &'a Tensor,
-    /// Input projections `[batch, seq_len, n_groups, d_state]`; head `h` uses group `h / (n_heads / n_groups)`.
+    /// Input projections `[batch, seq_len, n_groups, d_state]`, in the dtype of `x_blhp` or f32; head `h` uses group `h / (n_heads / n_groups)`.
     pub b_blgn: &'a Tensor,
-    /// Output projections, shaped as `b_blgn`.
+    /// Output projections, with shape and dtypes as `b_blgn`.
     pub c_blgn: &'a Tensor,
-    /// Skip weights `[n_heads]`: adds `d x` to the output.
+    /// Skip weights `[n_heads]`, f32 (f64 with f64 inputs): adds `d x` to the output.
     pub d_h: Option<&'a Tensor>,
-    /// Added to `dt_blh` before the activation, `[n_heads]`.
+    /// Added to `dt_blh` before the activation, `[n_heads]`, f32 (f64 with f64 inputs).
     pub dt_bias_h: Option<&'a Tensor>,
     /// What turns `dt_blh` into step sizes.
     pub dt_activation: DtActivation,
@@ -31,8 +31,9 @@ pub struct Ssd<'a> {
     pub initial_state_bhpn: Option<&'a Tensor>,
     /// bool `[batch, seq_len]`: true clears the state before that token, as at the start of a packed document.
     pub reset_bl: Option<&'a Tensor>,
-    /// Tokens that are computed together as matrix products; any positive number gives the same result up to rounding. On CUDA
-    /// it is always 64.
+    /// The most tokens that are computed together as matrix products on the CPU, where more than 64 count as 64; any positive number gives the
+    /// same result up to rounding. CUDA goes by the dtypes: bf16 runs in chunks of 64; f32, and f32 `b_blgn` or `c_blgn` beside bf16, run token
+    /// by token, which is exact and much slower.
     pub chunk_len: usize,
 }
 
@@ -100,7 +101,7 @@ pub struct SsdOutput {
 /// [`Error::Shape`], [`Error::Dtype`], [`Error::Device`] or [`Error::Invalid`], naming the argument at fault; `Error::Device` also on
 /// a device other than the CPU and CUDA. On CUDA, `Error::Dtype` for f64 and `Error::Invalid` for a `d_state` above 256.
 pub fn ssd(args: &Ssd) -> Result<SsdOutput> {
-    run(Carry::Apart, args)
+    catch(|| run(Carry::Apart, args))
 }
 
 pub(crate) fn run(carry: Carry, args: &Ssd) -> Result<SsdOutput> {
@@ -192,23 +193,25 @@ pub struct SsdStep<'a> {
 /// ```
 ///
 /// # Errors
-/// As [`ssd`]; shapes in messages have `seq_len` 1. [`Error::Invalid`] if the state is not contiguous, if another argument shares
+/// As [`ssd`], whose name and arguments messages have (`x_blhp` for `x_bhp`, `initial_state_bhpn` for `state_bhpn`) with `seq_len` 1. [`Error::Invalid`] if the state is not contiguous, if another argument shares
 /// memory with it, or where gradients are recorded: a step has none, [`ssd`] of one token has.
 pub fn ssd_step(args: SsdStep) -> Result<Tensor> {
-    let one_token = |t: &Tensor| t.unsqueeze(1);
-    let reset = args.reset_b.map(one_token);
-    let one_token = Ssd {
-        x_blhp: &one_token(args.x_bhp),
-        dt_blh: &one_token(args.dt_bh),
-        a_h: args.a_h,
-        b_blgn: &one_token(args.b_bgn),
-        c_blgn: &one_token(args.c_bgn),
-        d_h: args.d_h,
-        dt_bias_h: args.dt_bias_h,
-        dt_activation: args.dt_activation,
-        initial_state_bhpn: Some(&*args.state_bhpn),
-        reset_bl: reset.as_ref(),
-        chunk_len: 1,
-    };
-    Ok(run(Carry::InPlace, &one_token)?.y_blhp.squeeze_dim(1))
+    catch(|| {
+        let one_token = |t: &Tensor| t.unsqueeze(1);
+        let reset = args.reset_b.map(one_token);
+        let one_token = Ssd {
+            x_blhp: &one_token(args.x_bhp),
+            dt_blh: &one_token(args.dt_bh),
+            a_h: args.a_h,
+            b_blgn: &one_token(args.b_bgn),
+            c_blgn: &one_token(args.c_bgn),
+            d_h: args.d_h,
+            dt_bias_h: args.dt_bias_h,
+            dt_activation: args.dt_activation,
+            initial_state_bhpn: Some(&*args.state_bhpn),
+            reset_bl: reset.as_ref(),
+            chunk_len: 1,
+        };
+        Ok(run(Carry::InPlace, &one_token)?.y_blhp.squeeze_dim(1))
+    })
 }

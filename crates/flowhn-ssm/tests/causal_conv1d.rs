@@ -214,6 +214,8 @@ fn a_step_names_what_keeps_it_from_writing() {
     assert!(strided.contains("the state has strides [6, 12, 1], but is written in place"), "{strided}");
     let short = step(&x, &weight, &mut state.narrow(1, 0, 1));
     assert!(short.contains("initial_state_bje has shape [2, 1, 6], expected [2, 2, 6]"), "{short}");
+    let scalar = step(&Tensor::from(1f32), &weight, &mut state);
+    assert!(scalar.contains("Dimension out of range"), "{scalar}");
 }
 
 proptest! {

@@ -35,7 +35,8 @@ pub fn kind(op: &'static str, arg: &'static str, tensor: &Tensor, allowed: &[Kin
     if allowed.contains(&got) {
         return Ok(());
     }
-    let names: Vec<String> = allowed.iter().map(|kind| format!("{kind:?}")).collect();
+    let mut names: Vec<String> = allowed.iter().map(|kind| format!("{kind:?}")).collect();
+    names.dedup();
     Err(Error::Dtype { op, arg, got, want: names.join(" or ") })
 }
 

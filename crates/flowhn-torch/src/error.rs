@@ -132,7 +132,8 @@ thread_local! {
 
 /// Runs `f`; a panic inside it, such as that of a plain `tch` call, comes back as an [`Error`] and prints nothing.
 ///
-/// Gradient recording is put back as it was: `tch::no_grad` alone would leave it off after a panic.
+/// Gradient recording is put back as it was: `tch::no_grad` alone would leave it off after a panic. The first call puts a hook in front of
+/// the process's panic hook, which is silent inside of `catch` alone; a hook that is set later takes its place.
 ///
 /// ```
 /// use tch::Tensor;

@@ -60,7 +60,7 @@ pub trait Function: Send + 'static {
     /// differentiating through them is an error.
     ///
     /// # Errors
-    /// Whatever the operation reports; it surfaces from `backward` with the function's name.
+    /// Whatever the operation reports; it surfaces from `f_backward` with the function's name (`backward` of `tch` panics with it).
     fn backward(&self, ctx: &BackwardCtx, grads: &[Tensor]) -> Result<Vec<Option<Tensor>>>;
 
     /// Where the gradient of output `output_idx` had best be written, as whoever computes it learns from

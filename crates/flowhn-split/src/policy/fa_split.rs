@@ -1,9 +1,12 @@
 //! FLOP-aware split: a fixed window.
 
-use super::{Needs, RELEASED_FRAC, SplitPolicy, SplitRequest, window_plan};
+use super::{Needs, SplitPolicy, SplitRequest, window_plan};
 use crate::balance::Placement;
 use crate::plan::BlockPlan;
 use crate::{Result, Window};
+
+/// The share of tokens that the script's mode C gives to attention.
+const RELEASED_FRAC: f64 = 0.59;
 
 #[derive(Debug)]
 pub(super) struct FaSplit;
@@ -26,6 +29,10 @@ impl SplitPolicy for FaSplit {
             Window::Last => Placement::Last,
             Window::First => Placement::First,
         }
+    }
+
+    fn released_frac(&self) -> Option<f64> {
+        Some(RELEASED_FRAC)
     }
 
     /// The released script takes the first `int(0.59 * seq_len)` tokens, whatever the shapes. The

@@ -21,6 +21,10 @@ impl SplitPolicy for FacSplit {
         Needs::Tokens
     }
 
+    fn released_frac(&self) -> Option<f64> {
+        Some(0.5)
+    }
+
     /// In block `i` the window starts at `(l - (i + 1) n) mod l`, or at `i n mod l` when it begins
     /// with the first tokens. The released script swaps halves instead: attention reads
     /// `floor(l / 2)` tokens, the last ones in even blocks and the first ones in odd blocks.

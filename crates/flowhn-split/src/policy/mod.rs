@@ -59,6 +59,11 @@ pub trait SplitPolicy: fmt::Debug + Sync {
         true
     }
 
+    /// The share of tokens that attention has in the released form, where that is a number of its own.
+    fn released_frac(&self) -> Option<f64> {
+        None
+    }
+
     /// The spans of one block.
     ///
     /// # Errors
@@ -199,17 +204,14 @@ impl<'de> Deserialize<'de> for Policy {
     }
 }
 
-/// The share of tokens that the script's mode C gives to attention.
-pub(crate) const RELEASED_FRAC: f64 = 0.59;
-
 pub(crate) fn check_released(settings: &SplitSettings) -> Result<()> {
     let policy = settings.policy;
     if !policy.has_released_form() {
         return Err(Error::ReleasedForm { policy: policy.name() });
     }
-    match settings.attn_frac {
-        AttnFrac::Fixed(frac) if policy.needs() == Needs::Tokens && frac != RELEASED_FRAC => {
-            Err(Error::ReleasedFrac(frac))
+    match (settings.attn_frac, policy.released_frac()) {
+        (AttnFrac::Fixed(got), Some(want)) if got != want => {
+            Err(Error::ReleasedFrac { policy: policy.name(), got, want })
         }
         _ => Ok(()),
     }

@@ -11,7 +11,7 @@ use crate::{
 
 /// The split of a model at one length: spans, FLOPs, parameters and bytes, one sequence, forward.
 ///
-/// `Serialize` gives the object of `plan --json`; `Display` gives the text. The blocks' `total`s
+/// `Serialize` gives the object that `flowhn plan --json` prints; `Display` gives the text. The blocks' `total`s
 /// and `head` add up to `flops_per_token.forward * seq_len`. Where a model has learned tokens in front of every sequence, the
 /// blocks' spans, tokens and FLOPs include them.
 ///

@@ -207,7 +207,7 @@ fn loaded(kernel: &Kernel, device_idx: usize) -> Result<Arc<Loaded>> {
 fn key(kernel: &Kernel, entry: Option<&'static str>, device_idx: usize) -> u128 {
     let mut bytes = Vec::with_capacity(64);
     let mut push = |value: u64| bytes.extend_from_slice(&value.to_le_bytes());
-    push(kernel.source.text.as_ptr() as u64);
+    push(std::ptr::from_ref(kernel.source) as u64);
     push(device_idx as u64);
     for (name, value) in kernel.defines {
         push(name.as_ptr() as u64);
@@ -348,7 +348,18 @@ fn describe(error: &result::DriverError) -> String {
 
 #[cfg(test)]
 mod tests {
+    use super::super::KernelSource;
     use super::*;
+
+    #[test]
+    fn sources_that_share_a_text_are_two() {
+        const TEXT: &str = "extern \"C\" __global__ void any() {}";
+        static BARE: KernelSource = KernelSource { name: "any.cu", text: TEXT, headers: &[] };
+        static WITH_HEADER: KernelSource = KernelSource { name: "any.cu", text: TEXT, headers: &[("any.cuh", "")] };
+        let key = |source, device_idx| key(&Kernel { source, entry: "any", defines: &[] }, None, device_idx);
+        assert_eq!(key(&BARE, 0), key(&BARE, 0));
+        assert!(key(&BARE, 0) != key(&WITH_HEADER, 0) && key(&BARE, 0) != key(&BARE, 1));
+    }
 
     #[test]
     fn code_is_for_the_device_and_old_devices_are_refused() {

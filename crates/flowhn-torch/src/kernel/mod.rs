@@ -131,6 +131,29 @@ impl<'a> Arg<'a> {
 impl Kernel<'_> {
     /// Launches the kernel in the current stream of the device that its tensors are on. A grid without blocks is no launch.
     ///
+    /// `grid` counts blocks in x, y and z, `block` the threads of a block, all in x, `shared_bytes` the dynamic shared memory of a block. Nothing is
+    /// recorded for autograd, and what the kernel writes is not noticed as an edit in place: launch inside of a [`Function`](crate::Function), write
+    /// tensors that were made for it, and announce others by [`ForwardCtx::overwrite`](crate::ForwardCtx::overwrite).
+    ///
+    /// ```no_run
+    /// use flowhn_torch::kernel::{Arg, Kernel, KernelSource};
+    /// use tch::{Device, Kind, Tensor};
+    ///
+    /// static SCALE: KernelSource = KernelSource {
+    ///     name: "scale.cu",
+    ///     headers: &[],
+    ///     text: r#"extern "C" __global__ void scale(const float* x, float* y, int n, float factor) {
+    ///         int i = blockIdx.x * blockDim.x + threadIdx.x;
+    ///         if (i < n) y[i] = factor * x[i];
+    ///     }"#,
+    /// };
+    /// let x = Tensor::randn([1000], (Kind::Float, Device::Cuda(0)));
+    /// let y = x.empty_like();
+    /// let args = [Arg::Tensor(&x), Arg::Tensor(&y), Arg::I32(1000), Arg::F32(2.)];
+    /// Kernel { source: &SCALE, entry: "scale", defines: &[] }.launch([4, 1, 1], 256, 0, &args)?;
+    /// # Ok::<(), flowhn_torch::Error>(())
+    /// ```
+    ///
     /// The first launch of a variant on a device compiles it or reads it from the cache. Later ones cost a few microseconds and never
     /// wait for the device. The number and the sizes of the arguments are compared with those that the compiled kernel declares;
     /// that it stays inside its tensors is the kernel's own duty.
