@@ -122,11 +122,18 @@ pub struct CausalConv1dStep<'a> {
     pub bias_e: Option<&'a Tensor>,
     /// What follows.
     pub activation: Activation,
-    /// The `d_conv - 1` inputs before this token, oldest first, `[batch, d_conv - 1, channels]`, contiguous; they move up to make
-    /// room for the token's.
+    /// The `d_conv - 1` inputs before this token, oldest first, `[batch, d_conv - 1, channels]`, contiguous, f32 (f64 with f64
+    /// inputs); they move up to make room for the token's.
     pub state_bje: &'a mut Tensor,
     /// bool `[batch]`: true hides the state from this token on.
     pub reset_b: Option<&'a Tensor>,
+}
+
+impl<'a> CausalConv1dStep<'a> {
+    /// Input, taps and state; SiLU, nothing else.
+    pub fn new(x_be: &'a Tensor, weight_ek: &'a Tensor, state_bje: &'a mut Tensor) -> Self {
+        Self { x_be, weight_ek, bias_e: None, activation: Activation::Silu, state_bje, reset_b: None }
+    }
 }
 
 /// Advances [`causal_conv1d`] by one token: returns `y_be` and writes the state after the token over the one before it.
@@ -141,7 +148,8 @@ pub struct CausalConv1dStep<'a> {
 /// let (x, mut state) = (Tensor::from_slice(&[5f32]).view([1, 1]), Tensor::from_slice(&[4f32]).view([1, 1, 1]));
 /// let sum_of_two = Tensor::from_slice(&[1f32, 1.]).view([1, 2]);
 /// let y = causal_conv1d_step(CausalConv1dStep {
-///     x_be: &x, weight_ek: &sum_of_two, bias_e: None, activation: Activation::None, state_bje: &mut state, reset_b: None,
+///     activation: Activation::None,
+///     ..CausalConv1dStep::new(&x, &sum_of_two, &mut state)
 /// })?;
 /// assert_eq!((y.double_value(&[0, 0]), state.double_value(&[0, 0, 0])), (9., 5.));
 /// # Ok::<(), flowhn_ssm::Error>(())

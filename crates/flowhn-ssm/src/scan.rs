@@ -179,6 +179,32 @@ pub struct SelectiveScanStep<'a> {
     pub reset_b: Option<&'a Tensor>,
 }
 
+impl<'a> SelectiveScanStep<'a> {
+    /// The arguments that every step has; softplus on `dt_be`, nothing else.
+    pub fn new(
+        x_be: &'a Tensor,
+        dt_be: &'a Tensor,
+        a_en: &'a Tensor,
+        b_bn: &'a Tensor,
+        c_bn: &'a Tensor,
+        state_ben: &'a mut Tensor,
+    ) -> Self {
+        Self {
+            x_be,
+            dt_be,
+            a_en,
+            b_bn,
+            c_bn,
+            d_e: None,
+            z_be: None,
+            dt_bias_e: None,
+            dt_activation: DtActivation::Softplus,
+            state_ben,
+            reset_b: None,
+        }
+    }
+}
+
 /// Advances the recurrence of [`selective_scan`] by one token: returns `y_be` and writes the state after the token over the one
 /// before it.
 ///
@@ -192,8 +218,8 @@ pub struct SelectiveScanStep<'a> {
 /// let one = |shape: &[i64]| Tensor::ones(shape, (Kind::Float, Device::Cpu));
 /// let (x, a, bc, mut state) = (one(&[1, 2]), -one(&[2, 3]), one(&[1, 3]), one(&[1, 2, 3]));
 /// let y = selective_scan_step(SelectiveScanStep {
-///     x_be: &x, dt_be: &x, a_en: &a, b_bn: &bc, c_bn: &bc, d_e: None, z_be: None, dt_bias_e: None,
-///     dt_activation: DtActivation::Identity, state_ben: &mut state, reset_b: None,
+///     dt_activation: DtActivation::Identity,
+///     ..SelectiveScanStep::new(&x, &x, &a, &bc, &bc, &mut state)
 /// })?;
 /// let want = (-1f64).exp() + 1.;
 /// assert!((state.double_value(&[0, 0, 0]) - want).abs() < 1e-6);

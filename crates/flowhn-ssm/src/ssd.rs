@@ -166,10 +166,36 @@ pub struct SsdStep<'a> {
     pub dt_bias_h: Option<&'a Tensor>,
     /// What turns `dt_bh` into step sizes.
     pub dt_activation: DtActivation,
-    /// State before this token and, when the call returns, after it: `[batch, n_heads, d_head, d_state]`, contiguous.
+    /// State before this token and, when the call returns, after it: `[batch, n_heads, d_head, d_state]`, contiguous, f32 (f64 with
+    /// f64 inputs).
     pub state_bhpn: &'a mut Tensor,
     /// bool `[batch]`: true clears the state first.
     pub reset_b: Option<&'a Tensor>,
+}
+
+impl<'a> SsdStep<'a> {
+    /// The arguments that every step has; softplus on `dt_bh`, nothing else.
+    pub fn new(
+        x_bhp: &'a Tensor,
+        dt_bh: &'a Tensor,
+        a_h: &'a Tensor,
+        b_bgn: &'a Tensor,
+        c_bgn: &'a Tensor,
+        state_bhpn: &'a mut Tensor,
+    ) -> Self {
+        Self {
+            x_bhp,
+            dt_bh,
+            a_h,
+            b_bgn,
+            c_bgn,
+            d_h: None,
+            dt_bias_h: None,
+            dt_activation: DtActivation::Softplus,
+            state_bhpn,
+            reset_b: None,
+        }
+    }
 }
 
 /// Advances the recurrence of [`ssd`] by one token: returns `y_bhp` and writes the state after the token over the one before it.
@@ -183,8 +209,8 @@ pub struct SsdStep<'a> {
 /// let one = |shape: &[i64]| Tensor::ones(shape, (Kind::Float, Device::Cpu));
 /// let (x, dt, a, bc, mut state) = (one(&[1, 2, 3]), one(&[1, 2]), -one(&[2]), one(&[1, 1, 4]), one(&[1, 2, 3, 4]));
 /// let y = ssd_step(SsdStep {
-///     x_bhp: &x, dt_bh: &dt, a_h: &a, b_bgn: &bc, c_bgn: &bc, d_h: None, dt_bias_h: None,
-///     dt_activation: DtActivation::Identity, state_bhpn: &mut state, reset_b: None,
+///     dt_activation: DtActivation::Identity,
+///     ..SsdStep::new(&x, &dt, &a, &bc, &bc, &mut state)
 /// })?;
 /// let want = (-1f64).exp() + 1.;
 /// assert!((state.double_value(&[0, 0, 0, 0]) - want).abs() < 1e-6);
