@@ -176,7 +176,8 @@ pub struct BlockOptions {
     /// Positions that a query sees, its own included; `None` for all before it. The balance of two branches that share the tokens out does not
     /// count it, nor does a bridge: [`Routing::new`](crate::Routing::new) refuses both.
     pub window: Option<usize>,
-    /// Learned tokens in front of every sequence, which every query sees whatever its window. All blocks of a model have the same. Refused where a window is refused.
+    /// Learned tokens in front of every sequence, which every query sees whatever its window. All blocks of a model have the same.
+    /// Refused where a window is.
     pub n_meta: usize,
 }
 

@@ -156,8 +156,9 @@ impl<'a> CausalConv1dStep<'a> {
 /// ```
 ///
 /// # Errors
-/// As [`causal_conv1d`], whose name and arguments messages have (`x_ble` for `x_be`, `initial_state_bje` for `state_bje`) with `seq_len` 1. [`Error::Invalid`] if the state is not contiguous, if another argument
-/// shares memory with it, or where gradients are recorded: a step has none, [`causal_conv1d`] of one token has.
+/// As [`causal_conv1d`], whose name and arguments messages have (`x_ble` for `x_be`, `initial_state_bje` for `state_bje`) with
+/// `seq_len` 1. [`Error::Invalid`] if the state is not contiguous, if another argument shares memory with it, or where gradients are
+/// recorded: a step has none, [`causal_conv1d`] of one token has.
 pub fn causal_conv1d_step(args: CausalConv1dStep) -> Result<Tensor> {
     catch(|| {
         let reset = args.reset_b.map(|t| t.unsqueeze(1));

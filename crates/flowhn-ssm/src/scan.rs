@@ -228,8 +228,9 @@ impl<'a> SelectiveScanStep<'a> {
 /// ```
 ///
 /// # Errors
-/// As [`selective_scan`], whose name and arguments messages have (`x_ble` for `x_be`, `initial_state_ben` for `state_ben`) with `seq_len` 1. [`Error::Invalid`](crate::Error::Invalid) if the state is not contiguous,
-/// if another argument shares memory with it, or where gradients are recorded: a step has none, [`selective_scan`] of one token has.
+/// As [`selective_scan`], whose name and arguments messages have (`x_ble` for `x_be`, `initial_state_ben` for `state_ben`) with
+/// `seq_len` 1. [`Error::Invalid`](crate::Error::Invalid) if the state is not contiguous, if another argument shares memory with it, or
+/// where gradients are recorded: a step has none, [`selective_scan`] of one token has.
 pub fn selective_scan_step(args: SelectiveScanStep) -> Result<Tensor> {
     catch(|| {
         let one_token = |t: &Tensor| t.unsqueeze(1);

@@ -219,8 +219,9 @@ impl<'a> SsdStep<'a> {
 /// ```
 ///
 /// # Errors
-/// As [`ssd`], whose name and arguments messages have (`x_blhp` for `x_bhp`, `initial_state_bhpn` for `state_bhpn`) with `seq_len` 1. [`Error::Invalid`] if the state is not contiguous, if another argument shares
-/// memory with it, or where gradients are recorded: a step has none, [`ssd`] of one token has.
+/// As [`ssd`], whose name and arguments messages have (`x_blhp` for `x_bhp`, `initial_state_bhpn` for `state_bhpn`) with `seq_len` 1.
+/// [`Error::Invalid`] if the state is not contiguous, if another argument shares memory with it, or where gradients are recorded: a
+/// step has none, [`ssd`] of one token has.
 pub fn ssd_step(args: SsdStep) -> Result<Tensor> {
     catch(|| {
         let one_token = |t: &Tensor| t.unsqueeze(1);
