@@ -177,7 +177,7 @@ pub struct BlockOptions {
     /// count it, nor does a bridge: [`Routing::new`](crate::Routing::new) refuses both.
     pub window: Option<usize>,
     /// Learned tokens in front of every sequence, which every query sees whatever its window. All blocks of a model have the same.
-    /// Refused where a window is.
+    /// Refused where a window would be.
     pub n_meta: usize,
 }
 
