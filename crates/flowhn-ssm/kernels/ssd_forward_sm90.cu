@@ -14,6 +14,30 @@
 constexpr int P = 64, N = 128, THREADS = 128;
 constexpr int STAGE_BYTES = 5 * PANEL;  // b, c, x
 
+// From scores to m: those that a token sees, by their decay and step size. Without a reset in the chunk a token sees all before it, and the
+// borders need no look.
+template <bool RESETS>
+__device__ __forceinline__ void weigh(unsigned (&m)[4][4], const float (&scores)[8][4], const Steps& own, int warp, int row) {
+    int t = threadIdx.x & 3;
+    float s_row[2] = {own.s[row], own.s[row + 8]};
+    #pragma unroll
+    for (int n = 0; n < 8; n++) {
+        float v[4] = {0.f, 0.f, 0.f, 0.f};
+        if (n * 8 <= warp * 16 + 15) {
+            float2 s_col = *reinterpret_cast<const float2*>(&own.s[n * 8 + 2 * t]);
+            float2 dt_col = *reinterpret_cast<const float2*>(&own.dt[n * 8 + 2 * t]);
+            #pragma unroll
+            for (int k = 0; k < 4; k++) {
+                int i = row + k / 2 * 8, j = n * 8 + 2 * t + k % 2;
+                bool seen = j <= i && (!RESETS || j >= own.begin[i]);
+                float decay = ex2(s_row[k / 2] - (k % 2 ? s_col.y : s_col.x));
+                v[k] = seen ? scores[n][k] * decay * (k % 2 ? dt_col.y : dt_col.x) : 0.f;
+            }
+        }
+        m[n / 2][n % 2 * 2] = pack_bf16(v[0], v[1]), m[n / 2][n % 2 * 2 + 1] = pack_bf16(v[2], v[3]);
+    }
+}
+
 extern "C" __global__ void __launch_bounds__(THREADS, 2) ssd_forward_sm90(
     const bf16* x, i64 x_b, i64 x_l, i64 x_h, const Steps* steps,
     const bf16* b, i64 b_b, i64 b_l, i64 b_g, const bf16* c, i64 c_b, i64 c_l, i64 c_g,
@@ -93,21 +117,8 @@ extern "C" __global__ void __launch_bounds__(THREADS, 2) ssd_forward_sm90(
         wgmma_wait<0>();
         wgmma_hold(scores);
         unsigned mix[4][4];
-        #pragma unroll
-        for (int n = 0; n < 8; n++) {
-            float m[4] = {0.f, 0.f, 0.f, 0.f};
-            if (n * 8 <= warp * 16 + 15) {
-                float2 s_col = *reinterpret_cast<const float2*>(&own.s[n * 8 + 2 * t]);
-                float2 dt_col = *reinterpret_cast<const float2*>(&own.dt[n * 8 + 2 * t]);
-                #pragma unroll
-                for (int k = 0; k < 4; k++) {
-                    float decay = ex2(own.s[row + k / 2 * 8] - (k % 2 ? s_col.y : s_col.x));
-                    int j = n * 8 + 2 * t + k % 2;
-                    m[k] = j <= row + k / 2 * 8 && j >= own.begin[row + k / 2 * 8] ? scores[n][k] * decay * (k % 2 ? dt_col.y : dt_col.x) : 0.f;
-                }
-            }
-            mix[n / 2][n % 2 * 2] = pack_bf16(m[0], m[1]), mix[n / 2][n % 2 * 2 + 1] = pack_bf16(m[2], m[3]);
-        }
+        if (own.begin[CHUNK - 1] == 0) weigh<false>(mix, scores, own, warp, row);
+        else weigh<true>(mix, scores, own, warp, row);
         __syncthreads();
 
         // y, first from the state.

@@ -13,7 +13,8 @@
 //
 // What makes it fast is that memory is read and written once: the gradient is scaled where it is read, the copy is rounded from the
 // register that holds the weight. A thread loads VECS vectors of 4 elements of all four arrays before it computes; where codes share
-// a factor, these vectors of a warp are the elements that share it. The norm is the only pass before; the update takes the items in the opposite order, so that it begins with gradients that are still in the L2 cache.
+// a factor, these vectors of a warp are the elements that share it. The norm is the only pass before; the update takes the items in the
+// opposite order, so that it begins with gradients that are still in the L2 cache.
 //
 // The tables, the learning rate, the counter t and everything that follows from them are on the device: the launches can be captured
 // in a CUDA graph. Sums are f64 and in a fixed order, and neither the alignment of an array nor the device changes that order.
@@ -38,6 +39,7 @@ constexpr i64 DECAYS = 1, BF16_GRAD = 2;
 struct Factors {
     float clip, beta1, rest1, beta2, rest2, step_size, root_scale, eps, decay;
     unsigned key;  // of the update's random bits
+    int n_taken;   // pieces that warps have taken beside their first ones
 };
 
 // The settings, as the host writes them.
@@ -62,16 +64,16 @@ extern "C" __global__ void adamw_addresses(const void** table, int first, int n 
 
 // ---- vectors ----------------------------------------------------------------------------------------------------------------
 
-// What a block works on: an item's `n` elements from element `start` of its slot on.
+// What a team of threads works on: the elements of a slot from `start` on, at most `most` of them.
 struct Chunk {
     const Slot& slot;
     i64 start;
     int n;
     const void* slot_grad;  // the slot's gradient; null where there is none
-    __device__ __forceinline__ Chunk(const void* const* grads, const Slot* slots, int2 item) : slot(slots[item.x]), start((i64)item.y * CHUNK) {
+    __device__ __forceinline__ Chunk(const void* const* grads, const Slot* slots, int idx, i64 start, int most) : slot(slots[idx]), start(start) {
         i64 left = slot.n - start;
-        n = left < CHUNK ? (int)left : CHUNK;
-        slot_grad = grads[item.x];
+        n = left < most ? (int)left : most;
+        slot_grad = grads[idx];
     }
     // The first element of the gradient, which is of type G.
     template <class G> __device__ __forceinline__ const G* grad() const { return at((const G*)slot_grad); }
@@ -132,7 +134,8 @@ template <class G> __device__ __forceinline__ double sum_of_squares(const Chunk&
 // partials[i] = the sum of squares of the gradients of item i.
 extern "C" __global__ void __launch_bounds__(THREADS)
 adamw_squares(const void* const* grads, const Slot* slots, const int2* items, double* partials) {
-    Chunk chunk(grads, slots, items[blockIdx.x]);
+    int2 item = items[blockIdx.x];
+    Chunk chunk(grads, slots, item.x, (i64)item.y * CHUNK, CHUNK);
     double sum = block_sum(chunk.slot.flags & BF16_GRAD ? sum_of_squares<bf16>(chunk) : sum_of_squares<float>(chunk));
     if (threadIdx.x == 0) partials[blockIdx.x] = sum;
 }
@@ -162,14 +165,15 @@ adamw_factors(const double* partials, int n, const Settings* settings, const flo
     f.beta2 = (float)s.beta2, f.rest2 = (float)(1. - s.beta2);
     f.step_size = (float)(rate / rest[0]), f.root_scale = (float)(1. / sqrt(rest[1]));
     f.eps = (float)s.eps, f.decay = (float)(rate * s.weight_decay);
-    f.key = mix((unsigned)t);
+    f.key = mix((unsigned)t), f.n_taken = 0;
     *factors = f;
 }
 
 // ---- update -----------------------------------------------------------------------------------------------------------------
 
-// Elements that the block takes at a time where all are there and aligned.
-constexpr int TILE = THREADS * VEC * VECS;
+// Threads that work together, a block or a warp of it; the elements that they update before they look for others, and those that they take at
+// a time where all are there and aligned.
+constexpr int TEAM = STATE == 2 ? 32 : UPDATE_THREADS, PIECE = STATE == 2 ? 2048 : CHUNK, TILE = TEAM * VEC * VECS;
 
 // One element. The step is a small part of p, so a few ulp of it are none of p; without the exact root and quotient, which branch
 // for extreme values, there is no branch between loads and stores. The means round as they do on the CPU.
@@ -186,16 +190,16 @@ template <bool COPY, class S, class G>
 __device__ __forceinline__ void update_tiles(float* p, S* m, S* v, const G* g, bf16* copy, int n, const Factors& f, float decay, Noise noise) {
     p = to_device_memory(p), m = to_device_memory(m), v = to_device_memory(v), g = to_device_memory(g);
     if constexpr (COPY) copy = to_device_memory(copy);
-    for (int first = threadIdx.x * VEC; first < n; first += TILE) {
+    for (int first = threadIdx.x % TEAM * VEC; first < n; first += TILE) {
         float ps[VECS][VEC], ms[VECS][VEC], vs[VECS][VEC], gs[VECS][VEC];
         #pragma unroll
         for (int u = 0; u < VECS; u++) {
-            int i = first + u * THREADS * VEC;
+            int i = first + u * TEAM * VEC;
             load_vec(ps[u], p + i), load_vec(gs[u], g + i), load_vec(ms[u], m + i), load_vec(vs[u], v + i);
         }
         #pragma unroll
         for (int u = 0; u < VECS; u++) {
-            int i = first + u * THREADS * VEC;
+            int i = first + u * TEAM * VEC;
             #pragma unroll
             for (int k = 0; k < VEC; k++) update(ps[u][k], ms[u][k], vs[u][k], gs[u][k], f, decay);
             store_vec(p + i, ps[u]), store_means(m + i, v + i, ms[u], vs[u], noise, i);
@@ -207,7 +211,7 @@ __device__ __forceinline__ void update_tiles(float* p, S* m, S* v, const G* g, b
 // Any other.
 template <class S, class G>
 __device__ __forceinline__ void update_elements(float* p, S* m, S* v, const G* g, bf16* copy, int n, const Factors& f, float decay, Noise noise) {
-    for (int i = threadIdx.x; i < n; i += THREADS) {
+    for (int i = threadIdx.x % TEAM; i < n; i += TEAM) {
         float ms[1] = {to_f32(m[i])}, vs[1] = {to_f32(v[i])};
         update(p[i], ms[0], vs[0], g ? to_f32(g[i]) : 0.f, f, decay);
         store_means(m + i, v + i, ms, vs, noise, i);
@@ -259,8 +263,8 @@ template <bool FAST> __device__ __forceinline__ void store_codes(unsigned char* 
     }
 }
 
-// A chunk whose means are codes; a warp takes a block of them at a time. FAST: all blocks are whole, there is a gradient, and everything
-// is aligned.
+// A chunk whose means are codes; a warp takes a block of them at a time, and reads the next one while it looks for the codes of this one.
+// FAST: all blocks are whole, there is a gradient, and everything is aligned.
 template <bool FAST, class G>
 __device__ __forceinline__ void update_blocks(const Chunk& chunk, const Slot& slot, const Factors& f, float decay, const Maps& maps) {
     float* p = to_device_memory(chunk.at(slot.p));
@@ -269,35 +273,42 @@ __device__ __forceinline__ void update_blocks(const Chunk& chunk, const Slot& sl
     float* m_absmax = to_device_memory(slot.m_absmax + chunk.start / BLOCK);
     float* v_absmax = to_device_memory(slot.v_absmax + chunk.start / BLOCK);
     bf16* copy = chunk.at(slot.copy);
-    int lane = threadIdx.x % 32, n = chunk.n;
+    int lane = threadIdx.x % 32, n = chunk.n, block = 0;
     constexpr int PARTS = BLOCK / 32 / VEC;
-    for (int block = threadIdx.x / 32; block * BLOCK < n; block += THREADS / 32) {
-        float ps[PARTS][VEC], ms[PARTS][VEC], vs[PARTS][VEC], gs[PARTS][VEC];
-        unsigned m_codes[PARTS], v_codes[PARTS];
-        int first = block * BLOCK + lane * VEC;
+    float ps[PARTS][VEC], gs[PARTS][VEC], m_scale, v_scale;
+    unsigned m_codes[PARTS], v_codes[PARTS];
+    auto read = [&] {
+        if (block * BLOCK >= n) return;
         #pragma unroll
         for (int u = 0; u < PARTS; u++) {
-            int i = first + u * 32 * VEC;
+            int i = block * BLOCK + (u * 32 + lane) * VEC;
             load<FAST>(ps[u], p + i, n - i);
             load<FAST>(gs[u], g + i, FAST || g ? n - i : 0);
             m_codes[u] = load_codes<FAST>(m + i, n - i), v_codes[u] = load_codes<FAST>(v + i, n - i);
         }
-        float m_scale = m_absmax[block], v_scale = v_absmax[block];
+        m_scale = m_absmax[block], v_scale = v_absmax[block];
+    };
+    read();
+    while (block * BLOCK < n) {
+        float ms[PARTS][VEC], vs[PARTS][VEC];
+        int first = block * BLOCK + lane * VEC;
         #pragma unroll
         for (int u = 0; u < PARTS; u++) {
+            int i = first + u * 32 * VEC;
             #pragma unroll
             for (int k = 0; k < VEC; k++) {
-                bool there = FAST || first + u * 32 * VEC + k < n;
+                bool there = FAST || i + k < n;
                 ms[u][k] = there ? __fmul_rn(maps.signed_values[m_codes[u] >> 8 * k & 255], m_scale) : 0.f;
                 vs[u][k] = there ? __fmul_rn(maps.unsigned_values[v_codes[u] >> 8 * k & 255], v_scale) : 0.f;
                 update(ps[u][k], ms[u][k], vs[u][k], gs[u][k], f, decay);
                 // What is not there has no gradient either; a factor that is NaN would make it one.
                 if (!there) ms[u][k] = vs[u][k] = 0.f;
             }
-            int i = first + u * 32 * VEC;
             store<FAST>(p + i, ps[u], n - i);
             if (copy) store<FAST>(copy + i, ps[u], n - i);
         }
+        block++;
+        read();
         float m_new = warp_absmax(ms), v_new = warp_absmax(vs), m_inverse = inverse_of(m_new), v_inverse = inverse_of(v_new);
         #pragma unroll
         for (int u = 0; u < PARTS; u++) {
@@ -310,7 +321,7 @@ __device__ __forceinline__ void update_blocks(const Chunk& chunk, const Slot& sl
             int i = first + u * 32 * VEC;
             store_codes<FAST>(m + i, m_word, n - i), store_codes<FAST>(v + i, v_word, n - i);
         }
-        if (lane == 0) m_absmax[block] = m_new, v_absmax[block] = v_new;
+        if (lane == 0) m_absmax[block - 1] = m_new, v_absmax[block - 1] = v_new;
     }
 }
 
@@ -324,27 +335,49 @@ __device__ __forceinline__ void update_codes(const Chunk& chunk, const Slot& slo
 }
 #endif
 
-// `maps`: the maps of the codes, null where there are none.
-extern "C" __global__ void __launch_bounds__(THREADS)
-adamw_update(const void* const* grads, const Slot* slots, const int2* items, const Factors* factors, int n_items, const float* maps) {
-    int2 item = items[n_items - 1 - (int)blockIdx.x];
-    Chunk chunk(grads, slots, item);
+// One piece, counted from the last item on. Slots without factors have means in f32 also where those of others are codes.
+__device__ __forceinline__ void update_piece(int piece, const void* const* grads, const Slot* slots, const int2* items, const Factors* factors,
+                                             int n_items, const Maps* maps) {
+    constexpr int PIECES = CHUNK / PIECE;
+    int2 item = items[n_items - 1 - piece / PIECES];
+    Chunk chunk(grads, slots, item.x, (i64)item.y * CHUNK + piece % PIECES * PIECE, PIECE);
     Slot slot = chunk.slot;
     Factors f = *factors;
     float decay = slot.flags & DECAYS ? f.decay : 0.f;
-    Noise noise{mix(f.key + (unsigned)item.x), (unsigned)chunk.start};
     bool bf16_grad = slot.flags & BF16_GRAD;
 #if STATE == 2
-    __shared__ Maps shared;
     if (slot.m_absmax) {
-        for (int i = threadIdx.x; i < (int)(sizeof(Maps) / 4); i += THREADS) ((float*)&shared)[i] = maps[i];
-        __syncthreads();
-        if (bf16_grad) update_codes<bf16>(chunk, slot, f, decay, shared);
-        else update_codes<float>(chunk, slot, f, decay, shared);
+        if (bf16_grad) update_codes<bf16>(chunk, slot, f, decay, *maps);
+        else update_codes<float>(chunk, slot, f, decay, *maps);
         return;
     }
 #endif
+    Noise noise{mix(f.key + (unsigned)item.x), (unsigned)chunk.start};
     typedef DtypeOf<STATE == 1>::type State;
     if (bf16_grad) update_chunk<State, bf16>(chunk, slot, f, decay, noise);
     else update_chunk<State, float>(chunk, slot, f, decay, noise);
+}
+
+// `maps`: those of the codes, null where means are none; then there are as many blocks as items. With codes any number of blocks does, and
+// warps take pieces until none is left. Which warp takes which changes no bit.
+extern "C" __global__ void __launch_bounds__(UPDATE_THREADS)
+adamw_update(const void* const* grads, const Slot* slots, const int2* items, Factors* factors, int n_items, const char* maps) {
+#if STATE == 2
+    __shared__ Maps shared;
+    for (int i = threadIdx.x * 16; i < (int)sizeof(Maps); i += UPDATE_THREADS * 16) cp_async16(smem_address(&shared) + i, maps + i);
+    cp_async_commit();
+    cp_async_wait<0>();
+    __syncthreads();
+    constexpr int TEAMS = UPDATE_THREADS / TEAM;
+    int piece = blockIdx.x * TEAMS + threadIdx.x / TEAM;
+    while (piece < n_items * (CHUNK / PIECE)) {
+        // Asked for early: the answer is there when the piece is done.
+        int next = 0;
+        if (threadIdx.x % TEAM == 0) next = gridDim.x * TEAMS + atomicAdd(&factors->n_taken, 1);
+        update_piece(piece, grads, slots, items, factors, n_items, &shared);
+        piece = __shfl_sync(FULL_WARP, next, 0);
+    }
+#else
+    update_piece(blockIdx.x, grads, slots, items, factors, n_items, nullptr);
+#endif
 }

@@ -51,29 +51,29 @@ template <int N> __device__ __forceinline__ void store_means(bf16* m, bf16* v, c
 // Cells of numbers with equal leading bits, seven of them behind the point, from 2^-23 to 1; no cell has the middles of two pairs of levels.
 constexpr int CELLS = 23 * 128 + 1, FIRST_CELL = (127 - 23) * 128;
 
-// A map's numbers: `values` of the codes, ascending. Levels are those that are not negative, counted from 0 on; between level k and the
-// next one is the middle `mids[k]`, infinite at the last. `levels` has the level of each cell's lower end.
-struct Maps {
-    float signed_values[256], unsigned_values[256], signed_mids[129], unsigned_mids[256];
-    unsigned char signed_levels[CELLS + 3], unsigned_levels[CELLS + 3];
+// A map's numbers: `values` of the codes, ascending. Levels are those that are not negative, counted from 0 on. The lower eight bits of a
+// cell are the level of its lower end; the rest are the lower 16 bits from which on its numbers have the next one, 2^16 where none has.
+// Zeros fill up the last 16 bytes.
+struct alignas(16) Maps {
+    float signed_values[256], unsigned_values[256];
+    unsigned signed_cells[CELLS], unsigned_cells[CELLS];
 };
 
 // The level nearest to x in 0..1.
-__device__ __forceinline__ int nearest_level(float x, const unsigned char* levels, const float* mids) {
-    int cell = (int)(__float_as_uint(x) >> 16) - FIRST_CELL;
-    int level = levels[min(max(cell, 0), CELLS - 1)];
-    return level + (x >= mids[level]);
+__device__ __forceinline__ int nearest_level(float x, const unsigned* cells) {
+    unsigned bits = __float_as_uint(x), cell = cells[min(max((int)(bits >> 16) - FIRST_CELL, 0), CELLS - 1)];
+    return (int)(cell & 255) + ((bits & 0xffff) >= cell >> 8);
 }
 
 // The code of x where the largest magnitude of the block is 1 / `inverse`.
 __device__ __forceinline__ unsigned signed_code(float x, float inverse, const Maps& maps) {
-    int level = nearest_level(__fmul_rn(fabsf(x), inverse), maps.signed_levels, maps.signed_mids);
+    int level = nearest_level(__fmul_rn(fabsf(x), inverse), maps.signed_cells);
     return x < 0.f ? 127 - min(level, 127) : 127 + level;
 }
 
 // As that, of x that is not negative. What is not 0 does not become 0: it divides.
 __device__ __forceinline__ unsigned unsigned_code(float x, float inverse, const Maps& maps) {
-    return max(nearest_level(__fmul_rn(x, inverse), maps.unsigned_levels, maps.unsigned_mids), x > 0.f ? 1 : 0);
+    return max(nearest_level(__fmul_rn(x, inverse), maps.unsigned_cells), x > 0.f ? 1 : 0);
 }
 
 // The largest magnitude in a warp, NaN where there is one: as bits, it is above all others.

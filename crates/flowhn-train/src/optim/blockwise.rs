@@ -86,21 +86,28 @@ impl Codes {
         self.mids.partition_point(|&mid| x >= mid) as u8
     }
 
-    /// The level of each cell's lower end; no cell has two middles, which makes the level of a number a matter of two look-ups.
-    fn levels_of_cells(&self) -> [u8; N_CELLS + 3] {
+    /// For each cell the level of its lower end, and above eight bits the lower 16 bits from which on its numbers have the next one. No cell
+    /// has two middles, which makes the level of a number a matter of one look-up.
+    fn cells(&self) -> [u32; N_CELLS] {
         let first = 2f32.powi(-23).to_bits() >> 16;
-        let level = |cell: usize| self.level(f32::from_bits((first + cell as u32) << 16));
-        std::array::from_fn(|cell| level(cell.min(N_CELLS - 1)))
+        std::array::from_fn(|idx| {
+            let upper_bits = first + idx as u32;
+            let level = self.level(f32::from_bits(upper_bits << 16));
+            let middle = self.mids.get(usize::from(level)).map(|middle| middle.to_bits());
+            let from = middle.filter(|bits| bits >> 16 == upper_bits).map_or(1 << 16, |bits| bits & 0xffff);
+            from << 8 | u32::from(level)
+        })
     }
 }
 
 /// Both maps as the kernels read them, `Maps` of `adamw_state.cuh`.
 pub(super) fn maps_bytes() -> Vec<u8> {
     let (signed, unsigned) = (Codes::signed(), Codes::unsigned());
-    let last = [f32::INFINITY];
-    let floats = [&signed.values, &unsigned.values, &signed.mids, &last[..], &unsigned.mids, &last[..]].concat();
-    let bytes = floats.into_iter().flat_map(f32::to_le_bytes);
-    bytes.chain(signed.levels_of_cells()).chain(unsigned.levels_of_cells()).collect()
+    let values = [&signed.values[..], &unsigned.values].concat().into_iter().flat_map(f32::to_le_bytes);
+    let cells = [signed.cells(), unsigned.cells()].concat().into_iter().flat_map(u32::to_le_bytes);
+    let mut bytes: Vec<u8> = values.chain(cells).collect();
+    bytes.resize(bytes.len().next_multiple_of(16), 0);
+    bytes
 }
 
 /// The largest magnitude; NaN where there is one.
@@ -131,15 +138,36 @@ mod tests {
     #[test]
     fn no_cell_has_two_middles() {
         for codes in [Codes::signed(), Codes::unsigned()] {
-            let cells = codes.levels_of_cells();
+            let cells = codes.cells().map(|cell| cell & 255);
             assert!(cells.windows(2).all(|pair| pair[1] - pair[0] <= 1));
-            assert_eq!((cells[0], cells[N_CELLS - 1]), (0, 255 - codes.zero()));
+            assert_eq!((cells[0], cells[N_CELLS - 1]), (0, u32::from(255 - codes.zero())));
+        }
+    }
+
+    /// As `nearest_level` of `adamw_state.cuh`.
+    #[test]
+    fn a_cell_tells_the_level_of_each_of_its_numbers() {
+        for codes in [Codes::signed(), Codes::unsigned()] {
+            let cells = codes.cells();
+            let first = 2f32.powi(-23).to_bits() >> 16;
+            let at = |bits: u32| {
+                let cell = cells[(bits >> 16).saturating_sub(first).min(N_CELLS as u32 - 1) as usize];
+                (cell & 255) + u32::from(bits & 0xffff >= cell >> 8)
+            };
+            let around = |x: f32| [x.to_bits().saturating_sub(1), x.to_bits(), x.to_bits() + 1];
+            let middles = codes.mids.iter().flat_map(|&middle| around(middle));
+            let ends = (0..N_CELLS as u32).flat_map(|cell| around(f32::from_bits((first + cell) << 16)));
+            let numbers = middles.chain(ends).chain([0, 1, 1 << 22]).filter(|&bits| f32::from_bits(bits) <= 1.);
+            for bits in numbers {
+                assert_eq!(at(bits), u32::from(codes.level(f32::from_bits(bits))), "{}", f32::from_bits(bits));
+            }
         }
     }
 
     #[test]
     fn the_maps_have_the_size_that_the_kernels_read() {
-        assert_eq!(maps_bytes().len(), 4 * (256 + 256 + 129 + 256) + 2 * (N_CELLS + 3));
+        let size = 4 * 2 * (256 + N_CELLS);
+        assert_eq!(maps_bytes().len(), size.next_multiple_of(16));
     }
 
     #[test]

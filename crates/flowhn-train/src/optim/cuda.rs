@@ -2,22 +2,31 @@
 
 use flowhn_nn::{Weight, Written, mark_written};
 use flowhn_torch::kernel::{Arg, Defines, Kernel};
-use flowhn_torch::{Error as TensorError, Graph, catch};
+use flowhn_torch::{DeviceProperties, Error as TensorError, Graph, catch};
 use tch::{Device, Kind, Tensor};
 
 use super::{AdamWOptions, Group, StateType, blockwise};
 use crate::Result;
 use crate::kernels::ADAMW;
 
-/// Elements that a block takes, for each type of the state. Codes take more arithmetic, which small blocks spread more evenly.
+/// Elements of an item, for each type of the state.
 const CHUNK: [i64; 3] = [16_384, 16_384, 8192];
-/// Threads of a block, likewise.
+/// Threads of a block that adds up the squares of an item, likewise.
 const THREADS: [i64; 3] = [256, 256, 64];
+/// Threads of a block that updates. With codes one such block stays on each multiprocessor: its warps then share the maps and work in no step,
+/// so that some compute while others wait for memory.
+const UPDATE_THREADS: [i64; 3] = [256, 256, 640];
 /// The macros of `adamw.cu` for each type of the state.
 pub(crate) const VARIANTS: [Defines; 3] = [&defines(0), &defines(1), &defines(2)];
 
-const fn defines(state: usize) -> [(&'static str, i64); 4] {
-    [("CHUNK", CHUNK[state]), ("THREADS", THREADS[state]), ("VECS", 2), ("STATE", state as i64)]
+const fn defines(state: usize) -> [(&'static str, i64); 5] {
+    [
+        ("CHUNK", CHUNK[state]),
+        ("THREADS", THREADS[state]),
+        ("UPDATE_THREADS", UPDATE_THREADS[state]),
+        ("VECS", 2),
+        ("STATE", state as i64),
+    ]
 }
 
 /// Addresses that one launch of `adamw_addresses` takes.
@@ -31,13 +40,15 @@ const COPY: usize = 3;
 const DECAYS: i64 = 1;
 const BF16_GRAD: i64 = 2;
 /// Numbers of 4 bytes in `Factors`.
-const N_FACTORS: i64 = 10;
+const N_FACTORS: i64 = 11;
 
 /// What the kernels work from, all of it on the device, at addresses that never change.
 #[derive(Debug)]
 pub(super) struct Engine {
     variant: Defines<'static>,
-    n_threads: u32,
+    /// Threads of a block, and blocks of a launch: of the sums of squares and of the update.
+    squares: (u32, u32),
+    update: (u32, u32),
     /// i64 `[n_params, SLOT_LEN]`.
     slots: Tensor,
     /// What was last written to `slots`.
@@ -72,19 +83,24 @@ impl Engine {
             items.extend((0..n_chunks).flat_map(|chunk| [slot as i32, chunk as i32]));
         }
         let n_params = weights(groups).count() as i64;
-        let n_items = items.len() / 2;
+        let n_items = items.len() as u32 / 2;
         let AdamWOptions { beta1, beta2, eps, weight_decay, clip_norm, state } = *options;
+        let n_blocks = match (state, device) {
+            (StateType::Int8, Device::Cuda(device_idx)) => DeviceProperties::of(device_idx)?.n_multiprocessors,
+            _ => n_items,
+        };
         Ok(catch(|| {
             let zeros = |shape: &[i64], kind: Kind| Tensor::f_zeros(shape, (kind, device));
             Ok(Self {
                 variant: VARIANTS[state as usize],
-                n_threads: THREADS[state as usize] as u32,
+                squares: (THREADS[state as usize] as u32, n_items),
+                update: (UPDATE_THREADS[state as usize] as u32, n_blocks),
                 slots: zeros(&[n_params, SLOT_LEN as i64], Kind::Int64)?,
                 written: Vec::new(),
                 items: Tensor::from_slice(&items).f_view([-1, 2])?.f_to_device(device)?,
-                n_items: n_items as u32,
+                n_items,
                 gradients: zeros(&[n_params], Kind::Int64)?,
-                partials: zeros(&[n_items as i64], Kind::Double)?,
+                partials: zeros(&[i64::from(n_items)], Kind::Double)?,
                 settings: Tensor::from_slice(&[beta1, beta2, eps, weight_decay, clip_norm]).f_to_device(device)?,
                 factors: zeros(&[N_FACTORS], Kind::Float)?,
                 maps: match state {
@@ -112,8 +128,8 @@ impl Engine {
         let reached: Vec<&Tensor> = copies.iter().chain(kept(groups)).collect();
         let slots = Arg::Addresses { table: &self.slots, reached: &reached };
         let items = Arg::Tensor(&self.items);
-        let grid = [self.n_items, 1, 1];
-        self.launch("adamw_squares", grid, self.n_threads, &[gradients, slots, items, Arg::Tensor(&self.partials)])?;
+        let (threads, blocks) = self.squares;
+        self.launch("adamw_squares", [blocks, 1, 1], threads, &[gradients, slots, items, Arg::Tensor(&self.partials)])?;
         let args = [
             Arg::Tensor(&self.partials),
             Arg::I32(self.n_items as i32),
@@ -132,7 +148,8 @@ impl Engine {
             Arg::I32(self.n_items as i32),
             Arg::opt(self.maps.as_ref()),
         ];
-        self.launch("adamw_update", grid, self.n_threads, &args)?;
+        let (threads, blocks) = self.update;
+        self.launch("adamw_update", [blocks, 1, 1], threads, &args)?;
         Ok(norm)
     }
 

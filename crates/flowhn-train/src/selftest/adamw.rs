@@ -9,11 +9,19 @@ use super::{ensure, told};
 use crate::Result;
 use crate::optim::{AdamW, AdamWOptions, StateType};
 
-const STEPS: i64 = 50;
+/// Parameters and steps of a case.
+struct Task {
+    /// Taken in turns.
+    lengths: &'static [i64],
+    n_params: usize,
+    n_steps: i64,
+}
 
 /// Lengths around those of vectors and chunks of the kernels, more of them than addresses in a launch.
-const LENGTHS: [i64; 12] = [70_001, 1, 0, 16_384, 16_385, 3, 32_767, 8, 5000, 0, 4, 1023];
-const N_PARAMS: usize = 64;
+const MANY: Task =
+    Task { lengths: &[70_001, 1, 0, 16_384, 16_385, 3, 32_767, 8, 5000, 0, 4, 1023], n_params: 64, n_steps: 50 };
+/// More pieces than there are warps on a GPU to begin with.
+const LARGE: Task = Task { lengths: &[6_500_001, 5000, 70_001, 3, 8, 1, 0, 1_000_000], n_params: 8, n_steps: 2 };
 
 pub(super) fn cases() -> Vec<Case> {
     vec![
@@ -22,8 +30,11 @@ pub(super) fn cases() -> Vec<Case> {
         Case::new("adamw: 50 steps without clipping", |device| told(follows_the_formula(0., device))),
         Case::new("adamw: gradients that are not finite", |device| told(not_finite(device))),
         Case::new("adamw: bf16 copies", |device| told(copies(device))),
-        Case::new("adamw: what bf16 keeps is what the CPU keeps", |device| told(keeps(StateType::Bf16, device))),
-        Case::new("adamw: what int8 keeps is what the CPU keeps", |device| told(keeps(StateType::Int8, device))),
+        Case::new("adamw: what bf16 keeps is what the CPU keeps", |device| told(keeps(StateType::Bf16, &MANY, device))),
+        Case::new("adamw: what int8 keeps is what the CPU keeps", |device| told(keeps(StateType::Int8, &MANY, device))),
+        Case::new("adamw: int8, pieces beyond those that warps begin with", |device| {
+            told(keeps(StateType::Int8, &LARGE, device))
+        }),
     ]
 }
 
@@ -36,9 +47,9 @@ fn options_with(clip_norm: f64, state: StateType) -> AdamWOptions {
 }
 
 /// Parameters of odd lengths; every third begins in the middle of an aligned vector, and every fifth takes bf16 gradients.
-fn params(device: Device) -> Result<Vec<Param>> {
+fn params(task: &Task, device: Device) -> Result<Vec<Param>> {
     let param = |idx: usize| -> Result<Param> {
-        let (n, offset) = (LENGTHS[idx % LENGTHS.len()], if idx % 3 == 2 { 1 + idx as i64 % 4 } else { 0 });
+        let (n, offset) = (task.lengths[idx % task.lengths.len()], if idx % 3 == 2 { 1 + idx as i64 % 4 } else { 0 });
         let values = noise(&[n + offset], idx as i64).to_kind(Kind::Float).to_device(device);
         let leaf = values.narrow(0, offset, n).set_requires_grad(true);
         let decay = if idx % 2 == 1 { Decay::No } else { Decay::Yes };
@@ -48,7 +59,7 @@ fn params(device: Device) -> Result<Vec<Param>> {
         }
         Ok(Param { name: format!("p{idx}"), weight, decay })
     };
-    (0..N_PARAMS).map(param).collect()
+    (0..task.n_params).map(param).collect()
 }
 
 /// The gradient of a parameter in a step: of very different sizes, and none at all now and then.
@@ -127,11 +138,11 @@ impl Plain {
 type Named = Vec<(String, Tensor)>;
 
 /// What the optimiser holds, by the same names, and the norms of the steps.
-fn run(options: AdamWOptions, device: Device) -> Result<(Named, Vec<f64>)> {
-    let params = params(device)?;
+fn run(options: AdamWOptions, task: &Task, device: Device) -> Result<(Named, Vec<f64>)> {
+    let params = params(task, device)?;
     let mut optimizer = AdamW::new(params.clone(), options)?;
     let mut norms = Vec::new();
-    for step in 1..=STEPS {
+    for step in 1..=task.n_steps {
         optimizer.zero_grad()?;
         let gradients: Vec<_> = params.iter().enumerate().map(|(idx, p)| gradient(p, idx, step)).collect();
         backward(&params, &gradients)?;
@@ -148,12 +159,12 @@ fn rate(step: i64) -> f64 {
 }
 
 fn follows_the_formula(clip_norm: f64, device: Device) -> Result<String> {
-    let (held, norms) = run(options(clip_norm), device)?;
-    let (again, _) = run(options(clip_norm), device)?;
-    let params = params(device)?;
+    let (held, norms) = run(options(clip_norm), &MANY, device)?;
+    let (again, _) = run(options(clip_norm), &MANY, device)?;
+    let params = params(&MANY, device)?;
     let (mut exact, mut plain) = (Plain::new(&params, Kind::Double), Plain::new(&params, Kind::Float));
     let mut n_clipped = 0;
-    for (step, got) in (1..=STEPS).zip(&norms) {
+    for (step, got) in (1..=MANY.n_steps).zip(&norms) {
         let gradients: Vec<_> = params.iter().enumerate().map(|(idx, p)| gradient(p, idx, step)).collect();
         let want = exact.step(&params, &gradients, &options(clip_norm), rate(step), step);
         let _norm = plain.step(&params, &gradients, &options(clip_norm), rate(step), step);
@@ -180,10 +191,10 @@ fn follows_the_formula(clip_norm: f64, device: Device) -> Result<String> {
 
 /// Without clipping, whose factor comes from sums that differ in their last digits, a device keeps the bits that the CPU keeps, and its
 /// weights differ by the last digits of root and quotient.
-fn keeps(state: StateType, device: Device) -> Result<String> {
+fn keeps(state: StateType, task: &Task, device: Device) -> Result<String> {
     /// Of the largest weight, after all steps.
     const MAX_REL: f64 = 1e-5;
-    let run = |device| run(options_with(0., state), device).map(|(held, _)| held);
+    let run = |device| run(options_with(0., state), task, device).map(|(held, _)| held);
     let (held, again, want) = (run(device)?, run(device)?, run(Device::Cpu)?);
     let mut worst = 0f64;
     for (((name, got), (_, again)), (_, want)) in held.iter().zip(&again).zip(&want) {
@@ -197,7 +208,7 @@ fn keeps(state: StateType, device: Device) -> Result<String> {
             worst = worst.max(error);
         }
     }
-    ensure(held.len() == want.len() && held.len() > N_PARAMS, || format!("{} tensors", held.len()))?;
+    ensure(held.len() == want.len() && held.len() > task.n_params, || format!("{} tensors", held.len()))?;
     Ok(format!("{} tensors, weights within {worst:.0e}", held.len()))
 }
 

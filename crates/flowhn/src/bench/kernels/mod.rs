@@ -21,7 +21,7 @@ use tch::Device;
 
 use crate::console::{self, Console};
 use crate::device::DeviceArgs;
-use operation::{Call, Direction, Operation, Pass};
+use operation::{Call, Direction, Operation, Pass, Products};
 use peers::Peers;
 use row::{Ceilings, Multiple, Peer, Row, Time};
 use timer::{Samples, Timer};
@@ -29,8 +29,9 @@ use timer::{Samples, Timer};
 const AFTER_HELP: &str = "\
 How it is timed: CUDA events around one call, the L2 cache cleared before it, the host ahead of the GPU; the median of --n calls. Wall
 time is that of a call among many in a row. `forward` records what gradients need. `backward` runs on a graph that is recorded once
-and kept; the time of starting autograd alone, about one empty kernel, is taken off. A floor is the larger of bytes over the rate
-of a device copy and FLOPs over that of a bf16 product of three 8192s, both measured in the same run.
+and kept; the time of starting autograd alone, about one empty kernel, is taken off. An operation that is judged by matrix products
+takes turns with them. A floor is the larger of bytes over the rate of a device copy and FLOPs over that of a bf16 product of three
+8192s, both measured in the same run.
 
 With --peers ours and the Python programs take turns, twice each. Figures in brackets were measured on one H100 with torch 2.11 on
 2026-11-21.
@@ -185,16 +186,20 @@ impl<'a> Bench<'a> {
     /// The rows of one operation, after as many rounds as there are.
     fn one(&mut self, operation: &Operation, absent: &mut BTreeMap<String, String>) -> Result<Vec<Row>> {
         let mut ours: Vec<Samples> = vec![Samples::default(); operation.passes.len()];
-        let mut memory_bytes = None;
+        let (mut of_products, mut memory_bytes) = (Samples::default(), None);
         let mut theirs: BTreeMap<(String, String), Samples> = BTreeMap::new();
         let n_rounds = if self.peers.is_some() { 2 } else { 1 };
         for _ in 0..n_rounds {
             // The tensors live for a round only: the peers need the memory.
             let call = (operation.build)(self.device)?;
             for (samples, pass) in ours.iter_mut().zip(&operation.passes) {
-                samples.extend(self.time(&call, pass)?);
-            }
-            if operation.products.is_some() {
+                let Some(Products { shapes, .. }) = &operation.products else {
+                    samples.extend(self.time(&call, pass)?);
+                    continue;
+                };
+                let [own, products] = self.beside_products(&call, shapes)?;
+                samples.extend(own);
+                of_products.extend(products);
                 memory_bytes = self.memory(&call)?;
             }
             drop(call);
@@ -215,10 +220,9 @@ impl<'a> Bench<'a> {
         let mut rows = Vec::new();
         for (samples, pass) in ours.iter().zip(&operation.passes) {
             let mut row = Row::new(operation, pass, samples, &self.ceilings);
-            if let Some(products) = &operation.products {
-                let products_us = self.in_a_row(&products.shapes)?;
+            if let Some(&Products { within: target, memory: memory_target, .. }) = operation.products.as_ref() {
+                let products_us = of_products.spread().0;
                 let multiple = row.time.median_us / products_us;
-                let (target, memory_target) = (products.within, products.memory);
                 row.products = Some(Multiple { products_us, multiple, target, memory_bytes, memory_target });
             }
             for ((peer, _), samples) in theirs.iter().filter(|((_, direction), _)| direction == row.pass) {
@@ -230,13 +234,13 @@ impl<'a> Bench<'a> {
         Ok(rows)
     }
 
-    /// The median of matrix products that follow one another, as those of an operation do, which run at the clock that the power
-    /// limit then leaves.
-    fn in_a_row(&self, shapes: &[[i64; 3]]) -> Result<f64> {
+    /// Forward and backward in turns with matrix products of those shapes. They follow one another, as the operation's own do, at the
+    /// clock that the power limit then leaves.
+    fn beside_products(&self, call: &Call, shapes: &[[i64; 3]]) -> Result<[Samples; 2]> {
         let build = |&shape| (table::gemm(shape, None).build)(self.device);
-        let calls = shapes.iter().map(build).collect::<flowhn_torch::Result<Vec<_>>>()?;
-        let all = || calls.iter().try_for_each(|call| (call.run)(&call.leaves).map(drop));
-        Ok(self.timer.time(&all)?.spread().0)
+        let products = shapes.iter().map(build).collect::<flowhn_torch::Result<Vec<_>>>()?;
+        let in_a_row = || products.iter().try_for_each(|product| (product.run)(&product.leaves).map(drop));
+        Ok(self.timer.in_turns([&|| call.backward(&call.recorded()?), &in_a_row])?)
     }
 
     /// The most bytes that a forward and backward take beside operands and gradients.

@@ -12,13 +12,13 @@ pub struct Operation {
     pub shape: String,
     /// What is timed of it.
     pub passes: Vec<Pass>,
-    /// The matrix products that it cannot do without, where its aims are what it takes beside them.
+    /// The matrix products that forward and backward together cannot do without, where the aims are what they take beside these.
     pub products: Option<Products>,
     /// Makes its tensors.
     pub build: Build,
 }
 
-/// Matrix products that are timed beside an operation, and what that may take more than they do.
+/// Matrix products that are timed in turns with an operation, and what that may take more than they do.
 #[derive(Clone, Copy, Debug)]
 pub struct Products {
     /// `m`, `n` and `k` of each.

@@ -54,7 +54,7 @@ pub struct Time {
     pub n: usize,
 }
 
-/// A time as a multiple of that of matrix products, which are timed in a row; on CUDA also the most bytes that were taken beside operands
+/// A time as a multiple of that of matrix products one after the other; on CUDA also the most bytes that were taken beside operands
 /// and gradients.
 #[derive(Clone, Copy, Debug, Serialize)]
 pub struct Multiple {

@@ -38,23 +38,33 @@ impl Timer {
 
     /// Times `call`. On the CPU, which has no events, the host's clock stands for the device's.
     pub fn time(&self, call: &dyn Fn() -> Result<()>) -> Result<Samples> {
+        self.in_turns([call]).map(|[samples]| samples)
+    }
+
+    /// As [`Timer::time`], of several in turns: they meet the same temperature and, at the power limit, the same clock.
+    pub fn in_turns<const N: usize>(&self, calls: [&dyn Fn() -> Result<()>; N]) -> Result<[Samples; N]> {
         for _ in 0..WARM_UP {
-            call()?;
+            calls.iter().try_for_each(|call| call())?;
         }
-        let mut device_us = Vec::with_capacity(self.n);
+        let mut samples = [const { Samples { device_us: Vec::new(), wall_us: Vec::new() } }; N];
         for _ in 0..self.n {
-            device_us.push(match self.device {
-                Device::Cuda(device_idx) => self.one_on_cuda(device_idx, call)?,
-                _ => micros(Instant::now(), call)?,
-            });
+            for (call, samples) in calls.iter().zip(&mut samples) {
+                samples.device_us.push(match self.device {
+                    Device::Cuda(device_idx) => self.one_on_cuda(device_idx, call)?,
+                    _ => micros(Instant::now(), call)?,
+                });
+            }
         }
-        self.synchronize()?;
-        let started = Instant::now();
-        for _ in 0..self.n {
-            call()?;
+        for (call, samples) in calls.iter().zip(&mut samples) {
+            self.synchronize()?;
+            let started = Instant::now();
+            for _ in 0..self.n {
+                call()?;
+            }
+            self.synchronize()?;
+            samples.wall_us.push(started.elapsed().as_secs_f64() * 1e6 / self.n as f64);
         }
-        self.synchronize()?;
-        Ok(Samples { device_us, wall_us: vec![started.elapsed().as_secs_f64() * 1e6 / self.n as f64] })
+        Ok(samples)
     }
 
     fn one_on_cuda(&self, device_idx: usize, call: &dyn Fn() -> Result<()>) -> Result<f64> {
@@ -127,12 +137,18 @@ mod tests {
     fn calls_are_counted_and_their_errors_come_back() {
         let timer = Timer::new(Device::Cpu, 5).unwrap();
         let n_calls = std::cell::Cell::new(0);
-        let count = || {
-            n_calls.set(n_calls.get() + 1);
-            Ok(())
+        let adding = |n: usize| {
+            let n_calls = &n_calls;
+            move || {
+                n_calls.set(n_calls.get() + n);
+                Ok(())
+            }
         };
-        let samples = timer.time(&count).unwrap();
+        let samples = timer.time(&adding(1)).unwrap();
         assert_eq!((samples.device_us.len(), n_calls.get()), (5, WARM_UP + 10));
+        let both = timer.in_turns([&adding(1), &adding(100)]).unwrap();
+        assert!(both.iter().all(|samples| (samples.device_us.len(), samples.wall_us.len()) == (5, 1)));
+        assert_eq!(n_calls.get(), (1 + 1 + 100) * (WARM_UP + 10));
         let failing = || Err(flowhn_torch::Error::invalid("bench", "no".to_owned()));
         assert!(timer.time(&failing).is_err());
     }
