@@ -91,6 +91,7 @@ mod tests {
     use crate::{Bias, Init, Linear};
 
     fn projection() -> (Params, Linear) {
+        tch::manual_seed(0);
         let mut params = Params::new(Device::Cpu, 0);
         let init = Init::Normal { std: 1. };
         let linear = Linear::new(&mut params.root(), "proj", 6, 4, init, Bias::Init(Init::Normal { std: 1. })).unwrap();

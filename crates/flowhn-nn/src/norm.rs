@@ -117,6 +117,7 @@ pub fn residual_norm_to(
 /// use flowhn_nn::gated_rms_norm;
 /// use tch::{Device, Kind, Tensor};
 /// let f32_cpu = (Kind::Float, Device::Cpu);
+/// tch::manual_seed(0);
 /// let (x, z) = (Tensor::randn([5, 8], f32_cpu), Tensor::randn([5, 8], f32_cpu));
 /// let y = gated_rms_norm(&x, &z, &Tensor::ones([8], f32_cpu), 1e-6, 2)?;
 /// // Each group of four has mean square 1.
@@ -199,6 +200,7 @@ impl RmsNorm {
     /// use flowhn_nn::{Params, RmsNorm};
     /// use tch::{Device, Kind, Tensor};
     /// let norm = RmsNorm::new(&mut Params::new(Device::Cpu, 0).root(), "norm", 8, 0.)?;
+    /// tch::manual_seed(0);
     /// let x = Tensor::randn([5, 8], (Kind::Float, Device::Cpu));
     /// let halves = [x.narrow(1, 0, 4), x.narrow(1, 4, 4)].map(|half| &half / half.square().mean_dim(1, true, None).sqrt());
     /// assert!((norm.forward_groups(&x, 2)? - Tensor::cat(&halves, 1)).abs().max().double_value(&[]) < 1e-5);

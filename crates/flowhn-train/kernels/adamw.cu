@@ -5,16 +5,18 @@
 //   m = beta1 m + (1 - beta1) c g      v = beta2 v + (1 - beta2) (c g)^2
 //   p -= lr weight_decay p             p -= lr m / (1 - beta1^t) / (sqrt(v / (1 - beta2^t)) + eps)
 //
-// Parameters p are f32 and their gradients g f32 or bf16, each a dense run of `n` elements, and so are the means m, v, which STATE keeps between
-// updates as f32 (0), bf16 (1) or 8-bit codes (2; as f32 in slots without factors); beside a parameter there may be a bf16 copy, which
-// the update writes as well. A gradient that is null counts as zeros. A table of slots, one a parameter, tells where everything is; a
-// table of items cuts the slots into chunks of CHUNK elements. One block works on one item, so a launch covers all parameters however
-// many they are, and blocks are handed out as others finish.
+// Parameters p are f32 and their gradients g f32 or bf16, each a dense run of `n` elements, and so are the means m, v, which STATE keeps
+// between updates as f32 (0), bf16 (1) or 8-bit codes (2; as f32 in slots without factors); beside a parameter there may be a bf16 copy,
+// which the update writes as well. A gradient that is null counts as zeros. A table of slots, one a parameter, tells where everything is; a
+// table of items cuts the slots into chunks of CHUNK elements, so a launch covers all parameters however many they are. One block works on
+// one item, and blocks are handed out as others finish. Where means are codes, the update has persistent blocks whose warps take pieces of
+// items.
 //
 // What makes it fast is that memory is read and written once: the gradient is scaled where it is read, the copy is rounded from the
 // register that holds the weight. A thread loads VECS vectors of 4 elements of all four arrays before it computes; where codes share
-// a factor, these vectors of a warp are the elements that share it. The norm is the only pass before; the update takes the items in the
-// opposite order, so that it begins with gradients that are still in the L2 cache.
+// a factor, these vectors of a warp are the elements that share it, and the next ones are loaded before the codes of these are found. The
+// norm is the only pass before; the update takes the items in the opposite order, so that it begins with gradients that are still in the
+// L2 cache.
 //
 // The tables, the learning rate, the counter t and everything that follows from them are on the device: the launches can be captured
 // in a CUDA graph. Sums are f64 and in a fixed order, and neither the alignment of an array nor the device changes that order.
@@ -39,7 +41,7 @@ constexpr i64 DECAYS = 1, BF16_GRAD = 2;
 struct Factors {
     float clip, beta1, rest1, beta2, rest2, step_size, root_scale, eps, decay;
     unsigned key;  // of the update's random bits
-    int n_taken;   // pieces that warps have taken beside their first ones
+    int n_asked;   // how often a warp of the update has asked for another piece
 };
 
 // The settings, as the host writes them.
@@ -165,15 +167,16 @@ adamw_factors(const double* partials, int n, const Settings* settings, const flo
     f.beta2 = (float)s.beta2, f.rest2 = (float)(1. - s.beta2);
     f.step_size = (float)(rate / rest[0]), f.root_scale = (float)(1. / sqrt(rest[1]));
     f.eps = (float)s.eps, f.decay = (float)(rate * s.weight_decay);
-    f.key = mix((unsigned)t), f.n_taken = 0;
+    f.key = mix((unsigned)t), f.n_asked = 0;
     *factors = f;
 }
 
 // ---- update -----------------------------------------------------------------------------------------------------------------
 
-// Threads that work together, a block or a warp of it; the elements that they update before they look for others, and those that they take at
-// a time where all are there and aligned.
+// Threads that work together, a block or a warp of it; the elements that they update before they look for others; and those that they take
+// at a time where all are there and aligned.
 constexpr int TEAM = STATE == 2 ? 32 : UPDATE_THREADS, PIECE = STATE == 2 ? 2048 : CHUNK, TILE = TEAM * VEC * VECS;
+static_assert(CHUNK % PIECE == 0 && PIECE % BLOCK == 0 && UPDATE_THREADS % TEAM == 0, "pieces of whole blocks, whole teams");
 
 // One element. The step is a small part of p, so a few ulp of it are none of p; without the exact root and quotient, which branch
 // for extreme values, there is no branch between loads and stores. The means round as they do on the CPU.
@@ -341,6 +344,8 @@ __device__ __forceinline__ void update_piece(int piece, const void* const* grads
     constexpr int PIECES = CHUNK / PIECE;
     int2 item = items[n_items - 1 - piece / PIECES];
     Chunk chunk(grads, slots, item.x, (i64)item.y * CHUNK + piece % PIECES * PIECE, PIECE);
+    // The last item of a slot may have pieces without elements.
+    if (chunk.n <= 0) return;
     Slot slot = chunk.slot;
     Factors f = *factors;
     float decay = slot.flags & DECAYS ? f.decay : 0.f;
@@ -358,8 +363,8 @@ __device__ __forceinline__ void update_piece(int piece, const void* const* grads
     else update_chunk<State, float>(chunk, slot, f, decay, noise);
 }
 
-// `maps`: those of the codes, null where means are none; then there are as many blocks as items. With codes any number of blocks does, and
-// warps take pieces until none is left. Which warp takes which changes no bit.
+// `maps`: those of the codes, null where means are not codes; then there are as many blocks as items. With codes any number of blocks will
+// do, and warps take pieces until none is left. Which warp takes which changes no bit.
 extern "C" __global__ void __launch_bounds__(UPDATE_THREADS)
 adamw_update(const void* const* grads, const Slot* slots, const int2* items, Factors* factors, int n_items, const char* maps) {
 #if STATE == 2
@@ -373,7 +378,7 @@ adamw_update(const void* const* grads, const Slot* slots, const int2* items, Fac
     while (piece < n_items * (CHUNK / PIECE)) {
         // Asked for early: the answer is there when the piece is done.
         int next = 0;
-        if (threadIdx.x % TEAM == 0) next = gridDim.x * TEAMS + atomicAdd(&factors->n_taken, 1);
+        if (threadIdx.x % TEAM == 0) next = gridDim.x * TEAMS + atomicAdd(&factors->n_asked, 1);
         update_piece(piece, grads, slots, items, factors, n_items, &shared);
         piece = __shfl_sync(FULL_WARP, next, 0);
     }

@@ -1,5 +1,5 @@
 // What AdamW keeps of its means between two updates, which compute in f32 (`optim/state.rs` and `optim/blockwise.rs` are the same in
-// plain Rust, to the bit).
+// plain Rust, to the bit but for that of NaN).
 //
 //   bf16  rounded up or down at random, so that the expectation is the value: a mean moves by a small share of itself in an update,
 //         and rounding to the nearest would lose what is below half a unit in the last place, every time.
@@ -53,13 +53,13 @@ constexpr int CELLS = 23 * 128 + 1, FIRST_CELL = (127 - 23) * 128;
 
 // A map's numbers: `values` of the codes, ascending. Levels are those that are not negative, counted from 0 on. The lower eight bits of a
 // cell are the level of its lower end; the rest are the lower 16 bits from which on its numbers have the next one, 2^16 where none has.
-// Zeros fill up the last 16 bytes.
+// Zeros pad it to a multiple of 16 bytes.
 struct alignas(16) Maps {
     float signed_values[256], unsigned_values[256];
     unsigned signed_cells[CELLS], unsigned_cells[CELLS];
 };
 
-// The level nearest to x in 0..1.
+// The level nearest to x in 0..1, the last one for NaN.
 __device__ __forceinline__ int nearest_level(float x, const unsigned* cells) {
     unsigned bits = __float_as_uint(x), cell = cells[min(max((int)(bits >> 16) - FIRST_CELL, 0), CELLS - 1)];
     return (int)(cell & 255) + ((bits & 0xffff) >= cell >> 8);

@@ -8,7 +8,7 @@ use std::path::{Path, PathBuf};
 use common::Bench;
 use common::storage::SmallDisk;
 use flowhn_train::checkpoint::{
-    self, Checkpoint, Progress, Snapshot, latest_valid, list, prune, resolve, save, step_dir,
+    self, Checkpoint, ComputedOn, Progress, Snapshot, latest_valid, list, prune, resolve, save, step_dir,
 };
 use flowhn_train::data::SamplerState;
 use flowhn_train::storage::{Disk, Storage};
@@ -42,6 +42,7 @@ impl Place {
                 tokens: step * 192,
                 elapsed_s: 0.1 * step as f64,
                 n_threads: 2,
+                computed_on: Some(ComputedOn::Cpu),
                 sampler,
                 tokenizer: PRINT.parse().unwrap(),
             },
@@ -132,7 +133,7 @@ fn foreign_things_and_later_versions_are_refused() {
 
     let path = place.save(20);
     let state = fs::read_to_string(path.join("state.json")).unwrap();
-    fs::write(path.join("state.json"), state.replace("\"version\": 1", "\"version\": 7")).unwrap();
+    fs::write(path.join("state.json"), state.replace("\"version\": 2", "\"version\": 7")).unwrap();
     let error = open_error(&path);
     assert!(error.contains("newer FlowHN (format version 7") && error.contains("update"), "{error}");
     let error = resolve(&path.join("model.safetensors")).unwrap_err().to_string();

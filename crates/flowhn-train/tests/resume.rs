@@ -7,6 +7,7 @@ use std::path::Path;
 use std::sync::OnceLock;
 
 use common::{Bench, fresh, resume, sit};
+use flowhn_train::checkpoint;
 use flowhn_train::observe::{Event, StopFlag};
 use flowhn_train::run_dir::METRICS;
 use flowhn_train::selftest::small::Ending;
@@ -107,7 +108,7 @@ fn a_torn_checkpoint_and_a_half_written_one_are_passed_over() {
 }
 
 fn valid(path: &Path) -> bool {
-    flowhn_train::checkpoint::Checkpoint::open(path).is_ok()
+    checkpoint::Checkpoint::open(path).is_ok()
 }
 
 #[test]
@@ -134,4 +135,30 @@ fn a_complete_run_resumes_to_its_summary() {
     let (trainer, outcome) = sit(&config, &resume());
     assert!(matches!(outcome, Outcome::Done(summary) if summary.steps == 6));
     assert_same(&ending(&trainer), &want);
+}
+
+#[test]
+fn a_run_that_changes_its_device_is_warned() {
+    let bench = Bench::new();
+    let config = bench.config("moved", &[]);
+    die_at(&config, &fresh(), 27);
+    let warnings = || {
+        let mut warnings = Vec::new();
+        let mut observer = |event: Event<'_>| {
+            if let Event::Warning(text) = event {
+                warnings.push(text);
+            }
+        };
+        Trainer::new(&config, &resume(), &mut observer).unwrap();
+        warnings
+    };
+    assert!(warnings().is_empty());
+    let (_, checkpoint) = checkpoint::list(&config.run.dir.join("checkpoints")).unwrap().pop().unwrap();
+    let state = checkpoint.join("state.json");
+    let text = std::fs::read_to_string(&state).unwrap();
+    let moved = text.replace("\"computed_on\": \"cpu\"", "\"computed_on\": \"cuda\"");
+    assert_ne!(moved, text);
+    std::fs::write(&state, moved).unwrap();
+    let [warning] = &warnings()[..] else { panic!("one warning is expected") };
+    assert!(warning.contains("on a GPU, this process computes on the CPU (--device)"), "{warning}");
 }

@@ -1,7 +1,7 @@
 //! Attention against the formula, with every kind of mask.
 
 use flowhn_torch::testing::{Case, Outcome, Rule, check_replay, noise, same_bits};
-use flowhn_torch::{Error, Result, cpu};
+use flowhn_torch::{Error, Flag, Result, cpu};
 use tch::{Device, Kind, Tensor};
 
 use crate::{Mask, Positions, attention, hopper};
@@ -37,6 +37,19 @@ pub(super) fn cases() -> Vec<Case> {
                 cases.push(case(name, move |device| check(&pattern, shape, kind, device)));
             }
         }
+    }
+    let documents = || Pattern { document_len: Some(150), ..causal("documents", 1000) };
+    for (pattern, shape) in [
+        (causal("causal, 64 tokens", 64), (4, 2, 128)),
+        (causal("causal, 1000 tokens", 1000), (4, 2, 128)),
+        (causal("causal, 1000 tokens", 1000), (2, 1, 20)),
+        (documents(), (4, 2, 128)),
+        (documents(), (4, 2, 24)),
+        (plain("scattered among all", (0..300).map(|i| i * 3).collect(), (0..900).collect()), (4, 4, 64)),
+    ] {
+        let (heads, kv_heads, width) = shape;
+        let name = format!("attention: in any order, {}, heads {heads}/{kv_heads} x {width}", pattern.name);
+        cases.push(Case::on_cuda(name, move |device| in_any_order(&pattern, shape, device)));
     }
     for pattern in [
         causal("causal, 1000 tokens, batch 8", 1000),
@@ -138,6 +151,28 @@ impl Pattern {
 }
 
 fn check(pattern: &Pattern, shape: (i64, i64, i64), kind: Kind, device: Device) -> Result<String> {
+    // Where a query sees one key its weight is 1 and its gradient cancels to 0.
+    judge(pattern, shape, kind, device, |rule, inputs| rule.check_at_scale(1., inputs, &[kind; 3], device))
+}
+
+/// Where equal runs need not give equal bits, cuDNN answers.
+fn in_any_order(pattern: &Pattern, shape: (i64, i64, i64), device: Device) -> Result<String> {
+    let kind = Kind::BFloat16;
+    let was = Flag::Deterministic.is_set()?;
+    Flag::Deterministic.set(false)?;
+    let outcome =
+        judge(pattern, shape, kind, device, |rule, inputs| rule.check_of_any_order(1., inputs, &[kind; 3], device));
+    Flag::Deterministic.set(was)?;
+    outcome
+}
+
+fn judge(
+    pattern: &Pattern,
+    shape: (i64, i64, i64),
+    kind: Kind,
+    device: Device,
+    by: impl Fn(&Rule, &[Tensor]) -> Result<String>,
+) -> Result<String> {
     let (heads, kv_heads, width) = shape;
     let (n, m) = (pattern.q.len() as i64, pattern.k.len() as i64);
     // Queries, keys and values are parts of one projection, as in the mixer, and so have gaps between tokens.
@@ -161,8 +196,7 @@ fn check(pattern: &Pattern, shape: (i64, i64, i64), kind: Kind, device: Device) 
         Ok(vec![attention(&x[0], &x[1], &x[2], &mask)?])
     };
     let plain = |x: &[Tensor]| Ok(vec![formula(&x[0], &x[1], &x[2], &visible)]);
-    // Where a query sees one key its weight is 1 and its gradient cancels to 0.
-    Rule { kernel: &kernel, plain: &plain, floor: Rule::floor_of(kind) }.check_at_scale(1., &inputs, &[kind; 3], device)
+    by(&Rule { kernel: &kernel, plain: &plain, floor: Rule::floor_of(kind) }, &inputs)
 }
 
 /// A softmax that all but chooses one key: what a careless exponential makes infinite stays finite. The floor is what a few roundings of

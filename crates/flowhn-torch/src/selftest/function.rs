@@ -2,7 +2,7 @@
 
 use tch::{Device, Kind, Tensor};
 
-use super::{all_equal, ensure, error_of};
+use super::{all_equal, ensure, error_of, of_cuda};
 use crate::testing::Case;
 use crate::{BackwardCtx, Error, ForwardCtx, Function, Priority, Result, Stream, apply};
 
@@ -11,6 +11,7 @@ pub(super) fn cases() -> Vec<Case> {
         Case::new("function: gradients through two of them", gradients),
         Case::new("function: its backward runs on the stream of its forward", stream_of_backward),
         Case::new("function: a panic in the backward is an error", panics),
+        of_cuda("function: too much memory is an error that names it, and nothing is lost", too_much_memory),
     ]
 }
 
@@ -87,4 +88,46 @@ fn panics(device: Device) -> Result<String> {
     let told = message.contains("double backward: panic: half way");
     ensure(told, || format!("the message does not tell the panic: {message}"))?;
     Ok(String::new())
+}
+
+/// Forward and backward ask for a pebibyte.
+fn too_much_memory(device_idx: usize) -> Result<String> {
+    struct Greedy {
+        begins: bool,
+    }
+
+    impl Greedy {
+        fn ask(device: Device) -> Result<()> {
+            Tensor::f_empty([1 << 50], (Kind::Uint8, device)).map(drop).map_err(Error::from)
+        }
+    }
+
+    impl Function for Greedy {
+        const NAME: &'static str = "greedy";
+
+        fn forward(&mut self, _: &mut ForwardCtx, inputs: &[&Tensor]) -> Result<Vec<Tensor>> {
+            if self.begins {
+                Self::ask(inputs[0].device())?;
+            }
+            Ok(vec![inputs[0] * 2.])
+        }
+
+        fn backward(&self, _: &BackwardCtx, grads: &[Tensor]) -> Result<Vec<Option<Tensor>>> {
+            Self::ask(grads[0].device())?;
+            Ok(vec![None])
+        }
+    }
+
+    let x = leaf(3., Device::Cuda(device_idx));
+    let forward = apply(Greedy { begins: true }, &[&x]).map(drop);
+    let y = apply(Greedy { begins: false }, &[&x])?.remove(0);
+    let backward = y.f_sum(Kind::Float)?.f_backward().map_err(Error::from);
+    for (outcome, who) in [(forward, "greedy: "), (backward, "greedy backward: ")] {
+        let is_told = |text: &str| {
+            text.starts_with(who) && text.contains("Tried to allocate 1048576.00 GiB") && text.contains("is free")
+        };
+        let is_right = matches!(&outcome, Err(Error::OutOfMemory(text)) if is_told(text));
+        ensure(is_right, || format!("{who}{outcome:?}"))?;
+    }
+    gradients(Device::Cuda(device_idx))
 }

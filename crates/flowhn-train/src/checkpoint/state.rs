@@ -1,8 +1,10 @@
 //! `state.json`: where a run stood, and what the other files of the checkpoint must be.
 
 use std::collections::BTreeMap;
+use std::fmt::{self, Display};
 
 use serde::{Deserialize, Serialize};
+use tch::Device;
 
 use super::CheckpointProblem;
 use crate::data::{Fingerprint, SamplerState};
@@ -10,8 +12,8 @@ use crate::data::{Fingerprint, SamplerState};
 /// What `state.json` says it is.
 pub const FORMAT: &str = "flowhn-checkpoint";
 
-/// The version that this build writes; it reads every version up to it.
-pub const VERSION: u32 = 1;
+/// The version that this build writes; it reads every version up to it. Version 2 adds the device.
+pub const VERSION: u32 = 2;
 
 /// Where a run stood when it was saved.
 ///
@@ -28,10 +30,38 @@ pub struct Progress {
     pub elapsed_s: f64,
     /// Threads of libtorch on the CPU: sums are bit-identical only for the same number.
     pub n_threads: usize,
+    /// Where the steps were computed; not known of version 1 and of imported weights.
+    #[serde(default)]
+    pub computed_on: Option<ComputedOn>,
     /// Where the sampler stands in the training text.
     pub sampler: SamplerState,
     /// The tokenizer.
     pub tokenizer: Fingerprint,
+}
+
+/// A kind of device: each sums in an order of its own.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum ComputedOn {
+    /// The CPU.
+    Cpu,
+    /// A CUDA device.
+    Cuda,
+}
+
+impl From<Device> for ComputedOn {
+    fn from(device: Device) -> Self {
+        if device.is_cuda() { Self::Cuda } else { Self::Cpu }
+    }
+}
+
+impl Display for ComputedOn {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(match self {
+            Self::Cpu => "the CPU",
+            Self::Cuda => "a GPU",
+        })
+    }
 }
 
 /// The whole of `state.json`.
@@ -88,5 +118,16 @@ mod tests {
         let future = parse("{\"format\": \"flowhn-checkpoint\", \"version\": 99, \"soul\": 1}");
         assert!(future.contains("99") && future.contains("newer"), "{future}");
         assert!(parse("{\"format\": \"flowhn-checkpoint\", \"version\": 1}").contains("progress"));
+    }
+
+    #[test]
+    fn a_checkpoint_of_version_1_does_not_tell_its_device() {
+        let text = r#"{"format": "flowhn-checkpoint", "version": 1, "files": {}, "progress": {"step": 3, "tokens": 96,
+            "elapsed_s": 0.5, "n_threads": 2, "tokenizer": "00000000000000000000000000000000", "sampler": {"seed": 0, "epoch": 0,
+            "index": 3, "n_windows": 9, "seq_len": 16, "data": "00000000000000000000000000000000"}}}"#;
+        assert_eq!(State::parse(text).unwrap().progress.computed_on, None);
+        let newer =
+            text.replace("\"tokens\"", "\"computed_on\": \"cuda\", \"tokens\"").replace("1, \"files\"", "2, \"files\"");
+        assert_eq!(State::parse(&newer).unwrap().progress.computed_on, Some(ComputedOn::Cuda));
     }
 }

@@ -5,6 +5,8 @@
 //! numbers of a dynamic tree: seven decades, `10^(i-7)..10^(i-6)`, of which decade `i` has `2^i` equally wide parts (`2^(i+1)` without
 //! signs) with a number in the middle of each, beside 0 and 1. Large magnitudes are told apart finely and small ones over seven orders.
 
+use std::cmp::Ordering;
+
 /// Elements that share a factor.
 pub(super) const BLOCK: usize = 256;
 
@@ -70,20 +72,20 @@ impl Codes {
         let absmax = absmax(block);
         let inverse = inverse_of(absmax);
         let least = |x: f32| u8::from(self.zero == 0 && x > 0.);
-        codes.iter_mut().zip(block).for_each(|(code, &x)| *code = self.nearest(x * inverse).max(least(x)));
+        codes.iter_mut().zip(block).for_each(|(code, &x)| *code = self.nearest(x, inverse).max(least(x)));
         absmax
     }
 
-    /// The code nearest to `x`, the one of the larger magnitude from the middle on.
-    fn nearest(&self, x: f32) -> u8 {
-        let level = self.level(x.abs());
+    /// The code nearest to `x * inverse`, the one of the larger magnitude from the middle on; the outermost for NaN.
+    fn nearest(&self, x: f32, inverse: f32) -> u8 {
+        let level = self.level((x * inverse).abs());
         // -1 takes the number above it.
         if x < 0. { self.zero - level.min(self.zero) } else { self.zero + level }
     }
 
-    /// The number of middles up to `x`, which is not negative.
+    /// The number of middles up to `x`, which is not negative; all for NaN.
     fn level(&self, x: f32) -> u8 {
-        self.mids.partition_point(|&mid| x >= mid) as u8
+        self.mids.partition_point(|mid| x.partial_cmp(mid) != Some(Ordering::Less)) as u8
     }
 
     /// For each cell the level of its lower end, and above eight bits the lower 16 bits from which on its numbers have the next one. No cell
@@ -129,10 +131,10 @@ mod tests {
         for codes in [Codes::signed(), Codes::unsigned()] {
             assert_eq!(codes.values.len(), 256);
             assert!(codes.values.is_sorted_by(|a, b| a < b));
-            assert!((0..=255).all(|code| codes.nearest(codes.value(code)) == code));
+            assert!((0..=255).all(|code| codes.nearest(codes.value(code), 1.) == code));
             assert_eq!((codes.value(codes.zero()), codes.value(255)), (0., 1.));
         }
-        assert_eq!(Codes::signed().nearest(-1.), 0);
+        assert_eq!(Codes::signed().nearest(-1., 1.), 0);
     }
 
     #[test]
@@ -168,6 +170,23 @@ mod tests {
     fn the_maps_have_the_size_that_the_kernels_read() {
         let size = 4 * 2 * (256 + N_CELLS);
         assert_eq!(maps_bytes().len(), size.next_multiple_of(16));
+    }
+
+    #[test]
+    fn what_is_not_finite_has_the_outermost_codes_and_stays_so() {
+        let block = [f32::NEG_INFINITY, -1., 0., 1., f32::INFINITY, f32::NAN];
+        for (n, largest, want) in
+            [(5, f32::INFINITY, vec![0, 127, 127, 127, 255]), (6, f32::NAN, vec![0, 0, 255, 255, 255, 255])]
+        {
+            let (mut codes, mut decoded) = (vec![0; n], vec![0.; n]);
+            let absmax = Codes::signed().encode(&block[..n], &mut codes);
+            assert_eq!((absmax.to_bits(), &codes), (largest.to_bits(), &want));
+            Codes::signed().decode(&codes, absmax, &mut decoded);
+            assert!(decoded.iter().all(|x| !x.is_finite()), "{decoded:?}");
+        }
+        let mut codes = [0; 3];
+        Codes::unsigned().encode(&[0., 1., f32::INFINITY], &mut codes);
+        assert_eq!(codes, [0, 1, 255]);
     }
 
     #[test]

@@ -13,8 +13,8 @@ use crate::kernels::ADAMW;
 const CHUNK: [i64; 3] = [16_384, 16_384, 8192];
 /// Threads of a block that adds up the squares of an item, likewise.
 const THREADS: [i64; 3] = [256, 256, 64];
-/// Threads of a block that updates. With codes one such block stays on each multiprocessor: its warps then share the maps and work in no step,
-/// so that some compute while others wait for memory.
+/// Threads of a block that updates. With codes there is one persistent block on each multiprocessor; its warps share the maps and run
+/// independently, so that some compute while others wait for memory.
 const UPDATE_THREADS: [i64; 3] = [256, 256, 640];
 /// The macros of `adamw.cu` for each type of the state.
 pub(crate) const VARIANTS: [Defines; 3] = [&defines(0), &defines(1), &defines(2)];
@@ -62,7 +62,7 @@ pub(super) struct Engine {
     partials: Tensor,
     /// The options, f64.
     settings: Tensor,
-    /// What follows from norm, step and learning rate, f32.
+    /// What follows from norm, step and learning rate, f32, and a counter of the update's, i32, which begins at 0 in each step.
     factors: Tensor,
     /// The maps of codes, bytes, where means are kept as codes.
     maps: Option<Tensor>,

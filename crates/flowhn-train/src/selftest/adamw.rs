@@ -20,8 +20,10 @@ struct Task {
 /// Lengths around those of vectors and chunks of the kernels, more of them than addresses in a launch.
 const MANY: Task =
     Task { lengths: &[70_001, 1, 0, 16_384, 16_385, 3, 32_767, 8, 5000, 0, 4, 1023], n_params: 64, n_steps: 50 };
-/// More pieces than there are warps on a GPU to begin with.
-const LARGE: Task = Task { lengths: &[6_500_001, 5000, 70_001, 3, 8, 1, 0, 1_000_000], n_params: 8, n_steps: 2 };
+/// More pieces than a GPU of 264 multiprocessors has warps to begin with.
+const LARGE: Task = Task { lengths: &[12_000_001, 5000, 70_001, 3, 8, 1, 0, 1_000_000], n_params: 8, n_steps: 2 };
+/// All forms of the update with codes in as few bytes as compute-sanitizer takes well.
+const FEW: Task = Task { lengths: &[4352, 5000, 16_384, 3, 0, 30_001], n_params: 12, n_steps: 3 };
 
 pub(super) fn cases() -> Vec<Case> {
     vec![
@@ -32,6 +34,8 @@ pub(super) fn cases() -> Vec<Case> {
         Case::new("adamw: bf16 copies", |device| told(copies(device))),
         Case::new("adamw: what bf16 keeps is what the CPU keeps", |device| told(keeps(StateType::Bf16, &MANY, device))),
         Case::new("adamw: what int8 keeps is what the CPU keeps", |device| told(keeps(StateType::Int8, &MANY, device))),
+        Case::new("adamw: what int8 keeps of a few blocks", |device| told(keeps(StateType::Int8, &FEW, device))),
+        Case::new("adamw: what int8 keeps of gradients that are not finite", |device| told(keeps_not_finite(device))),
         Case::new("adamw: int8, pieces beyond those that warps begin with", |device| {
             told(keeps(StateType::Int8, &LARGE, device))
         }),
@@ -237,6 +241,39 @@ fn not_finite(device: Device) -> Result<String> {
         })?;
     }
     Ok(String::new())
+}
+
+/// One element in a block of 256 is not finite: the codes of all blocks are the CPU's.
+fn keeps_not_finite(device: Device) -> Result<String> {
+    const LENGTH: i64 = 5000;
+    let run = |value: f64, device: Device| -> Result<Named> {
+        let values = noise(&[LENGTH], 1).to_kind(Kind::Float).to_device(device).set_requires_grad(true);
+        let params = [Param { name: "a".to_owned(), weight: Weight::new(values), decay: Decay::Yes }];
+        let mut optimizer = AdamW::new(params.to_vec(), options_with(0., StateType::Int8))?;
+        for step in 1..=2 {
+            optimizer.zero_grad()?;
+            let gradient = noise(&[LENGTH], 10 + step).to_kind(Kind::Float).to_device(device);
+            let _ = gradient.narrow(0, 300, 1).fill_(value);
+            backward(&params, &[Some(gradient)])?;
+            let _norm = optimizer.step(0.01)?;
+        }
+        Ok(optimizer.state())
+    };
+    let mut n_codes = 0;
+    for value in [f64::INFINITY, f64::NEG_INFINITY, f64::NAN] {
+        for ((name, got), (_, want)) in run(value, device)?.iter().zip(&run(value, Device::Cpu)?) {
+            let got = got.to_device(Device::Cpu);
+            // NaN has many bit patterns.
+            let is_same = match got.kind() {
+                Kind::Uint8 => same_bits(&got, want),
+                _ => got.allclose(want, 0., 0., true),
+            };
+            ensure(is_same, || format!("{value}: {name} is not what the CPU keeps"))?;
+            n_codes += usize::from(got.kind() == Kind::Uint8) * got.numel();
+        }
+    }
+    ensure(n_codes == 3 * 2 * LENGTH as usize, || format!("{n_codes} codes"))?;
+    Ok(format!("{n_codes} codes"))
 }
 
 fn copies(device: Device) -> Result<String> {

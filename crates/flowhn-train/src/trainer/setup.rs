@@ -8,7 +8,7 @@ use flowhn_torch::Flag;
 use tch::{Device, Tensor};
 
 use super::{Clock, TrainOptions, Trainer};
-use crate::checkpoint::{self, Checkpoint, CheckpointProblem, FP8_SCALES, OPTIMIZER_FILE};
+use crate::checkpoint::{self, Checkpoint, CheckpointProblem, ComputedOn, FP8_SCALES, OPTIMIZER_FILE};
 use crate::config::{Dtype, RunConfig};
 use crate::data::{
     self, Dataset, LoaderOptions, PrepareOptions, ReadOptions, Tokenizer, TrainLoader, ValidationSet, prepare,
@@ -36,7 +36,7 @@ impl Trainer {
         let run = RunDir::open(&config.run.dir, options.start, options.storage.clone())?;
         let tokenizer = Tokenizer::load(&config.data.tokenizer)?;
         tokenizer.check_vocab_size(config.model.vocab_size)?;
-        let checkpoint = find_checkpoint(&run, options.start, config, &tokenizer, observer)?;
+        let checkpoint = find_checkpoint(&run, options, config, &tokenizer, observer)?;
         let (train_data, valid) = load_data(config, &tokenizer, observer)?;
 
         let model = model(config, options.device)?;
@@ -139,12 +139,12 @@ fn load_fp8_scales(model: &Model, saved: Option<&(String, Tensor)>) -> std::resu
 
 fn find_checkpoint(
     run: &RunDir,
-    start: Start,
+    options: &TrainOptions,
     config: &RunConfig,
     tokenizer: &Tokenizer,
     observer: &mut dyn Observer,
 ) -> Result<Option<Checkpoint>> {
-    if start == Start::Fresh {
+    if options.start == Start::Fresh {
         return Ok(None);
     }
     let latest = checkpoint::latest_valid(&run.checkpoints())?;
@@ -158,13 +158,20 @@ fn find_checkpoint(
     let progress = checkpoint.progress();
     tokenizer.check_fingerprint(progress.tokenizer, &format!("checkpoint {}", checkpoint.path().display()))?;
     checkpoint.check_config(config)?;
-    let n_threads = tch::get_num_threads().max(1) as usize;
-    if n_threads != progress.n_threads {
+    let mut warn = |before: String, now: String| {
         observer.event(Event::Warning(format!(
-            "the checkpoint was computed with {} threads, this process has {n_threads}: losses will differ from an \
-             uninterrupted run in their last digits",
-            progress.n_threads
+            "the checkpoint was computed {before}, this process computes {now}: losses will differ from an \
+             uninterrupted run in their last digits"
         )));
+    };
+    let device = ComputedOn::from(options.device);
+    let n_threads = tch::get_num_threads().max(1) as usize;
+    match progress.computed_on {
+        Some(before) if before != device => warn(format!("on {before}"), format!("on {device} (--device)")),
+        _ if device == ComputedOn::Cpu && n_threads != progress.n_threads => {
+            warn(format!("with {} threads", progress.n_threads), format!("with {n_threads}"));
+        }
+        _ => {}
     }
     observer.event(Event::Resumed { checkpoint: Some(checkpoint.path()), step: progress.step });
     Ok(Some(checkpoint))

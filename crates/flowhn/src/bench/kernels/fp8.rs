@@ -46,7 +46,6 @@ fn cast(r: i64, d: i64) -> Operation {
         shape: format!("{r}x{d}"),
         // bf16 to bytes in both orders.
         passes: vec![Pass::new(Forward, (4 * r * d) as f64, 0.)],
-        products: None,
         build: Box::new(move |device| {
             let (_params, proj) = projection(r, d, 16, device)?;
             let run = move |t: &[Tensor]| match proj.fp8_place(&t[0].size(), BF16)? {
@@ -64,7 +63,6 @@ fn residual_norm(r: i64, d: i64) -> Operation {
         shape: format!("{r}x{d}"),
         // Two terms and their sum; bytes in both orders.
         passes: vec![Pass::new(Forward, (8 * r * d) as f64, 0.)],
-        products: None,
         build: Box::new(move |device| {
             let (mut params, proj) = projection(r, d, 16, device)?;
             let norm = RmsNorm::new(&mut params.root(), "norm", d, EPS)?;
@@ -83,7 +81,6 @@ fn gated_norm(r: i64, d: i64) -> Operation {
         op: "gated_rms_norm to fp8",
         shape: format!("{r}x{d}"),
         passes: vec![Pass::new(Forward, (6 * r * d) as f64, 0.)],
-        products: None,
         build: Box::new(move |device| {
             let (mut params, proj) = projection(r, d, 16, device)?;
             let norm = RmsNorm::new(&mut params.root(), "norm", d, EPS)?;
@@ -107,7 +104,6 @@ fn linear([r, i, o]: [i64; 3]) -> Operation {
             Pass::new(Forward, 4. * x + w + 2. * y, flops),
             Pass::new(Backward, 2. * y + x + w + 2. * x + 4. * w, 2. * flops),
         ],
-        products: None,
         build: Box::new(move |device| {
             let (_params, proj) = projection(r, i, o, device)?;
             let leaves = vec![leaf(&[r, i], BF16, device, 1)?, proj.weight().master().shallow_clone()];

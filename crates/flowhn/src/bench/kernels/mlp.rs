@@ -28,7 +28,6 @@ fn mlp([r, d, f]: [i64; 3], in_fp8: bool) -> Operation {
         op: if in_fp8 { "mlp in fp8" } else { "mlp" },
         shape: format!("{r}x{d} through {f}"),
         passes: vec![Pass::new(Forward, forward, flops), Pass::new(Backward, backward, 2. * flops)],
-        products: None,
         build: Box::new(move |device| {
             let mut params = Params::new(device, 0);
             let mlp = SwiGluMlp::new(&mut params.root(), d, f, WEIGHTS, WEIGHTS, &Bias::None)?;

@@ -186,14 +186,14 @@ impl<'a> Bench<'a> {
     /// The rows of one operation, after as many rounds as there are.
     fn one(&mut self, operation: &Operation, absent: &mut BTreeMap<String, String>) -> Result<Vec<Row>> {
         let mut ours: Vec<Samples> = vec![Samples::default(); operation.passes.len()];
-        let (mut of_products, mut memory_bytes) = (Samples::default(), None);
+        let (mut of_products, mut memory_bytes) = (ours.clone(), None);
         let mut theirs: BTreeMap<(String, String), Samples> = BTreeMap::new();
         let n_rounds = if self.peers.is_some() { 2 } else { 1 };
         for _ in 0..n_rounds {
             // The tensors live for a round only: the peers need the memory.
             let call = (operation.build)(self.device)?;
-            for (samples, pass) in ours.iter_mut().zip(&operation.passes) {
-                let Some(Products { shapes, .. }) = &operation.products else {
+            for ((samples, of_products), pass) in ours.iter_mut().zip(&mut of_products).zip(&operation.passes) {
+                let Some(Products { shapes, .. }) = &pass.products else {
                     samples.extend(self.time(&call, pass)?);
                     continue;
                 };
@@ -218,9 +218,9 @@ impl<'a> Bench<'a> {
             }
         }
         let mut rows = Vec::new();
-        for (samples, pass) in ours.iter().zip(&operation.passes) {
+        for ((samples, of_products), pass) in ours.iter().zip(&of_products).zip(&operation.passes) {
             let mut row = Row::new(operation, pass, samples, &self.ceilings);
-            if let Some(&Products { within: target, memory: memory_target, .. }) = operation.products.as_ref() {
+            if let Some(Products { within: target, memory: memory_target, .. }) = pass.products {
                 let products_us = of_products.spread().0;
                 let multiple = row.time.median_us / products_us;
                 row.products = Some(Multiple { products_us, multiple, target, memory_bytes, memory_target });
@@ -234,8 +234,8 @@ impl<'a> Bench<'a> {
         Ok(rows)
     }
 
-    /// Forward and backward in turns with matrix products of those shapes. They follow one another, as the operation's own do, at the
-    /// clock that the power limit then leaves.
+    /// Forward and backward in turns with matrix products of those shapes. The products follow one another, as the operation's own do, at
+    /// the clock that the power limit then leaves.
     fn beside_products(&self, call: &Call, shapes: &[[i64; 3]]) -> Result<[Samples; 2]> {
         let build = |&shape| (table::gemm(shape, None).build)(self.device);
         let products = shapes.iter().map(build).collect::<flowhn_torch::Result<Vec<_>>>()?;

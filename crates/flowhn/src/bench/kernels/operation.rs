@@ -12,8 +12,6 @@ pub struct Operation {
     pub shape: String,
     /// What is timed of it.
     pub passes: Vec<Pass>,
-    /// The matrix products that forward and backward together cannot do without, where the aims are what they take beside these.
-    pub products: Option<Products>,
     /// Makes its tensors.
     pub build: Build,
 }
@@ -37,6 +35,8 @@ pub struct Pass {
     pub cost: Cost,
     /// What the best public program took.
     pub recorded: Option<Recorded>,
+    /// The matrix products that forward and backward together cannot do without, where the aim is a multiple of their time.
+    pub products: Option<Products>,
 }
 
 /// Which way an operation runs.
@@ -105,12 +105,17 @@ impl Operation {
 impl Pass {
     /// A pass without a figure of others.
     pub fn new(direction: Direction, bytes: f64, flops: f64) -> Self {
-        Self { direction, cost: Cost { bytes, flops }, recorded: None }
+        Self { direction, cost: Cost { bytes, flops }, recorded: None, products: None }
     }
 
     /// The same with the time of a peer.
     pub fn against(self, peer: &'static str, us: f64, target: Option<f64>) -> Self {
         Self { recorded: Some(Recorded { peer, us, target }), ..self }
+    }
+
+    /// Forward and backward, judged by matrix products.
+    pub fn of_products(products: Products, bytes: f64, flops: f64) -> Self {
+        Self { products: Some(products), ..Self::new(Direction::Both, bytes, flops) }
     }
 }
 

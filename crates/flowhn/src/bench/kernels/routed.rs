@@ -119,7 +119,6 @@ impl Routed {
             op,
             shape: format!("B{b} L{l} D{d}"),
             passes: vec![Pass::new(Forward, moved[0] * wide, 0.), Pass::new(Backward, moved[1] * wide, 0.)],
-            products: None,
             build: Box::new(move |device| {
                 let lens = [l, l / 2].into_iter().zip(leaves).flat_map(|(len, n)| std::iter::repeat_n(len, n));
                 let part = |(len, seed)| leaf(&[b, len, d], BF16, device, seed);
@@ -140,7 +139,6 @@ fn embedding_of([b, l, d]: [i64; 3], v: i64) -> Operation {
         shape: format!("B{b} L{l} D{d} V{v}"),
         // Rows of f32 to bf16; back, all rows of the gradient are written.
         passes: vec![Pass::new(Forward, 6. * rows, 0.), Pass::new(Backward, 2. * rows + 4. * table, 0.)],
-        products: None,
         build: Box::new(move |device| {
             let ids = (Tensor::arange(b * l, (Kind::Int64, device)) * 7919).remainder(v).f_view([b, l])?;
             Ok(Call {
@@ -157,7 +155,6 @@ fn residual_norm_of([b, l, d]: [i64; 3]) -> Operation {
         op: "residual_norm",
         shape: format!("{}x{d}", b * l),
         passes: vec![Pass::new(Forward, 4. * wide, 0.), Pass::new(Backward, 4. * wide, 0.)],
-        products: None,
         build: Box::new(move |device| {
             let part = |seed| leaf(&[b * l, d], BF16, device, seed);
             Ok(Call {
@@ -177,7 +174,6 @@ fn rotary_of([b, l, h, p]: [i64; 4]) -> Operation {
         op: "rotary",
         shape: format!("B{b} L{l} {h}x{p}"),
         passes: vec![Pass::new(Forward, 2. * wide, 0.), Pass::new(Backward, 2. * wide, 0.)],
-        products: None,
         build: Box::new(move |device| {
             let positions: Vec<i64> = (0..l).collect();
             let table = RotaryTable::new(&positions, p, 10_000., device)?;

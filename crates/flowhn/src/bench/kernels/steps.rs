@@ -39,7 +39,6 @@ fn scan_step([b, e, n]: [i64; 3]) -> Operation {
         op: "selective_scan_step",
         shape: format!("B{b} D{e} N{n}"),
         passes: vec![Pass::new(Forward, bytes, 0.)],
-        products: None,
         build: Box::new(move |device| {
             let part = |shape: &[i64], kind, seed| random(shape, kind, device, seed);
             let rates = part(&[e, n], Kind::Float, 3)?.abs().f_neg()? - 0.1;
@@ -82,7 +81,6 @@ fn ssd_of_one([b, h, p, n]: [i64; 4]) -> Operation {
         op: "ssd_step",
         shape: format!("B{b} {h}x{p} N{n}"),
         passes: vec![Pass::new(Forward, bytes, 0.)],
-        products: None,
         build: Box::new(move |device| {
             let part = |shape: &[i64], kind, seed| random(shape, kind, device, seed);
             let rates = part(&[h], Kind::Float, 3)?.abs().f_neg()? - 0.1;
@@ -124,7 +122,6 @@ fn conv_step([b, e, k]: [i64; 3]) -> Operation {
         op: "causal_conv1d_step",
         shape: format!("B{b} D{e} K{k}"),
         passes: vec![Pass::new(Forward, bytes, 0.)],
-        products: None,
         build: Box::new(move |device| {
             let part = |shape: &[i64], kind, seed| random(shape, kind, device, seed);
             let leaves = vec![
@@ -166,7 +163,6 @@ fn adamw(n: i64, state: StateType) -> Operation {
         op: "adamw",
         shape: format!("{n} {state}"),
         passes: vec![if fp32 { pass.against("torch, fused, without clipping", 1418., None) } else { pass }],
-        products: None,
         build: Box::new(move |device| {
             let leaf = random(&[n], Kind::Float, device, 1)?.set_requires_grad(true);
             catch(|| Ok((&leaf * 1e-3).sum(Kind::Float).f_backward()?))?;

@@ -7,7 +7,7 @@ use flowhn_ssm::{CausalConv1d, SelectiveScan, Ssd, causal_conv1d, selective_scan
 use flowhn_torch::{Result, product};
 use tch::{Kind, Tensor};
 
-use super::operation::Direction::{Backward, Both, Forward};
+use super::operation::Direction::{Backward, Forward};
 use super::operation::{Build, Call, Operation, Pass, Products, leaf, random};
 
 const BF16: Kind = Kind::BFloat16;
@@ -89,7 +89,6 @@ fn scan([b, l, e, n]: [i64; 4], recorded: Option<(f64, f64)>, target: Option<(f6
         op: "selective_scan",
         shape: format!("B{b} L{l} D{e} N{n}"),
         passes: passes.into(),
-        products: None,
         build: Box::new(move |device| {
             let part = |shape: &[i64], kind, seed| leaf(shape, kind, device, seed);
             let rates = random(&[e, n], Kind::Float, device, 3)?.abs().f_neg()? - 0.1;
@@ -135,7 +134,6 @@ fn ssd_of([b, l, h, p, n]: [i64; 5], recorded: Option<(f64, Option<f64>)>, targe
         op: "ssd",
         shape: format!("B{b} L{l} {h}x{p} N{n}"),
         passes: vec![forward, backward],
-        products: None,
         build: Box::new(move |device| {
             let part = |shape: &[i64], kind, seed| leaf(shape, kind, device, seed);
             let rates = random(&[h], Kind::Float, device, 3)?.abs().f_neg()? - 0.1;
@@ -168,7 +166,6 @@ fn conv([b, l, e, k]: [i64; 4]) -> Operation {
             Pass::new(Forward, 2. * wide, 0.).against("causal-conv1d CUDA", 92., Some(1.05)),
             Pass::new(Backward, 3. * wide, 0.).against("causal-conv1d CUDA", 235., Some(1.4)),
         ],
-        products: None,
         build: Box::new(move |device| {
             let part = |shape: &[i64], kind, seed| leaf(shape, kind, device, seed);
             Ok(Call {
@@ -191,7 +188,6 @@ fn gated_norm(r: i64, d: i64) -> Operation {
             Pass::new(Forward, 3. * wide, 0.).against(TRITON_SSD, 100., None),
             Pass::new(Backward, 5. * wide, 0.).against(TRITON_SSD, 331., Some(1.5)),
         ],
-        products: None,
         build: Box::new(move |device| {
             let part = |shape: &[i64], kind, seed| leaf(shape, kind, device, seed);
             Ok(Call {
@@ -211,7 +207,6 @@ fn norm(r: i64, d: i64, (forward, backward): (f64, f64)) -> Operation {
             Pass::new(Forward, 2. * wide, 0.).against(TORCH, forward, None),
             Pass::new(Backward, 3. * wide, 0.).against(TORCH, backward, Some(2.)),
         ],
-        products: None,
         build: Box::new(move |device| {
             let part = |shape: &[i64], kind, seed| leaf(shape, kind, device, seed);
             Ok(Call {
@@ -231,7 +226,6 @@ fn swiglu_of(r: i64, d: i64) -> Operation {
             Pass::new(Forward, 1.5 * wide, 0.).against(COMPILED, 138., Some(1.)),
             Pass::new(Backward, 2.5 * wide, 0.).against(COMPILED, 262., Some(1.)),
         ],
-        products: None,
         build: Box::new(move |device| {
             Ok(Call { leaves: vec![leaf(&[r, d], BF16, device, 1)?], run: Box::new(|t| Ok(vec![swiglu(&t[0])?])) })
         }),
@@ -243,11 +237,11 @@ fn lm_head([r, d, v]: [i64; 3], us: f64, within: f64) -> Operation {
     let (flops, bytes) = (6. * (r * d * v) as f64, (4 * r * d + 6 * v * d) as f64);
     // Half a GiB, and what a head without logits needs as well: two numbers for each token and some single ones.
     let memory = (1 << 29) + 8 * r as u64 + 4096;
+    let products = Products { shapes: [[r, v, d], [r, d, v], [v, d, r]], within, memory };
     Operation {
         op: "linear_cross_entropy",
         shape: format!("{r}x{d} V{v}"),
-        passes: vec![Pass::new(Both, bytes, flops).against(COMPILED, us, None)],
-        products: Some(Products { shapes: [[r, v, d], [r, d, v], [v, d, r]], within, memory }),
+        passes: vec![Pass::of_products(products, bytes, flops).against(COMPILED, us, None)],
         build: Box::new(move |device| {
             let targets = (Tensor::arange(r, (Kind::Int64, device)) * 7919).remainder(v);
             // As in training: a master in f32 and the copy that the products take.
@@ -276,7 +270,6 @@ fn attention_of([b, t, h, k, p]: [i64; 5], (forward, backward): (f64, f64)) -> O
             Pass::new(Forward, 2. * q + 2. * kv, flops).against("torch SDPA, cuDNN", forward, None),
             Pass::new(Backward, 4. * q + 4. * kv, 2.5 * flops).against("torch SDPA, cuDNN", backward, None),
         ],
-        products: None,
         build: Box::new(move |device| {
             let part = |heads, seed| leaf(&[b, t, heads, p], BF16, device, seed);
             Ok(Call {
@@ -297,7 +290,6 @@ pub fn gemm([m, n, k]: [i64; 3], us: Option<f64>) -> Operation {
             Some(us) => pass.against(TORCH, us, None),
             None => pass,
         }],
-        products: None,
         build: multiply([m, n, k], |a, b| Ok(a.f_mm(b)?)),
     }
 }
@@ -318,7 +310,6 @@ pub fn copy(n: i64) -> Operation {
         op: "copy",
         shape: format!("{n}"),
         passes: vec![Pass::new(Forward, 4. * n as f64, 0.)],
-        products: None,
         build: Box::new(move |device| {
             let (from, to) = (random(&[n], BF16, device, 1)?, random(&[n], BF16, device, 2)?);
             Ok(Call { leaves: vec![from, to], run: Box::new(copied) })

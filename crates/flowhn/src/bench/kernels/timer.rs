@@ -137,18 +137,25 @@ mod tests {
     fn calls_are_counted_and_their_errors_come_back() {
         let timer = Timer::new(Device::Cpu, 5).unwrap();
         let n_calls = std::cell::Cell::new(0);
-        let adding = |n: usize| {
-            let n_calls = &n_calls;
+        let count = || {
+            n_calls.set(n_calls.get() + 1);
+            Ok(())
+        };
+        let samples = timer.time(&count).unwrap();
+        assert_eq!((samples.device_us.len(), n_calls.get()), (5, WARM_UP + 10));
+        let order = std::cell::RefCell::new(Vec::new());
+        let noting = |idx: u8| {
+            let order = &order;
             move || {
-                n_calls.set(n_calls.get() + n);
+                order.borrow_mut().push(idx);
                 Ok(())
             }
         };
-        let samples = timer.time(&adding(1)).unwrap();
-        assert_eq!((samples.device_us.len(), n_calls.get()), (5, WARM_UP + 10));
-        let both = timer.in_turns([&adding(1), &adding(100)]).unwrap();
+        let both = timer.in_turns([&noting(0), &noting(1)]).unwrap();
         assert!(both.iter().all(|samples| (samples.device_us.len(), samples.wall_us.len()) == (5, 1)));
-        assert_eq!(n_calls.get(), (1 + 1 + 100) * (WARM_UP + 10));
+        // The time on the host is that of many calls in a row.
+        let want = [[0, 1].repeat(WARM_UP + 5), vec![0; 5], vec![1; 5]].concat();
+        assert_eq!(*order.borrow(), want);
         let failing = || Err(flowhn_torch::Error::invalid("bench", "no".to_owned()));
         assert!(timer.time(&failing).is_err());
     }
