@@ -91,6 +91,9 @@ __device__ __forceinline__ unsigned handover_barrier(int is_read, int handover, 
     return smem_address(left_sums(TEAMS - 1)) + 8 * ((is_read * HANDOVERS + handover) * SUM_WARPS + warp);
 }
 
+// Teams are of Hopper alone, whose barriers they hand over by.
+#if TEAMS == 1 || defined(__CUDA_ARCH_FEAT_SM90_ALL)
+
 // Before a barrier of the block.
 __device__ __forceinline__ void open_handovers() {
 #if TEAMS > 1
@@ -571,3 +574,5 @@ extern "C" __global__ void selective_scan_sum(B* db, C* dc, const float* state_p
         sum_channels(da, dd, dbias, rate_parts, channel_parts, n_parts, d_inner, d_state, blockIdx.x);
     else sum_states(db, dc, state_parts, n_blocks, batch, seq_len, d_state, blockIdx.x - channel_blocks);
 }
+
+#endif

@@ -62,6 +62,9 @@ const SELECTIVE_SCAN_VARIANTS: &[Defines<'static>] = &[
 /// The same for the backward, with blocks of three teams between them, which are used on Hopper alone.
 const SELECTIVE_SCAN_BACKWARD_VARIANTS: &[Defines<'static>] = &[
     SELECTIVE_SCAN_VARIANTS[0],
+    SELECTIVE_SCAN_VARIANTS[1],
+    SELECTIVE_SCAN_VARIANTS[2],
+    SELECTIVE_SCAN_VARIANTS[3],
     &ScanVariant { n_teams: 3, ..ScanVariant::mamba(1) }.defines(),
     &ScanVariant { n_teams: 3, ..ScanVariant::mamba(0) }.defines(),
     &ScanVariant { n_teams: 3, reset: true, ..ScanVariant::mamba(1) }.defines(),
@@ -74,9 +77,6 @@ const SELECTIVE_SCAN_BACKWARD_VARIANTS: &[Defines<'static>] = &[
         ..ScanVariant::mamba(1)
     }
     .defines(),
-    SELECTIVE_SCAN_VARIANTS[1],
-    SELECTIVE_SCAN_VARIANTS[2],
-    SELECTIVE_SCAN_VARIANTS[3],
 ];
 
 /// What the kernels of SSD on the tensor cores share.
