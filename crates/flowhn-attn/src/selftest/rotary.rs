@@ -28,6 +28,9 @@ pub(super) fn cases() -> Vec<Case> {
         }
     }
     for kind in [Kind::Float, Kind::BFloat16] {
+        // Long for a CPU.
+        let shape = [1, 65_536, 3, 64];
+        cases.push(Case::on_cuda(format!("rotary: {shape:?}, {kind:?}"), move |device| check(shape, kind, device)));
         let name = format!("rotary: replayed from a CUDA graph, {kind:?}");
         cases.push(Case::on_cuda(name, move |device| replays(kind, device)));
     }

@@ -40,10 +40,16 @@ pub(super) fn cases() -> Vec<Case> {
         }
     }
     for kind in [Kind::Float, Kind::BFloat16] {
-        for op in ["rms_norm", "gated_rms_norm"] {
-            let name = format!("{op}: extreme rows stay finite, {kind:?}");
-            cases.push(Case::new(name, move |device| extreme_rows(op == "gated_rms_norm", kind, device)));
+        for op in [Op::Plain, Op::Residual, Op::Gated] {
+            let name = format!("{}: extreme rows stay finite, {kind:?}", op.name());
+            cases.push(Case::new(name, move |device| extreme_rows(op, kind, device)));
         }
+        // Many for a CPU.
+        let shape = [65_536, 768];
+        let name = |op: Op| format!("{}: {} x {}, {kind:?}", op.name(), shape[0], shape[1]);
+        cases.push(Case::on_cuda(name(Op::Plain), move |device| plain(&shape, kind, device)));
+        cases.push(Case::on_cuda(name(Op::Residual), move |device| residual(&shape, kind, device)));
+        cases.push(Case::on_cuda(name(Op::Gated), move |device| gated(&shape, 1, kind, device)));
         let name = format!("norms: replayed from a CUDA graph, {kind:?}");
         cases.push(Case::on_cuda(name, move |device| replays(kind, device)));
         for width in [40, 128] {
@@ -174,25 +180,50 @@ fn extremes(device: Device) -> Result<String> {
 }
 
 /// Rows of one size each, of which the squares are too small or almost too large for f32, beside gates of every size.
-fn extreme_rows(is_gated: bool, kind: Kind, device: Device) -> Result<String> {
+/// A norm of rows.
+#[derive(Clone, Copy, PartialEq)]
+enum Op {
+    Plain,
+    Residual,
+    Gated,
+}
+
+impl Op {
+    fn name(self) -> &'static str {
+        match self {
+            Self::Plain => "rms_norm",
+            Self::Residual => "residual_norm",
+            Self::Gated => "gated_rms_norm",
+        }
+    }
+}
+
+fn extreme_rows(op: Op, kind: Kind, device: Device) -> Result<String> {
     let n_groups = 2;
-    let kernel = |x: &[Tensor]| match is_gated {
-        true => Ok(vec![gated_rms_norm(&x[0], &x[2], &x[1], 1e-6, n_groups)?]),
-        false => Ok(vec![rms_norm(&x[0], &x[1], 1e-6)?]),
+    let kernel = |x: &[Tensor]| match op {
+        Op::Plain => Ok(vec![rms_norm(&x[0], &x[1], 1e-6)?]),
+        Op::Residual => residual_norm(&x[0], Some(&x[2]), &x[1], 1e-6).map(|(sum, normed)| vec![sum, normed]),
+        Op::Gated => Ok(vec![gated_rms_norm(&x[0], &x[2], &x[1], 1e-6, n_groups)?]),
     };
-    let formula = |x: &[Tensor]| match is_gated {
-        true => Ok(vec![reference::gated_rms_norm(&x[0], &x[2], &x[1], 1e-6, n_groups)]),
-        false => Ok(vec![reference::rms_norm(&x[0], &x[1], 1e-6)]),
+    let formula = |x: &[Tensor]| match op {
+        Op::Plain => Ok(vec![reference::rms_norm(&x[0], &x[1], 1e-6)]),
+        Op::Residual => {
+            let sum = &x[0] + &x[2];
+            let normed = reference::rms_norm(&sum, &x[1], 1e-6);
+            Ok(vec![sum, normed])
+        }
+        Op::Gated => Ok(vec![reference::gated_rms_norm(&x[0], &x[2], &x[1], 1e-6, n_groups)]),
     };
     let rule = Rule { kernel: &kernel, plain: &formula, floor: Rule::floor_of(kind) };
-    let gates: &[f64] = if is_gated { &[1e-20, 1., 100., 1e4] } else { &[1.] };
+    // Of gates, or of what is added.
+    let others: &[f64] = if op == Op::Plain { &[1.] } else { &[1e-20, 1., 100., 1e4] };
     let mut found = String::new();
-    for &gate in gates {
+    for &gate in others {
         for size in [0., 1e-30, 1e-4, 1e4, 1e14] {
             let inputs = [noise(&[5, 136], 1) * size, weight(136), noise(&[5, 136], 3) * gate];
             found = rule
                 .check_extremes(&inputs, &kinds(&inputs, kind), device)
-                .map_err(|error| Error::invalid("extremes", format!("rows of {size}, gates of {gate}: {error}")))?;
+                .map_err(|error| Error::invalid("extremes", format!("rows of {size} beside {gate}: {error}")))?;
         }
     }
     Ok(found)

@@ -239,29 +239,25 @@ fn pieces_equal_the_whole(device: Device) -> Result<String> {
 /// The formula computes in f32 whatever the dtype.
 fn extremes_stay_finite(kind: Kind, device: Device) -> Result<String> {
     let (sizes, with) = ([1, 700, 8, 16], With::default());
+    let rule = Rule {
+        kernel: &|t| selective_scan(&args(t, None, with)).map(pair),
+        plain: &|t| reference::selective_scan(&args(t, None, with)).map(pair),
+        floor: Rule::floor_of(kind),
+    };
+    let mut found = String::new();
     for (dt, a, x) in
         [(60., 1., 1.), (-60., 1., 1.), (1e4, 1e4, 1.), (-200., 1e-6, 1.), (3., 1e-30, 1e15), (0., 1., 1e18)]
     {
-        let mut t = on_device(sizes, kind, device);
+        let mut t = inputs(sizes, with);
         t[1] = &t[1] + dt;
         t[2] = &t[2] * a;
         t[0] = &t[0] * x;
         t[6] = &t[6] * 100.;
-        let leaves = |t: &[Tensor]| -> Vec<Tensor> { t.iter().map(|t| t.copy().set_requires_grad(true)).collect() };
-        let finite = |op: &dyn Fn(&[Tensor]) -> Result<Vec<Tensor>>| -> Result<Vec<bool>> {
-            let t = leaves(&t);
-            let out = op(&t)?;
-            let total = out[0].sum(Kind::Float) + out[1].sum(Kind::Float);
-            let grads = Tensor::f_run_backward(&[total], &t.iter().collect::<Vec<_>>(), false, false)?;
-            let all_finite = |t: &Tensor| t.isfinite().all().int64_value(&[]) != 0;
-            Ok(out.iter().chain(&grads).map(all_finite).collect())
-        };
-        let plain = finite(&|t| reference::selective_scan(&args(t, None, with)).map(pair))?;
-        let kernel = finite(&|t| selective_scan(&args(t, None, with)).map(pair))?;
-        let worse = plain.iter().zip(&kernel).position(|(&plain, &kernel)| plain && !kernel);
-        expect(&format!("with dt {dt}, a {a}, x {x}: finite where the formula is ({worse:?})"), worse.is_none())?;
+        found = rule.check_extremes(&t, &kinds(kind, with), device).map_err(|error| {
+            Error::invalid("selective_scan", format!("steps of {dt}, rates of {a}, inputs of {x}: {error}"))
+        })?;
     }
-    Ok("finite wherever the formula is".to_owned())
+    Ok(found)
 }
 
 fn causal(device: Device) -> Result<String> {
