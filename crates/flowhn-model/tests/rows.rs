@@ -1,5 +1,5 @@
-//! The ten systems of the paper's table and Falcon-H1 as they ship (`configs/paper/tiny`, `configs/falcon_h1`): what they cost is what they compute, every parameter
-//! learns, and they decode exactly.
+//! The ten systems of the paper's table and Falcon-H1 as they ship (`configs/paper/tiny`, `configs/falcon_h1`): what they cost is what they
+//! compute, as it is for the rows of `configs/bench`; every parameter learns, and they decode exactly.
 
 use std::path::Path;
 
@@ -13,13 +13,30 @@ use tch::{Device, Tensor, no_grad};
 const ROWS: [&str; 10] =
     ["llama", "mamba1", "mamba2", "jamba", "shm", "hymba", "no_split", "ae_split", "fa_split", "fac_split"];
 const SIZES: [&str; 4] = ["tiny", "135m", "350m", "1b"];
+/// The rows whose speed is measured.
+const BENCH: [&str; 10] = [
+    "ae_split",
+    "fa_split",
+    "fac_split",
+    "cyclic_split",
+    "no_split",
+    "ae_split_flow",
+    "ae_split_mamba1",
+    "llama",
+    "mamba2",
+    "shm",
+];
 
 fn config(size: &str, row: &str, sets: &[&str]) -> ModelConfig {
     let file = if row == "falcon_h1" { format!("{row}/{size}.toml") } else { format!("paper/{size}/{row}.toml") };
+    config_of(&file, sets)
+}
+
+fn config_of(file: &str, sets: &[&str]) -> ModelConfig {
     let path = Path::new(env!("CARGO_MANIFEST_DIR")).join("../../configs").join(file);
     let sets: Vec<String> = sets.iter().map(|set| (*set).to_owned()).collect();
     let mut table = load_table(&path, &sets).unwrap();
-    let toml::Value::Table(section) = table.remove("model").unwrap() else { panic!("{row} has no [model]") };
+    let toml::Value::Table(section) = table.remove("model").unwrap() else { panic!("{file} has no [model]") };
     ModelConfig::check(from_table::<RawModel>(section).unwrap()).unwrap()
 }
 
@@ -31,6 +48,22 @@ fn models() -> impl Iterator<Item = &'static str> {
 /// A row that is quick to run: the shipped one with fewer tokens.
 fn model(row: &str) -> Model {
     Model::new(&config("tiny", row, &["model.vocab_size=61", "model.seq_len=48"]), Device::Cpu, 3).unwrap()
+}
+
+/// A row of `configs/bench` with fewer tokens and narrower; blocks, policy and mixer are its own.
+fn bench_model(row: &str) -> Model {
+    let sets = [
+        "model.vocab_size=61",
+        "model.seq_len=48",
+        "model.d_model=64",
+        "model.d_ff=172",
+        "model.attn.n_heads=4",
+        "model.attn.n_kv_heads=2",
+        "model.attn.d_head=16",
+        "model.ssm.d_inner=128",
+        "model.split.tile=8",
+    ];
+    Model::new(&config_of(&format!("bench/1b/{row}.toml"), &sets), Device::Cpu, 3).unwrap()
 }
 
 fn ids(batch: i64, len: usize) -> Tensor {
@@ -55,8 +88,9 @@ fn rows_of_one_size_have_as_many_parameters() {
 
 #[test]
 fn every_row_computes_what_the_plan_counts() {
-    for row in models() {
-        let model = model(row);
+    let shipped = models().map(|row| (row.to_owned(), model(row)));
+    let measured = BENCH.into_iter().map(|row| (format!("bench/{row}"), bench_model(row)));
+    for (row, model) in shipped.chain(measured) {
         let seq_len = model.config().seq_len;
         let (batch, shape) = (2, model.shape());
         let output = count_matmul_flops(|| no_grad(|| model.forward(&Input::new(&ids(batch, seq_len)))));
