@@ -2,6 +2,7 @@
 
 // b batch, l seq_len, n and m tokens of one branch, d features
 
+mod extremes;
 mod fp8;
 mod replay;
 
@@ -72,6 +73,7 @@ pub fn cases() -> Vec<Case> {
             cases.push(case("concat_sums", concats));
         }
     }
+    cases.extend(extremes::cases());
     cases.extend(fp8::cases());
     cases.extend(replay::cases());
     cases
