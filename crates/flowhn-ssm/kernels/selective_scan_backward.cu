@@ -91,7 +91,7 @@ __device__ __forceinline__ unsigned handover_barrier(int is_read, int handover, 
     return smem_address(left_sums(TEAMS - 1)) + 8 * ((is_read * HANDOVERS + handover) * SUM_WARPS + warp);
 }
 
-// Teams are of Hopper alone, whose barriers they hand over by.
+// Blocks of several teams use Hopper's mbarriers.
 #if TEAMS == 1 || defined(__CUDA_ARCH_FEAT_SM90_ALL)
 
 // Before a barrier of the block.

@@ -59,7 +59,7 @@ const SELECTIVE_SCAN_VARIANTS: &[Defines<'static>] = &[
     .defines(),
 ];
 
-/// The same for the backward, with blocks of three teams between them, which are used on Hopper alone.
+/// The same for the backward, and behind them blocks of three teams, which are used on Hopper alone.
 const SELECTIVE_SCAN_BACKWARD_VARIANTS: &[Defines<'static>] = &[
     SELECTIVE_SCAN_VARIANTS[0],
     SELECTIVE_SCAN_VARIANTS[1],

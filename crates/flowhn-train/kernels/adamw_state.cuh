@@ -1,5 +1,5 @@
 // What AdamW keeps of its means between two updates, which compute in f32 (`optim/state.rs` and `optim/blockwise.rs` are the same in
-// plain Rust, to the bit but for that of NaN).
+// plain Rust, bit for bit except for the payload of a NaN).
 //
 //   bf16  rounded up or down at random, so that the expectation is the value: a mean moves by a small share of itself in an update,
 //         and rounding to the nearest would lose what is below half a unit in the last place, every time.

@@ -13,7 +13,7 @@ use std::io::ErrorKind;
 use std::path::{Path, PathBuf};
 
 pub use read::{Checkpoint, Latest, latest_valid, resolve};
-pub use state::{ComputedOn, FORMAT, FileEntry, Progress, State, VERSION};
+pub use state::{DeviceType, FORMAT, FileEntry, Progress, State, VERSION};
 pub(crate) use write::write_tensors;
 pub use write::{Snapshot, prune, remove_stale, save};
 

@@ -207,7 +207,7 @@ fn progress(seq_len: usize, tokenizer: Fingerprint) -> Progress {
         tokens: 0,
         elapsed_s: 0.,
         n_threads: tch::get_num_threads().max(1) as usize,
-        computed_on: None,
+        device_type: None,
         sampler: SamplerState { seed: 0, epoch: 0, index: 0, n_windows: 0, seq_len, data: Fingerprint::NONE },
         tokenizer,
     }

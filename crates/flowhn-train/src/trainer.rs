@@ -238,7 +238,7 @@ impl Trainer {
                 tokens: self.tokens(),
                 elapsed_s: self.clock.elapsed_s(),
                 n_threads: tch::get_num_threads().max(1) as usize,
-                computed_on: Some(self.stepper.model.params().device().into()),
+                device_type: Some(self.stepper.model.params().device().into()),
                 sampler: self.stepper.loader.state().clone(),
                 tokenizer: self.tokenizer.fingerprint(),
             },

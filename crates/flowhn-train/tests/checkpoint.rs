@@ -8,7 +8,7 @@ use std::path::{Path, PathBuf};
 use common::Bench;
 use common::storage::SmallDisk;
 use flowhn_train::checkpoint::{
-    self, Checkpoint, ComputedOn, Progress, Snapshot, latest_valid, list, prune, resolve, save, step_dir,
+    self, Checkpoint, DeviceType, Progress, Snapshot, latest_valid, list, prune, resolve, save, step_dir,
 };
 use flowhn_train::data::SamplerState;
 use flowhn_train::storage::{Disk, Storage};
@@ -42,7 +42,7 @@ impl Place {
                 tokens: step * 192,
                 elapsed_s: 0.1 * step as f64,
                 n_threads: 2,
-                computed_on: Some(ComputedOn::Cpu),
+                device_type: Some(DeviceType::Cpu),
                 sampler,
                 tokenizer: PRINT.parse().unwrap(),
             },

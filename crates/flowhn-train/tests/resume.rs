@@ -156,7 +156,7 @@ fn a_run_that_changes_its_device_is_warned() {
     let (_, checkpoint) = checkpoint::list(&config.run.dir.join("checkpoints")).unwrap().pop().unwrap();
     let state = checkpoint.join("state.json");
     let text = std::fs::read_to_string(&state).unwrap();
-    let moved = text.replace("\"computed_on\": \"cpu\"", "\"computed_on\": \"cuda\"");
+    let moved = text.replace("\"device_type\": \"cpu\"", "\"device_type\": \"cuda\"");
     assert_ne!(moved, text);
     std::fs::write(&state, moved).unwrap();
     let [warning] = &warnings()[..] else { panic!("one warning is expected") };

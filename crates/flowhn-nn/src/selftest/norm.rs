@@ -45,7 +45,7 @@ pub(super) fn cases() -> Vec<Case> {
             cases.push(Case::new(name, move |device| extreme_rows(op, kind, device)));
         }
         // Many for a CPU.
-        let shape = [65_536, 768];
+        let shape = [65_536, 256];
         let name = |op: Op| format!("{}: {} x {}, {kind:?}", op.name(), shape[0], shape[1]);
         cases.push(Case::on_cuda(name(Op::Plain), move |device| plain(&shape, kind, device)));
         cases.push(Case::on_cuda(name(Op::Residual), move |device| residual(&shape, kind, device)));
@@ -179,7 +179,6 @@ fn extremes(device: Device) -> Result<String> {
     Ok(String::new())
 }
 
-/// Rows of one size each, of which the squares are too small or almost too large for f32, beside gates of every size.
 /// A norm of rows.
 #[derive(Clone, Copy, PartialEq)]
 enum Op {
@@ -198,6 +197,7 @@ impl Op {
     }
 }
 
+/// Rows of one size each, of which the squares are too small or almost too large for f32, beside gates of every size.
 fn extreme_rows(op: Op, kind: Kind, device: Device) -> Result<String> {
     let n_groups = 2;
     let kernel = |x: &[Tensor]| match op {

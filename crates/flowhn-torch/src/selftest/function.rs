@@ -11,7 +11,7 @@ pub(super) fn cases() -> Vec<Case> {
         Case::new("function: gradients through two of them", gradients),
         Case::new("function: its backward runs on the stream of its forward", stream_of_backward),
         Case::new("function: a panic in the backward is an error", panics),
-        of_cuda("function: too much memory is an error that names it, and nothing is lost", too_much_memory),
+        of_cuda("function: too much memory is an error that names it, and work goes on", too_much_memory),
     ]
 }
 

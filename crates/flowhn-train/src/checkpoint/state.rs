@@ -32,7 +32,7 @@ pub struct Progress {
     pub n_threads: usize,
     /// Where the steps were computed; not known of version 1 and of imported weights.
     #[serde(default)]
-    pub computed_on: Option<ComputedOn>,
+    pub device_type: Option<DeviceType>,
     /// Where the sampler stands in the training text.
     pub sampler: SamplerState,
     /// The tokenizer.
@@ -42,20 +42,20 @@ pub struct Progress {
 /// A kind of device: each sums in an order of its own.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "lowercase")]
-pub enum ComputedOn {
+pub enum DeviceType {
     /// The CPU.
     Cpu,
     /// A CUDA device.
     Cuda,
 }
 
-impl From<Device> for ComputedOn {
+impl From<Device> for DeviceType {
     fn from(device: Device) -> Self {
         if device.is_cuda() { Self::Cuda } else { Self::Cpu }
     }
 }
 
-impl Display for ComputedOn {
+impl Display for DeviceType {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.write_str(match self {
             Self::Cpu => "the CPU",
@@ -125,9 +125,9 @@ mod tests {
         let text = r#"{"format": "flowhn-checkpoint", "version": 1, "files": {}, "progress": {"step": 3, "tokens": 96,
             "elapsed_s": 0.5, "n_threads": 2, "tokenizer": "00000000000000000000000000000000", "sampler": {"seed": 0, "epoch": 0,
             "index": 3, "n_windows": 9, "seq_len": 16, "data": "00000000000000000000000000000000"}}}"#;
-        assert_eq!(State::parse(text).unwrap().progress.computed_on, None);
+        assert_eq!(State::parse(text).unwrap().progress.device_type, None);
         let newer =
-            text.replace("\"tokens\"", "\"computed_on\": \"cuda\", \"tokens\"").replace("1, \"files\"", "2, \"files\"");
-        assert_eq!(State::parse(&newer).unwrap().progress.computed_on, Some(ComputedOn::Cuda));
+            text.replace("\"tokens\"", "\"device_type\": \"cuda\", \"tokens\"").replace("1, \"files\"", "2, \"files\"");
+        assert_eq!(State::parse(&newer).unwrap().progress.device_type, Some(DeviceType::Cuda));
     }
 }

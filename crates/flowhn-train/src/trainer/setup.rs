@@ -8,7 +8,7 @@ use flowhn_torch::Flag;
 use tch::{Device, Tensor};
 
 use super::{Clock, TrainOptions, Trainer};
-use crate::checkpoint::{self, Checkpoint, CheckpointProblem, ComputedOn, FP8_SCALES, OPTIMIZER_FILE};
+use crate::checkpoint::{self, Checkpoint, CheckpointProblem, DeviceType, FP8_SCALES, OPTIMIZER_FILE};
 use crate::config::{Dtype, RunConfig};
 use crate::data::{
     self, Dataset, LoaderOptions, PrepareOptions, ReadOptions, Tokenizer, TrainLoader, ValidationSet, prepare,
@@ -164,11 +164,11 @@ fn find_checkpoint(
              uninterrupted run in their last digits"
         )));
     };
-    let device = ComputedOn::from(options.device);
+    let device = DeviceType::from(options.device);
     let n_threads = tch::get_num_threads().max(1) as usize;
-    match progress.computed_on {
+    match progress.device_type {
         Some(before) if before != device => warn(format!("on {before}"), format!("on {device} (--device)")),
-        _ if device == ComputedOn::Cpu && n_threads != progress.n_threads => {
+        _ if device == DeviceType::Cpu && n_threads != progress.n_threads => {
             warn(format!("with {} threads", progress.n_threads), format!("with {n_threads}"));
         }
         _ => {}

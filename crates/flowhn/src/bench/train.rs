@@ -60,7 +60,7 @@ pub struct Args {
     #[arg(long, value_name = "FILE")]
     config: Vec<PathBuf>,
     /// Ask neither for equal bits nor for documents apart, with the optimiser's means in int8, gradients of projections in bf16 and logits
-    /// of 2 GiB; a --set counts more
+    /// of 2 GiB; --set overrides these
     #[arg(long)]
     fast: bool,
     #[command(flatten)]
@@ -80,7 +80,7 @@ pub struct Args {
     #[arg(long, value_name = "FILE", requires = "out")]
     beside: Option<PathBuf>,
     /// Take this report, an earlier train.json, instead of measuring
-    #[arg(long, value_name = "FILE", requires = "out", conflicts_with_all = ["size", "policy", "config", "branches", "steps"])]
+    #[arg(long, value_name = "FILE", requires = "out", conflicts_with_all = ["size", "policy", "config", "branches", "steps", "fast"])]
     from: Option<PathBuf>,
     /// Print one JSON object
     #[arg(long)]
