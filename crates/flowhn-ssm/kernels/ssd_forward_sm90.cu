@@ -14,8 +14,8 @@
 constexpr int P = 64, N = 128, THREADS = 128;
 constexpr int STAGE_BYTES = 5 * PANEL;  // b, c, x
 
-// From scores to m: those that a token sees, by their decay and step size. Without a reset in the chunk a token sees all before it, and the
-// borders need no look.
+// From scores to m: those that a token sees, by their decay and step size. Without RESETS a token sees all before it in the chunk, and
+// `begin` is not read.
 template <bool RESETS>
 __device__ __forceinline__ void weigh(unsigned (&m)[4][4], const float (&scores)[8][4], const Steps& own, int warp, int row) {
     int t = threadIdx.x & 3;
@@ -117,6 +117,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, 2) ssd_forward_sm90(
         wgmma_wait<0>();
         wgmma_hold(scores);
         unsigned mix[4][4];
+        // Borders never go back, so the last token's tells of all.
         if (own.begin[CHUNK - 1] == 0) weigh<false>(mix, scores, own, warp, row);
         else weigh<true>(mix, scores, own, warp, row);
         __syncthreads();

@@ -86,7 +86,10 @@ impl Rule<'_> {
                 continue;
             }
             let share_of = |got: &Tensor| self.share(name, [got, &plain[i].1, want], least_scale);
-            let share = share_of(got)?.max(share_of(&again[i].1)?);
+            let share = match runs {
+                Runs::Equal => share_of(got)?,
+                Runs::Differ => share_of(got)?.max(share_of(&again[i].1)?),
+            };
             if share >= worst.0 {
                 worst = (share, format!("{:.0} % of the allowance, by {name}", 100. * share));
             }
