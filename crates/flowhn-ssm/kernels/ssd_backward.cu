@@ -53,7 +53,7 @@ struct RowWarp {
     float d_scores[2][2][4];
     float dc[HALF_N][4];
 
-    __device__ __forceinline__ void begin(Tile<N> b, Tile<N> c) {
+    __device__ __forceinline__ void begin(Tile<N> b, Tile<N> c, const Steps& steps) {
         #pragma unroll
         for (int slot = 0; slot < 2; slot++)
             #pragma unroll
@@ -76,6 +76,16 @@ struct RowWarp {
                 add_product(scores[slot][1], rows, cols[1]);
             }
         }
+        // Those that no token sees may be infinite, where gradients of 0 meet them.
+        #pragma unroll
+        for (int slot = 0; slot < 2; slot++)
+            #pragma unroll
+            for (int n = 0; n < 2; n++)
+                #pragma unroll
+                for (int k = 0; k < 4; k++) {
+                    int i = row * 16 + g + k / 2 * 8, j = (slot * 2 + half) * 16 + n * 8 + 2 * t + k % 2;
+                    if (j > i || j < steps.begin[i]) scores[slot][n][k] = 0.f;
+                }
     }
 
     __device__ __forceinline__ void head(const Stage& in, Tile<N>, Tile<N> c, const Steps& steps, Findings& out, float, bf16*, i64, int,
@@ -140,7 +150,7 @@ struct RowWarp {
                 #pragma unroll
                 for (int k = 0; k < 2; k++) {
                     unsigned cs = c.pair(i0 + k * 8, col + m * 8 + 2 * t);
-                    float z0 = keep[k] * z[m][2 * k], z1 = keep[k] * z[m][2 * k + 1];
+                    float z0 = left_by(keep[k], z[m][2 * k]), z1 = left_by(keep[k], z[m][2 * k + 1]);
                     dc[n + m][2 * k] += z0, dc[n + m][2 * k + 1] += z1;
                     r[k] += z0 * low_bf16(cs) + z1 * high_bf16(cs);
                 }
@@ -202,7 +212,7 @@ struct ColumnWarp {
     float scores[4][2][4];  // g_ij with rows j, of blocks i >= row
     float db[HALF_N][4];
 
-    __device__ __forceinline__ void begin(Tile<N> b, Tile<N> c) {
+    __device__ __forceinline__ void begin(Tile<N> b, Tile<N> c, const Steps&) {
         #pragma unroll
         for (int block = 0; block < 4; block++)
             #pragma unroll
@@ -255,12 +265,12 @@ struct ColumnWarp {
                 unsigned x = in.x.pair(j0 + k * 8, p0 + n * 8 + 2 * t), dy = in.dy.pair(j0 + k * 8, p0 + n * 8 + 2 * t);
                 u[k] += grad[n][2 * k] * low_bf16(x) + grad[n][2 * k + 1] * high_bf16(x);
                 skips += low_bf16(dy) * low_bf16(x) + high_bf16(dy) * high_bf16(x);
-                grad[n][2 * k] = grad[n][2 * k] * (to_end[k] * dt[k]) + skip * low_bf16(dy);
-                grad[n][2 * k + 1] = grad[n][2 * k + 1] * (to_end[k] * dt[k]) + skip * high_bf16(dy);
+                grad[n][2 * k] = left_by(to_end[k] * dt[k], grad[n][2 * k]) + skip * low_bf16(dy);
+                grad[n][2 * k + 1] = left_by(to_end[k] * dt[k], grad[n][2 * k + 1]) + skip * high_bf16(dy);
             }
         #pragma unroll
         for (int k = 0; k < 2; k++) {
-            u[k] = sum_quad(u[k]) * to_end[k];
+            u[k] = left_by(to_end[k], sum_quad(u[k]));
             if (t == 0) out.u[half][j0 + k * 8] = u[k];
         }
         skips = warp_sum(skips);
@@ -437,11 +447,15 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) ssd_backward(
     i64 at = (((i64)part * batches + batch) * seq_len + first) * stride + (i64)group * d_state;
     Tile<CHUNK> d_scores_tile{stages};
     auto walk = [&](auto& own, bool closes) {
-        own.begin(b_tile, c_tile);
+        own.begin(b_tile, c_tile, head_steps[0]);
         for (int turn = 0; turn < turns; turn++) {
             cp_async_wait<0>();
             __syncthreads();
             if (STAGES == 2) load(turn + 1);
+            if (cuts_states(head_steps[turn / p_blocks])) {
+                make_finite<THREADS>(stages + turn % STAGES * STAGE_BYTES + 2 * Tile<P>::bytes(CHUNK), 2 * Tile<N>::bytes(P));
+                __syncthreads();
+            }
             if (closes && turn > 0) close(turn - 1);
             int head = first_head + turn / p_blocks, p0 = turn % p_blocks * P;
             own.head(Stage(stages + turn % STAGES * STAGE_BYTES), b_tile, c_tile, head_steps[turn / p_blocks], findings[turn % 2],

@@ -14,6 +14,28 @@ __device__ __forceinline__ float sum_rows(float x) {
     return x + __shfl_xor_sync(FULL_WARP, x, 16);
 }
 
+// Whether a state and its gradient are cut off from some tokens of a chunk, by a reset or by a decay to 0.
+__device__ __forceinline__ bool cuts_states(const Steps& steps) { return steps.from_start[CHUNK - 1] == 0.f; }
+
+// Makes bf16 values in shared memory finite, those that are not the largest of their sign. A token that is cut off from a state gives
+// it a weight of 0 in products, which then have to be 0.
+template <int THREADS> __device__ __forceinline__ void make_finite(char* values, int n_bytes) {
+    auto finite = [](unsigned pair) {
+        if ((pair & 0x7f80) == 0x7f80) pair = (pair & 0xffff8000) | 0x7f7f;
+        if ((pair & 0x7f800000) == 0x7f800000) pair = (pair & 0x8000ffff) | 0x7f7f0000;
+        return pair;
+    };
+    #pragma unroll 1
+    for (int i = threadIdx.x; i < n_bytes / 16; i += THREADS) {
+        uint4* at = reinterpret_cast<uint4*>(values) + i;
+        uint4 v = *at;
+        *at = make_uint4(finite(v.x), finite(v.y), finite(v.z), finite(v.w));
+    }
+}
+
+// What is left of `x` by a weight of which 0 leaves nothing, whatever `x` is.
+__device__ __forceinline__ float left_by(float weight, float x) { return weight == 0.f ? 0.f : weight * x; }
+
 // What the steps of a head's tokens in a chunk get, and the chunk's share of the gradients of a, d and dt_bias.
 struct Books {
     // What the warps have found out, of this lane's tokens 2 lane and 2 lane + 1: r and q of the formulas in ssd_backward.cu.

@@ -116,6 +116,17 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) ssd_backward_sm90(
     __syncthreads();
 
     i64 stride = (i64)n_groups * d_state;
+    // Waits for the operands of a turn, and starts to fetch those of the next.
+    auto arrive = [&](int turn) {
+        cp_async_wait<0>();
+        wgmma_publish();
+        __syncthreads();
+        load(turn + 1);
+        if (!cuts_states(head_steps[turn / p_blocks])) return;
+        make_finite<THREADS>(memory + STAGES_AT + turn % STAGES * STAGE_BYTES + 2 * PANEL, 4 * PANEL);
+        wgmma_publish();
+        __syncthreads();
+    };
     // Where the block's rows of db and dc go. Worked out at the end, for no register is left that could hold it until then.
     auto at = [&] {
         int block = block_index();
@@ -135,11 +146,16 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) ssd_backward_sm90(
         wgmma_commit();
         wgmma_wait<0>();
         wgmma_hold(scores);
+        // Those that no token sees may be infinite, where gradients of 0 meet them.
+        #pragma unroll
+        for (int n = 0; n < 8; n++)
+            #pragma unroll
+            for (int k = 0; k < 4; k++) {
+                int i = row + k / 2 * 8, j = n * 8 + 2 * t + k % 2;
+                if (j > i || j < head_steps[0].begin[i]) scores[n][k] = 0.f;
+            }
         for (int turn = 0; turn < turns; turn++) {
-            cp_async_wait<0>();
-            wgmma_publish();
-            __syncthreads();
-            load(turn + 1);
+            arrive(turn);
             unsigned stage = base + STAGES_AT + turn % STAGES * STAGE_BYTES;
             const char* bytes = memory + STAGES_AT + turn % STAGES * STAGE_BYTES;
             Panels x_tile{stage}, dy_tile{stage + PANEL}, h_tile{stage + 2 * PANEL};
@@ -219,7 +235,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) ssd_backward_sm90(
                     unsigned v = pair_at(bytes + PANEL, row + k * 8, n);
                     sum += p[n][2 * k] * low_bf16(v) + p[n][2 * k + 1] * high_bf16(v);
                 }
-                r[k] = sum_quad(r[k] + keep[k] * sum);
+                r[k] = sum_quad(r[k] + left_by(keep[k], sum));
                 if (t == 0) out.r[row + k * 8] = r[k];
             }
         }
@@ -283,10 +299,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) ssd_backward_sm90(
 
     constexpr int CLOSER = 3;  // the warp with the fewest blocks of m
     for (int turn = 0; turn < turns; turn++) {
-        cp_async_wait<0>();
-        wgmma_publish();
-        __syncthreads();
-        load(turn + 1);
+        arrive(turn);
         unsigned stage = base + STAGES_AT + turn % STAGES * STAGE_BYTES;
         const char* bytes = memory + STAGES_AT + turn % STAGES * STAGE_BYTES;
         Panels x_tile{stage}, dy_tile{stage + PANEL}, dh_tile{stage + 4 * PANEL};
@@ -325,10 +338,10 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) ssd_backward_sm90(
                 unsigned xs = pair_at(bytes, row + k * 8, n), dys = pair_at(bytes + PANEL, row + k * 8, n);
                 u += grad[n][2 * k] * low_bf16(xs) + grad[n][2 * k + 1] * high_bf16(xs);
                 skips += low_bf16(dys) * low_bf16(xs) + high_bf16(dys) * high_bf16(xs);
-                grad[n][2 * k] = grad[n][2 * k] * weight[k] + skip * low_bf16(dys);
-                grad[n][2 * k + 1] = grad[n][2 * k + 1] * weight[k] + skip * high_bf16(dys);
+                grad[n][2 * k] = left_by(weight[k], grad[n][2 * k]) + skip * low_bf16(dys);
+                grad[n][2 * k + 1] = left_by(weight[k], grad[n][2 * k + 1]) + skip * high_bf16(dys);
             }
-            u = sum_quad(u) * to_end[k];
+            u = left_by(to_end[k], sum_quad(u));
             if (t == 0) out.u[row + k * 8] = u;
         }
         skips = warp_sum(skips);

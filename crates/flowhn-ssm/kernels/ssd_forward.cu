@@ -151,7 +151,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, N <= 128 ? 2 : 1) ssd_forw
         #pragma unroll
         for (int n = 0; n < OUT_N; n++)
             #pragma unroll
-            for (int k = 0; k < 4; k++) out[n][k] *= keep[k / 2];
+            for (int k = 0; k < 4; k++) out[n][k] = keep[k / 2] == 0.f ? 0.f : out[n][k] * keep[k / 2];
         for (int block = 0; block <= row; block++) {
             uint4 v = mix_blocks[(row * (row + 1) / 2 + block) * 32 + lane];
             unsigned mix[4] = {v.x, v.y, v.z, v.w};

@@ -2,7 +2,8 @@
 //!
 //! With `s_ij` the sum of `dt a` over the tokens `j + 1 ..= i` and `e_i` the sum from the chunk's start, token `i` reads token
 //! `j <= i` through `m_ij = (c_i . b_j) exp(s_ij) dt_j`, and the state before the chunk through `exp(e_i) c_i`. A reset between
-//! `j` and `i` makes `s_ij` negative infinity.
+//! `j` and `i` makes `s_ij` negative infinity. Sums over tokens then leave out those on the other side of it: 0 times what has overflowed
+//! there would not be 0.
 #![allow(clippy::needless_range_loop, reason = "several arrays advance together, which one index says best")]
 // q tokens of the chunk, p d_head, n d_state
 
@@ -18,8 +19,11 @@ pub(super) struct GroupChunk<R> {
     pub(super) b_qn: Matrix<R>,
     pub(super) c_qn: Matrix<R>,
     pub(super) reset_q: Vec<bool>,
+    /// Token `i` sees those from `begin_q[i]` on, and is seen by those before `end_q[i]`.
+    begin_q: Vec<usize>,
+    end_q: Vec<usize>,
     b_nq: Matrix<R>,
-    /// `c_i . b_j` for `j <= i`.
+    /// `c_i . b_j` for those `j` that `i` sees, 0 for those before.
     scores_qq: Matrix<R>,
 }
 
@@ -30,20 +34,42 @@ impl<R: Real> GroupChunk<R> {
             b_qn: Matrix::zeros(chunk_len, d_state),
             c_qn: Matrix::zeros(chunk_len, d_state),
             reset_q: vec![false; chunk_len],
+            begin_q: vec![0; chunk_len],
+            end_q: vec![0; chunk_len],
             b_nq: Matrix::zeros(d_state, chunk_len),
             scores_qq: Matrix::zeros(chunk_len, chunk_len),
         }
     }
 
-    /// Fills the scores from the loaded `b_qn` and `c_qn`.
+    /// Fills the scores from the loaded `b_qn` and `c_qn`, between the loaded resets.
     #[inline(always)]
     pub(super) fn score(&mut self) {
         self.b_nq.transpose_of(&self.b_qn, self.len);
+        let mut begin = 0;
         for i in 0..self.len {
+            if self.reset_q[i] {
+                self.end_q[begin..i].fill(i);
+                begin = i;
+            }
+            self.begin_q[i] = begin;
             let (scores, c_n) = (&mut self.scores_qq.row_mut(i)[..=i], self.c_qn.row(i));
             scores.fill(R::ZERO);
             self.b_nq.add_rows_to(scores, 0, c_n.len(), |n| c_n[n]);
+            scores[..begin].fill(R::ZERO);
         }
+        self.end_q[begin..self.len].fill(self.len);
+    }
+
+    /// Tokens that see the state before the chunk: those in front of the first reset.
+    #[inline(always)]
+    fn n_before_resets(&self) -> usize {
+        if self.reset_q[0] { 0 } else { self.end_q[0] }
+    }
+
+    /// The first token that the state after the chunk has seen.
+    #[inline(always)]
+    fn last_begin(&self) -> usize {
+        self.begin_q[self.len - 1]
     }
 }
 
@@ -59,7 +85,7 @@ pub(super) struct HeadChunk<R> {
     decay_qq: Matrix<R>,
     /// `exp(e_i)`.
     from_start_q: Vec<R>,
-    /// `m_ij` for `j <= i`.
+    /// `m_ij` for those `j` that `i` sees, 0 for those before.
     mix_qq: Matrix<R>,
 }
 
@@ -125,7 +151,7 @@ impl<R: Real> HeadChunk<R> {
             state_np.add_rows_to(y, 0, c_n.len(), |n| from_start * c_n[n]);
         }
         let mix = self.mix_qq.row(i);
-        self.x_qp.add_rows_to(y, 0, i + 1, |j| mix[j]);
+        self.x_qp.add_rows_to(y, group.begin_q[i], i + 1, |j| mix[j]);
     }
 
     /// Turns the state before the chunk into the state after it.
@@ -136,7 +162,8 @@ impl<R: Real> HeadChunk<R> {
         for n in 0..group.b_qn.row(0).len() {
             let state = state_np.row_mut(n);
             scale(state, keep);
-            self.x_qp.add_rows_to(state, 0, len, |j| self.weight_in_state(len, j) * group.b_qn.row(j)[n]);
+            let weight = |j| self.weight_in_state(len, j) * group.b_qn.row(j)[n];
+            self.x_qp.add_rows_to(state, group.last_begin(), len, weight);
         }
     }
 }
@@ -180,8 +207,8 @@ impl<R: Real> GroupGrads<R> {
     pub(super) fn finish(&mut self, group: &GroupChunk<R>) {
         for i in 0..group.len {
             let scores_qq = &self.scores_qq;
-            group.b_qn.add_rows_to(self.c_qn.row_mut(i), 0, i + 1, |j| scores_qq.row(i)[j]);
-            group.c_qn.add_rows_to(self.b_qn.row_mut(i), i, group.len, |k| scores_qq.row(k)[i]);
+            group.b_qn.add_rows_to(self.c_qn.row_mut(i), group.begin_q[i], i + 1, |j| scores_qq.row(i)[j]);
+            group.c_qn.add_rows_to(self.b_qn.row_mut(i), i, group.end_q[i], |k| scores_qq.row(k)[i]);
         }
     }
 }
@@ -275,12 +302,18 @@ impl<R: Real> HeadGrads<R> {
                 }
             }
 
+            let decay = head.decay_qq.row(len - 1)[i];
+            if decay == R::ZERO {
+                self.dt_q[i] = R::ZERO;
+                self.x_qp.row_mut(i).fill(R::ZERO);
+                continue;
+            }
             let (x_p, b_n) = (head.x_qp.row(i), group.b_qn.row(i));
             let weight = head.weight_in_state(len, i);
             head_row.fill(R::ZERO);
             self.state_np.add_rows_to(head_row, 0, b_n.len(), |n| b_n[n]);
             let grad_weight = dot(x_p, head_row);
-            self.dt_q[i] = grad_weight * head.decay_qq.row(len - 1)[i];
+            self.dt_q[i] = grad_weight * decay;
             sums_qq.row_mut(len - 1)[i] = grad_weight * weight;
             for (out, &grad) in self.x_qp.row_mut(i).iter_mut().zip(&*head_row) {
                 *out = weight * grad;
@@ -302,7 +335,7 @@ impl<R: Real> HeadGrads<R> {
             self.scratch.x_pq.add_rows_to(grad_mix, 0, y_p.len(), |p| y_p[p]);
             let (scores, decay, mix) = (group.scores_qq.row(i), head.decay_qq.row(i), head.mix_qq.row(i));
             let (grad_scores, grad_sums) = (shared.scores_qq.row_mut(i), self.scratch.sums_qq.row_mut(i));
-            for j in 0..=i {
+            for j in group.begin_q[i]..=i {
                 let by_decay = grad_mix[j] * decay[j];
                 grad_scores[j] = by_decay.mul_add(head.dt_q[j], grad_scores[j]);
                 self.dt_q[j] = by_decay.mul_add(scores[j], self.dt_q[j]);
@@ -314,7 +347,7 @@ impl<R: Real> HeadGrads<R> {
             for (x, &y) in x_p.iter_mut().zip(self.y_qp.row(j)) {
                 *x = d.mul_add(y, *x);
             }
-            self.y_qp.add_rows_to(x_p, j, len, |i| head.mix_qq.row(i)[j]);
+            self.y_qp.add_rows_to(x_p, j, group.end_q[j], |i| head.mix_qq.row(i)[j]);
         }
     }
 
@@ -347,7 +380,8 @@ impl<R: Real> HeadGrads<R> {
         for n in 0..group.b_qn.row(0).len() {
             let state = self.state_np.row_mut(n);
             scale(state, head.from_start_q[len - 1]);
-            self.y_qp.add_rows_to(state, 0, len, |i| head.from_start_q[i] * group.c_qn.row(i)[n]);
+            let weight = |i: usize| head.from_start_q[i] * group.c_qn.row(i)[n];
+            self.y_qp.add_rows_to(state, 0, group.n_before_resets(), weight);
         }
     }
 }
