@@ -48,19 +48,37 @@ pub(crate) fn attend(q_bhnp: &Tensor, k_bkmp: &Tensor, v_bkmp: &Tensor, visible:
         }
     };
     let heads = Heads { q: padded(q_bhnp)?, k: padded(k_bkmp)?, v: padded(v_bkmp)?, scale };
-    let cudnn = heads.suits_cudnn() && !Flag::Deterministic.is_set()?;
-    let o_bhnp = match &visible.pattern {
-        Pattern::Dense(mask) if cudnn && visible.sees_itself => heads.cudnn(Some(mask), false)?,
-        Pattern::Dense(mask) => heads.memory_efficient(mask)?,
-        Pattern::Window(window) => heads.flash_window(*window)?,
-        Pattern::Spans { .. } => return Err(Error::invalid("attention", "documents must be spelled out here")),
-        Pattern::All if cudnn => heads.cudnn(None, false)?,
-        Pattern::Causal if cudnn => heads.cudnn(None, true)?,
-        Pattern::All => heads.flash(false)?,
-        Pattern::Causal => heads.flash(true)?,
+    let is_causal = matches!(visible.pattern, Pattern::Causal);
+    let o_bhnp = match operator(visible, d_head, q_bhnp.size()[2], Flag::Deterministic.is_set()?)? {
+        Operator::Cudnn(mask) => heads.cudnn(mask, is_causal)?,
+        Operator::MemoryEfficient(mask) => heads.memory_efficient(mask)?,
+        Operator::FlashWindow(window) => heads.flash_window(window)?,
+        Operator::Flash => heads.flash(is_causal)?,
     };
     // A view of everything would still cost a backward that fills zeros and copies.
     Ok(if missing(d_head) == 0 { o_bhnp } else { o_bhnp.f_narrow(3, 0, d_head)? })
+}
+
+/// One of libtorch's fused operators.
+#[derive(Debug)]
+enum Operator<'a> {
+    Cudnn(Option<&'a Tensor>),
+    MemoryEfficient(&'a Tensor),
+    Flash,
+    FlashWindow(i64),
+}
+
+/// The one that answers for `n` queries.
+fn operator(visible: &Visible, d_head: i64, n: i64, deterministic: bool) -> Result<Operator<'_>> {
+    let cudnn = d_head <= MAX_CUDNN_HEAD && n >= MIN_CUDNN_QUERIES && !deterministic;
+    Ok(match &visible.pattern {
+        Pattern::Dense(mask) if cudnn && visible.sees_itself => Operator::Cudnn(Some(mask)),
+        Pattern::Dense(mask) => Operator::MemoryEfficient(mask),
+        Pattern::Window(window) => Operator::FlashWindow(*window),
+        Pattern::Spans { .. } => return Err(Error::invalid("attention", "documents must be spelled out here")),
+        Pattern::All | Pattern::Causal if cudnn => Operator::Cudnn(None),
+        Pattern::All | Pattern::Causal => Operator::Flash,
+    })
 }
 
 /// What a length lacks to a multiple that the operators take.
@@ -77,11 +95,6 @@ struct Heads {
 }
 
 impl Heads {
-    fn suits_cudnn(&self) -> bool {
-        let size = self.q.size();
-        size[3] <= MAX_CUDNN_HEAD && size[2] >= MIN_CUDNN_QUERIES
-    }
-
     /// Whether a backward may follow, which needs the sums of the softmax.
     fn recorded(&self) -> bool {
         [&self.q, &self.k, &self.v].iter().any(|x| x.requires_grad())
@@ -220,4 +233,34 @@ fn hide(mask: &Tensor, row_len: i64, kind: Kind) -> Result<Tensor> {
 fn first(outputs: Vec<Option<Tensor>>) -> Result<Tensor> {
     let output = outputs.into_iter().next().flatten();
     output.ok_or_else(|| Error::invalid("attention", "the operator returned no output"))
+}
+
+#[cfg(test)]
+mod tests {
+    use tch::Device;
+
+    use super::*;
+
+    /// The operator for heads of 64, as text without what is in its mask.
+    fn chosen(pattern: Pattern, sees_itself: bool, [d_head, n]: [i64; 2], deterministic: bool) -> String {
+        let visible = Visible { pattern, sees_itself, keys: 0..n as usize };
+        let name = format!("{:?}", operator(&visible, d_head, n, deterministic).unwrap());
+        name.split('(').next().unwrap_or_default().to_owned()
+    }
+
+    #[test]
+    fn cudnn_answers_where_bits_may_differ_and_nowhere_else() {
+        let dense = || Pattern::Dense(Tensor::ones([1, 1, 2, 2], (Kind::Bool, Device::Cpu)));
+        let size = [128, 1000];
+        for (deterministic, whole, masked) in [(false, "Cudnn", "Cudnn"), (true, "Flash", "MemoryEfficient")] {
+            assert_eq!(chosen(Pattern::Causal, true, size, deterministic), whole);
+            assert_eq!(chosen(Pattern::All, true, size, deterministic), whole);
+            assert_eq!(chosen(dense(), true, size, deterministic), masked);
+            assert_eq!(chosen(dense(), false, size, deterministic), "MemoryEfficient", "a query may see no key");
+            assert_eq!(chosen(Pattern::Window(5), true, size, deterministic), "FlashWindow");
+        }
+        assert_eq!(chosen(Pattern::Causal, true, [136, 1000], false), "Flash", "wide heads");
+        assert_eq!(chosen(Pattern::Causal, true, [64, 63], false), "Flash", "few queries");
+        assert_eq!(chosen(Pattern::Causal, true, [64, 64], false), "Cudnn");
+    }
 }

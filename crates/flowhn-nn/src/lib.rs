@@ -8,6 +8,7 @@ mod bf16_grad;
 mod cuda;
 mod embedding;
 mod fp8;
+mod grad_place;
 mod init;
 mod kernels;
 mod linear;

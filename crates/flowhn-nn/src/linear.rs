@@ -108,7 +108,7 @@ fn product(x: Activations, weight: &Weight) -> Result<Tensor> {
     }
     let x = x.values()?;
     if meets_bf16_copy(x, weight) {
-        let function = LinearBf16 { grad_kind: weight.grad_kind() };
+        let function = LinearBf16 { grad: weight.grad_place() };
         return Ok(apply(function, &[x, weight.grad_leaf(), &weight.bf16()?])?.swap_remove(0));
     }
     Ok(x.f_linear(&weight.to(x.kind()), None::<&Tensor>)?)

@@ -6,6 +6,7 @@ use tch::{Kind, Tensor};
 use flowhn_torch::{BackwardCtx, Error, ForwardCtx, Function, Result, product};
 
 use crate::cuda::linear::one_token;
+use crate::grad_place::GradPlace;
 
 /// `y = x W^T` in bf16, whose gradient of the weight leaves the matrix product in the type that it has from then on. Its inputs are x, the
 /// leaf that the gradient goes to, f32 or bf16, and W rounded to bf16.
@@ -13,8 +14,8 @@ use crate::cuda::linear::one_token;
 /// Through a cast of the weight, the gradient of an f32 master would be rounded to bf16, read again, and widened: four more bytes an
 /// element to write and two to read.
 pub(crate) struct LinearBf16 {
-    /// The type of the gradient of the weight.
-    pub(crate) grad_kind: Kind,
+    /// Where the gradient of the weight goes.
+    pub(crate) grad: GradPlace,
 }
 
 impl Function for LinearBf16 {
@@ -44,8 +45,8 @@ impl Function for LinearBf16 {
         let (x_ti, grad_to) = (rows(x)?, rows(&grads[0])?);
         let dx =
             || -> Result<Tensor> { Ok(product(&grad_to, weight_oi, Kind::BFloat16)?.f_view(x.size().as_slice())?) };
-        let dweight = || product(&grad_to.f_tr()?, &x_ti, self.grad_kind);
-        Ok(vec![ctx.needs_grad(0).then(dx).transpose()?, ctx.needs_grad(1).then(dweight).transpose()?, None])
+        let dweight = if ctx.needs_grad(1) { self.grad.product(&grad_to.f_tr()?, &x_ti)? } else { None };
+        Ok(vec![ctx.needs_grad(0).then(dx).transpose()?, dweight, None])
     }
 }
 

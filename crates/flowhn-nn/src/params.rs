@@ -11,6 +11,7 @@ use flowhn_torch::{Error, Result, cpu};
 use crate::bf16_copy::Bf16Copy;
 use crate::bf16_grad::Bf16Grad;
 use crate::fp8::{Fp8Copy, Fp8Scales};
+use crate::grad_place::InPlace;
 use crate::init::{Init, stream};
 
 /// An fp32 master parameter. Handles are cheap and share storage: a layer holds one, the list of [`Params`] another.
@@ -27,6 +28,7 @@ pub struct Weight {
 pub(crate) struct Beside {
     pub copy: Bf16Copy,
     pub bf16_grad: Bf16Grad,
+    pub in_place: InPlace,
     pub fp8: Fp8Copy,
 }
 

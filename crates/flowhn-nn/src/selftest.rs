@@ -41,6 +41,29 @@ fn results(params: &Params, projection: &Linear, [x, dy]: [&Tensor; 2], grad_kin
     Ok([y.detach(), x.grad(), grad_of(projection.weight(), grad_kind)?])
 }
 
+/// Gradients of two backward passes that are added up by their products are the sums of both, but for roundings of the sum.
+fn grads_add_in_place(params: &Params, forward: &dyn Fn(&Tensor) -> Result<Tensor>, x: [&Tensor; 2]) -> Result<String> {
+    let backward = |x: &Tensor| -> Result<Vec<Tensor>> {
+        let y = forward(x)?;
+        (&y * &y).sum(Kind::Float).f_backward()?;
+        params.iter().map(|param| grad_of(&param.weight, param.weight.grad_kind())).collect()
+    };
+    let alone = |x: &Tensor| params.zero_grad().and_then(|()| backward(x));
+    let each = [alone(x[0])?, alone(x[1])?];
+    params.add_grads_in_place();
+    alone(x[0])?;
+    let mut worst = 0f64;
+    for (i, got) in backward(x[1])?.iter().enumerate() {
+        let [first, second] = each.each_ref().map(|grads| grads[i].to_kind(Kind::Double));
+        let roundings = if got.kind() == Kind::BFloat16 { 2f64.powi(-7) } else { 2f64.powi(-22) };
+        let allowed = (first.abs() + second.abs()).max().double_value(&[]) * roundings;
+        let error = (got.to_kind(Kind::Double) - (first + second)).abs().max().double_value(&[]);
+        ensure(error <= allowed, || format!("weight {i}: off by {error:.2e}, allowed {allowed:.2e}"))?;
+        worst = worst.max(error / allowed);
+    }
+    Ok(format!("{:.0} % of the roundings", 100. * worst))
+}
+
 /// A copy of the gradient that has reached a weight, which has to be of this type.
 fn grad_of(weight: &Weight, kind: Kind) -> Result<Tensor> {
     let grad = weight.grad()?.filter(|grad| grad.kind() == kind);

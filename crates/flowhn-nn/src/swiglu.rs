@@ -112,8 +112,8 @@ impl SwiGluMlp {
         if !projections.iter().all(fits) || x.tensor().size().last() != gate_up.size().last() {
             return Ok(None);
         }
-        let (x, d_ff, grad_kinds) = (x.values()?, down.size()[1], [gate_up.grad_kind(), down.grad_kind()]);
-        let Some(function) = GatedMlp::new(x, d_ff, grad_kinds)? else { return Ok(None) };
+        let (x, d_ff, grads) = (x.values()?, down.size()[1], [gate_up.grad_place(), down.grad_place()]);
+        let Some(function) = GatedMlp::new(x, d_ff, grads)? else { return Ok(None) };
         let inputs = [x, gate_up.grad_leaf(), down.grad_leaf(), &gate_up.bf16()?, &down.bf16()?];
         Ok(Some(apply(function, &inputs)?.swap_remove(0)))
     }

@@ -1,6 +1,7 @@
 #![doc = include_str!("../README.md")]
 #![deny(missing_docs)]
 
+pub mod activity;
 mod capture;
 pub mod check;
 pub mod cpu;

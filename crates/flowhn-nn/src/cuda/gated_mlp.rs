@@ -7,21 +7,22 @@ use flowhn_torch::kernel::{Arg, Kernel};
 use flowhn_torch::{BackwardCtx, Error, ForwardCtx, Function, Result, product};
 
 use super::product_sm90::{Form, MAX_ROWS, Macros, TILE_ROWS, factor, factor_by_k, fits, multiprocessors, panels};
+use crate::grad_place::GradPlace;
 use crate::kernels::{GATED_PRODUCT, GATED_PRODUCT_GRAD};
 use crate::linear_bf16::rows;
 
 /// `y = (silu(gate) up) W_down^T` with `[gate, up] = x W_gate_up^T` in bf16. Its inputs are x, the leaves that the gradients of both weights
 /// go to, and both weights rounded to bf16. The bits are those of the three operations one after the other.
 pub(crate) struct GatedMlp {
-    /// The types of the gradients of both weights.
-    grad_kinds: [Kind; 2],
+    /// Where the gradients of both weights go.
+    grads: [GradPlace; 2],
     n_multiprocessors: i64,
 }
 
 impl GatedMlp {
     /// For x in bf16; `None` where the kernels do not fit or would leave multiprocessors without work. They take compute capability 9.0,
     /// widths of a multiple of 8, and as many tokens and columns as fill the device.
-    pub(crate) fn new(x: &Tensor, d_ff: i64, grad_kinds: [Kind; 2]) -> Result<Option<Self>> {
+    pub(crate) fn new(x: &Tensor, d_ff: i64, grads: [GradPlace; 2]) -> Result<Option<Self>> {
         let Some(n_multiprocessors) = multiprocessors(x.device())? else { return Ok(None) };
         let d_model = x.size().last().copied().unwrap_or(1).max(1);
         let n_tokens = x.numel() as i64 / d_model;
@@ -29,7 +30,7 @@ impl GatedMlp {
             && n_tokens > TILE_ROWS
             && n_tokens.max(d_ff) <= MAX_ROWS
             && FORWARD.n_tiles(n_tokens, 2 * d_ff) >= n_multiprocessors;
-        Ok(fits.then_some(Self { grad_kinds, n_multiprocessors }))
+        Ok(fits.then_some(Self { grads, n_multiprocessors }))
     }
 
     /// h, `[t, f]`, and gate and up, `[t, g]`, if they are wanted.
@@ -81,15 +82,15 @@ impl Function for GatedMlp {
             return Err(Error::invalid(Self::NAME, "the saved tensors are not five"));
         };
         let [wants_dx, wants_dgate_up, wants_ddown] = [0, 1, 2].map(|input_idx| ctx.needs_grad(input_idx));
-        let (dy_ti, [gate_up_kind, down_kind]) = (fitting_rows(&grads[0])?, self.grad_kinds);
-        let ddown = wants_ddown.then(|| product(&dy_ti.f_tr()?, h_tf, down_kind)).transpose()?;
+        let (dy_ti, [gate_up, down]) = (fitting_rows(&grads[0])?, &self.grads);
+        let ddown = if wants_ddown { down.product(&dy_ti.f_tr()?, h_tf)? } else { None };
         if !(wants_dx || wants_dgate_up) {
             return Ok(vec![None, None, ddown, None, None]);
         }
         let d = self.activation_grad(gate_up_tg, &dy_ti, weight_if)?;
         let dx = || -> Result<Tensor> { Ok(product(&d, weight_gi, Kind::BFloat16)?.f_view(x.size().as_slice())?) };
-        let dgate_up = || product(&d.f_tr()?, &rows(x)?, gate_up_kind);
-        Ok(vec![wants_dx.then(dx).transpose()?, wants_dgate_up.then(dgate_up).transpose()?, ddown, None, None])
+        let dgate_up = if wants_dgate_up { gate_up.product(&d.f_tr()?, &rows(x)?)? } else { None };
+        Ok(vec![wants_dx.then(dx).transpose()?, dgate_up, ddown, None, None])
     }
 }
 

@@ -6,7 +6,7 @@ use tch::{Device, Kind, Tensor, no_grad};
 
 use crate::{Bias, Init, Linear, Params, Weight, linear};
 
-use super::{ensure, results};
+use super::{ensure, grads_add_in_place, results};
 
 /// Widths of the result and of the token.
 const SHAPES: [[i64; 2]; 8] =
@@ -29,8 +29,23 @@ pub(super) fn cases() -> Vec<Case> {
                 format!("linear: {n_tokens} tokens in bf16, {d_in} to {d_out}, the weight's gradient in {grad_kind:?}");
             cases.push(Case::new(name, move |device| products(shape, grad_kind, device)));
         }
+        let name = format!("linear: gradients in {grad_kind:?} of two passes, added up by their products");
+        cases.push(Case::new(name, move |device| adds_in_place(grad_kind, device)));
     }
     cases
+}
+
+/// A size that is small and one whose products are chosen.
+fn adds_in_place(grad_kind: Kind, device: Device) -> Result<String> {
+    let mut found = String::new();
+    for [n_tokens, d_in, d_out] in [[31, 48, 40], [2048, 512, 768]] {
+        let mut params = Params::new(device, 0);
+        let projection = Linear::new(&mut params.root(), "proj", d_in, d_out, Init::Normal { std: 0.1 }, Bias::None)?;
+        params.use_bf16_grads(|_| grad_kind == Kind::BFloat16)?;
+        let x = [1, 2].map(|seed| noise(&[n_tokens, d_in], seed).to_kind(Kind::BFloat16).to_device(device));
+        found = grads_add_in_place(&params, &|x| projection.forward(x), [&x[0], &x[1]])?;
+    }
+    Ok(found)
 }
 
 /// Output and gradients of bf16 activations against exact sums: one rounding of the result, and of sums in f32, or in bf16 where cuBLAS

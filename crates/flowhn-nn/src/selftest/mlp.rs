@@ -8,7 +8,7 @@ use tch::{Device, Kind, Tensor, no_grad};
 use crate::cuda::gated_mlp::GatedMlp;
 use crate::{Bias, Init, Params, SwiGluMlp, swiglu};
 
-use super::{ensure, grad_of};
+use super::{ensure, grad_of, grads_add_in_place};
 
 /// Tokens, d_model, d_ff. On Hopper a tile of ours has 128 tokens, 128 columns of gate and of up, and 64 values of k.
 const SHAPES: [[i64; 3]; 8] = [
@@ -67,7 +67,18 @@ pub(super) fn cases() -> Vec<Case> {
         let check = move |device| check(SHAPES[0], Kind::BFloat16, Gradient::Dense, wanted, device);
         cases.push(Case::new(name, check));
     }
+    cases.push(Case::new("mlp: gradients of two passes, added up by their products", adds_in_place));
     cases
+}
+
+fn adds_in_place(device: Device) -> Result<String> {
+    let [n_tokens, d_model, d_ff] = if device == Device::Cpu { [70, 64, 200] } else { SHAPES[4] };
+    let mut params = Params::new(device, 0);
+    let init = Init::Normal { std: 0.05 };
+    let mlp = SwiGluMlp::new(&mut params.root(), d_model, d_ff, init.clone(), init, &Bias::None)?;
+    params.refresh_bf16_copies()?;
+    let x = [1, 2].map(|seed| noise(&[n_tokens, d_model], seed).to_kind(Kind::BFloat16).to_device(device));
+    grads_add_in_place(&params, &|x| mlp.forward(x.shallow_clone()), [&x[0], &x[1]])
 }
 
 fn check(
@@ -144,7 +155,8 @@ fn check(
     ensure(same_bits(&without, &fused[0]), || "without gradients y differs".to_owned())?;
     if let Device::Cuda(device_idx) = device {
         let has_kernels = DeviceProperties::of(device_idx)?.compute_capability == 90;
-        let is_fused = GatedMlp::new(&part(&wide), d_ff, [grad_kind; 2])?.is_some();
+        let places = [mlp.gate_up_proj(), mlp.down_proj()].map(|projection| projection.weight().grad_place());
+        let is_fused = GatedMlp::new(&part(&wide), d_ff, places)?.is_some();
         let fits = has_kernels && !TOO_SMALL.contains(&shape);
         ensure(is_fused == fits, || format!("by our kernels: {is_fused}, expected {fits}"))?;
     }

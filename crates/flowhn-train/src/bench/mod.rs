@@ -1,5 +1,6 @@
 //! The speed of the training step, measured as a run executes it.
 
+mod activity;
 mod decode;
 mod power;
 
@@ -24,6 +25,7 @@ use crate::step::{CapturedStep, Stepper};
 use crate::trainer::{model, prepare_device};
 use crate::{Error, Result};
 
+pub use activity::{KernelTime, StepActivity};
 pub use decode::{DecodeRow, DecodeSpeed, time_decoding};
 pub use power::Power;
 
@@ -72,8 +74,12 @@ pub struct StepSpeed {
     /// Where the time of a step goes, from steps of their own with marks between the parts and branches one after the other, and what
     /// lies between two steps.
     pub parts: Vec<PartTime>,
-    /// Share of the time from the begin of one such step to that of the next in which the device works on the step.
+    /// Share of the time from the begin of one such step to that of the next that does not lie between two steps. What a GPU idles inside
+    /// of a step is in [`StepActivity::busy_frac`].
     pub busy_frac: f64,
+    /// What a GPU launches in a step, from steps of their own, or why that could not be recorded. Absent on the CPU, and where nobody
+    /// asked.
+    pub activity: Option<std::result::Result<StepActivity, String>>,
     /// What the device draws, from steps of their own, or why that could not be read. Absent on the CPU, and where nobody asked.
     pub power: Option<std::result::Result<Power, String>>,
 }
@@ -92,8 +98,8 @@ pub struct PartTime {
 pub struct Timing {
     /// Steps, at least one.
     pub steps: u64,
-    /// Whether further steps tell what a GPU draws.
-    pub power: bool,
+    /// Whether further steps tell what a GPU draws and what it launches.
+    pub details: bool,
 }
 
 /// Trains some steps of a configuration on random tokens, and measures them.
@@ -131,9 +137,12 @@ pub fn time_steps(config: &RunConfig, device: Device, timing: Timing) -> Result<
     let last_loss = metrics.last_loss;
     let max_memory_bytes = max_memory_bytes(device);
     let median_ms = median(&step_ms);
-    let power = match device {
-        Device::Cuda(device_idx) if timing.power => Some(power(&mut stepper, device_idx, median_ms)?),
-        _ => None,
+    let (power, activity) = match device {
+        Device::Cuda(device_idx) if timing.details => {
+            let power = power(&mut stepper, device_idx, median_ms)?;
+            (Some(power), Some(activity::of_steps(&mut stepper, device_idx)?))
+        }
+        _ => (None, None),
     };
     // Parts that overlap have no time of their own.
     stepper.model.set_branches(Branches::Serial)?;
@@ -165,6 +174,7 @@ pub fn time_steps(config: &RunConfig, device: Device, timing: Timing) -> Result<
         last_loss,
         parts,
         busy_frac,
+        activity,
         power,
     })
 }

@@ -31,7 +31,8 @@ pub(super) fn cases() -> Vec<Case> {
         Case::new("adamw: 50 steps, some clipped", |device| told(follows_the_formula(20., device))),
         Case::new("adamw: 50 steps without clipping", |device| told(follows_the_formula(0., device))),
         Case::new("adamw: gradients that are not finite", |device| told(not_finite(device))),
-        Case::new("adamw: bf16 copies", |device| told(copies(device))),
+        Case::new("adamw: bf16 copies", |device| told(copies(StateType::Fp32, device))),
+        Case::new("adamw: bf16 copies beside int8", |device| told(copies(StateType::Int8, device))),
         Case::new("adamw: what bf16 keeps is what the CPU keeps", |device| told(keeps(StateType::Bf16, &MANY, device))),
         Case::new("adamw: what int8 keeps is what the CPU keeps", |device| told(keeps(StateType::Int8, &MANY, device))),
         Case::new("adamw: what int8 keeps of a few blocks", |device| told(keeps(StateType::Int8, &FEW, device))),
@@ -277,7 +278,7 @@ fn keeps_not_finite(device: Device) -> Result<String> {
     Ok(format!("{n_codes} codes"))
 }
 
-fn copies(device: Device) -> Result<String> {
+fn copies(state: StateType, device: Device) -> Result<String> {
     let mut list = flowhn_nn::Params::new(device, 0);
     let mut root = list.root();
     for (name, n) in [("a", 20_000), ("b", 33), ("c", 7)] {
@@ -287,7 +288,7 @@ fn copies(device: Device) -> Result<String> {
         }
     }
     let params: Vec<Param> = list.iter().cloned().collect();
-    let mut optimizer = AdamW::of_params(&list, options(1.))?;
+    let mut optimizer = AdamW::of_params(&list, options_with(1., state))?;
     let mut step = |count: i64| -> Result<()> {
         optimizer.zero_grad()?;
         let gradients: Vec<_> = params.iter().enumerate().map(|(idx, p)| gradient(p, idx, count)).collect();

@@ -120,6 +120,9 @@ pub(crate) fn model(config: &RunConfig, device: Device) -> Result<Model> {
     if train.grads == Dtype::Bf16 {
         model.use_bf16_grads(train.batch_size * config.model.seq_len)?;
     }
+    if train.grad_accum > 1 {
+        model.params().add_grads_in_place();
+    }
     Ok(model)
 }
 

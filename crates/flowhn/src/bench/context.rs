@@ -108,7 +108,7 @@ pub fn run(args: &Args) -> Result<ExitCode> {
             let file = PathBuf::from(format!("configs/bench/{}/fac_split.toml", args.size));
             let config = config_args::load(&file, &sets)?;
             console.line(format!("{seq_len} tokens, attn_frac = {attn_frac}: {} steps", args.steps));
-            let speed = time_steps(&config, device, Timing { steps: args.steps, power: false })?;
+            let speed = time_steps(&config, device, Timing { steps: args.steps, details: false })?;
             report.device = speed.device;
             let plan = config.model.routing()?.plan(seq_len)?;
             Ok((speed.tokens_per_s, plan.blocks()[0].tokens(Branch::Attn) as f64 / seq_len as f64))

@@ -5,7 +5,7 @@ use std::process::ExitCode;
 
 use anyhow::Result;
 use clap::builder::RangedU64ValueParser;
-use flowhn_train::bench::{PartTime, Power, StepSpeed, Timing, time_steps};
+use flowhn_train::bench::{PartTime, Power, StepActivity, StepSpeed, Timing, time_steps};
 use flowhn_train::config::Dtype;
 use serde::{Deserialize, Serialize};
 use tch::Device;
@@ -24,10 +24,11 @@ half (mfu) or as the whole square (mfu_full_scores). mfu is a fraction of the pe
 
 --json prints one object: `definition`, `device`, `peak` {name, flops_per_s}, `rows`: a list of {model, policy, parameters, tokens_per_step,
 tokens_per_s, recomputed_flops_per_step (not in mfu), step_ms {median, min, max, all}, mfu, mfu_full_scores, matmul_frac, matmul {flops_per_s, name}, max_memory_bytes, host_ms,
-last_loss, busy_frac, fp8_projections {in_fp8, of}, parts: a list of {name, ms}, power {watts, limit_watts, held_back_frac, clock_mhz,
-max_clock_mhz}, joules_per_token}. With train.linears = \"fp8\", MFU stays a fraction of the bf16
+last_loss, busy_frac, fp8_projections {in_fp8, of}, parts: a list of {name, ms}, activity {busy_frac, step_ms, kernels: a list of {name,
+launches, ms}}, power {watts, limit_watts, held_back_frac, clock_mhz, max_clock_mhz}, joules_per_token}. With train.linears = \"fp8\", MFU stays a fraction of the bf16
 peak. Parts come from steps of their own with marks between them and branches one after the other; `gaps` lies
-between two steps, and busy_frac is the rest's share. Power is what NVML tells of a GPU during further steps; held_back_frac is the share of that time in
+between two steps. busy_frac is the share of the time in which a kernel or a copy runs, as CUPTI records it in three further steps, whose
+kernels `activity` lists; on the CPU it is the share of what does not lie between two steps. Power is what NVML tells of a GPU during further steps; held_back_frac is the share of that time in
 which power or heat held its clock back.
 
 --out also writes train.json (the same object), train.csv and train.svg (bars of tokens/s and MFU). --beside FILE puts another program's
@@ -119,10 +120,12 @@ pub(super) struct Row {
     pub(super) max_memory_bytes: u64,
     host_ms: f64,
     last_loss: f32,
-    /// Absent from reports of earlier versions that had branches beside each other.
+    /// Absent where CUPTI could not record it, and from reports of earlier versions that had branches beside each other.
     pub(super) busy_frac: Option<f64>,
     fp8_projections: Option<InFp8>,
     pub(super) parts: Vec<PartTime>,
+    /// Absent as `power` is.
+    activity: Option<StepActivity>,
     /// Absent on the CPU, where it could not be read, and from reports of earlier versions.
     pub(super) power: Option<Power>,
     pub(super) joules_per_token: Option<f64>,
@@ -158,11 +161,14 @@ pub fn run(args: &Args) -> Result<ExitCode> {
     for (model, policy, file) in files(args) {
         let config = config_args::load(&file, &sets)?;
         console.line(format!("{model} {policy}: {} steps", args.steps));
-        let speed = time_steps(&config, device, Timing { steps: args.steps, power: true })?;
+        let speed = time_steps(&config, device, Timing { steps: args.steps, details: true })?;
         let peak = peak(&speed, config.train.dtype, device);
         report.device.clone_from(&speed.device);
         if let Some(Err(message)) = &speed.power {
             console.line(format!("{model} {policy}: the GPU's power cannot be read: {message}"));
+        }
+        if let Some(Err(message)) = &speed.activity {
+            console.line(format!("{model} {policy}: the GPU's kernels cannot be recorded: {message}"));
         }
         let row = Row::new(model, policy, speed, &peak);
         if !args.json {
@@ -231,6 +237,10 @@ impl Row {
         let mfu = speed.flops_per_s / peak.flops_per_s;
         let [in_fp8, of] = speed.fp8_projections;
         let power = speed.power.and_then(std::result::Result::ok);
+        let busy_frac = match &speed.activity {
+            Some(activity) => activity.as_ref().ok().map(|activity| activity.busy_frac),
+            None => Some(speed.busy_frac),
+        };
         Self {
             model,
             policy,
@@ -251,7 +261,8 @@ impl Row {
             max_memory_bytes: speed.max_memory_bytes,
             host_ms: speed.host_ms,
             last_loss: speed.last_loss,
-            busy_frac: Some(speed.busy_frac),
+            busy_frac,
+            activity: speed.activity.and_then(std::result::Result::ok),
             fp8_projections: (of > 0).then_some(InFp8 { in_fp8, of }),
             parts: speed.parts,
             joules_per_token: power.map(|power| power.watts / speed.tokens_per_s),
@@ -262,10 +273,11 @@ impl Row {
     /// Where the time goes, below the row.
     fn parts_line(&self) -> String {
         let parts: Vec<String> = self.parts.iter().map(|part| format!("{} {:.2}", part.name, part.ms)).collect();
-        match self.busy_frac {
-            Some(busy_frac) => format!("       ms: {}; busy {:.1} %\n", parts.join(", "), 100. * busy_frac),
-            None => String::new(),
-        }
+        let busy = self.busy_frac.map_or(String::new(), |frac| format!("; busy {:.1} %", 100. * frac));
+        let launches = self.activity.as_ref().map_or(String::new(), |activity| {
+            format!(" in {:.0} launches", activity.kernels.iter().map(|kernel| kernel.launches).sum::<f64>())
+        });
+        format!("       ms: {}{busy}{launches}\n", parts.join(", "))
     }
 
     fn line(&self) -> String {

@@ -121,7 +121,7 @@ impl RowContext<'_> {
         if row.speed.is_none() && wanted {
             forget_memory(self.device)?;
             self.console.line(format_args!("timing {} steps", self.steps));
-            let found = time_steps(&timed, self.device, Timing { steps: self.steps, power: false })?;
+            let found = time_steps(&timed, self.device, Timing { steps: self.steps, details: false })?;
             let peak = peak(&found, config.train.dtype, self.device);
             let full = found.flops_per_step_full_scores as f64 / found.flops_per_step as f64;
             let speed = Speed {
