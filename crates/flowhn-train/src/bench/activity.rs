@@ -1,8 +1,11 @@
 //! Which kernels a step launches, how long each runs, and in which share of the time any of them does.
+//!
+//! Recording makes the time between two kernels longer. How much is measured on a chain of the shortest kernels, and taken off.
 
-use flowhn_torch::Stream;
 use flowhn_torch::activity::{self, Activity, Record};
+use flowhn_torch::{CaptureMode, Event, Graph, Stream, catch};
 use serde::{Deserialize, Serialize};
+use tch::{Device, Kind, Tensor};
 
 use crate::Result;
 use crate::step::{CapturedStep, Stepper};
@@ -11,14 +14,20 @@ use crate::step::{CapturedStep, Stepper};
 const BEFORE: usize = 4;
 /// Steps that count.
 const COUNTED: usize = 3;
+/// Kernels of the chain that tells what recording takes.
+const CHAIN: usize = 512;
+/// How often it runs; the shortest time counts.
+const CHAIN_RUNS: usize = 10;
 
 /// What a GPU does in a step, as CUPTI records it.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 pub struct StepActivity {
-    /// Share of the time from the begin of one step to the end of another in which a kernel or a copy runs.
+    /// Share of the time from the begin of one step to the end of another in which a kernel or a copy runs, without what recording takes.
     pub busy_frac: f64,
-    /// Milliseconds of a step while CUPTI records, which takes time of its own.
-    pub step_ms: f64,
+    /// Milliseconds of a step while CUPTI records.
+    pub recorded_step_ms: f64,
+    /// What recording takes of them: for each launch, what it adds to a launch of a chain of short kernels.
+    pub recording_ms: f64,
     /// The kernels and copies, those that take the most time first.
     pub kernels: Vec<KernelTime>,
 }
@@ -36,14 +45,16 @@ pub struct KernelTime {
 
 /// What the device does in steps like those that were measured, or why that cannot be recorded. A captured step is captured anew.
 pub(super) fn of_steps(stepper: &mut Stepper, device_idx: usize) -> Result<std::result::Result<StepActivity, String>> {
+    let stream = Stream::current(device_idx)?;
+    let unrecorded_ms = chain_ms(stream, device_idx)?;
     let recorder = match Activity::start() {
         Ok(recorder) => recorder,
         Err(error) => return Ok(Err(error.to_string())),
     };
+    let launch_ms = (chain_ms(stream, device_idx)? - unrecorded_ms).max(0.) / CHAIN as f64;
     if stepper.captured.take().is_some() {
         stepper.captured = Some(CapturedStep::new());
     }
-    let stream = Stream::current(device_idx)?;
     let mut recorded = |n_steps| -> Result<Vec<Record>> {
         (0..n_steps).try_for_each(|_| stepper.train_step())?;
         stream.synchronize()?;
@@ -56,16 +67,35 @@ pub(super) fn of_steps(stepper: &mut Stepper, device_idx: usize) -> Result<std::
     // What the reading launched.
     recorder.take()?;
     let records = recorded(COUNTED)?;
-    Ok(StepActivity::of(&records, COUNTED as f64).ok_or_else(|| "CUPTI recorded no kernels".to_owned()))
+    Ok(StepActivity::of(&records, COUNTED as f64, launch_ms).ok_or_else(|| "CUPTI recorded no kernels".to_owned()))
+}
+
+/// What a graph of short kernels, each of which waits for the one in front of it, takes at least.
+fn chain_ms(stream: Stream, device_idx: usize) -> Result<f64> {
+    let mut graph = Graph::new()?;
+    let mut x = Tensor::f_zeros([1], (Kind::Float, Device::Cuda(device_idx))).map_err(flowhn_torch::Error::from)?;
+    let chain = || (0..CHAIN).try_for_each(|_| catch(|| Ok(x.f_add_scalar_(1.)?)).map(drop));
+    graph.capture(None, CaptureMode::ThreadLocal, chain)?;
+    let run = || -> Result<f64> {
+        let (mut begin, mut end) = (Event::new(true)?, Event::new(true)?);
+        begin.record(stream)?;
+        graph.replay()?;
+        end.record(stream)?;
+        stream.synchronize()?;
+        Ok(begin.elapsed_ms(&end)?)
+    };
+    (0..CHAIN_RUNS).try_fold(f64::INFINITY, |least, _| Ok(run()?.min(least)))
 }
 
 impl StepActivity {
-    /// Of what so many steps launched; `None` if that is nothing.
-    fn of(records: &[Record], n_steps: f64) -> Option<Self> {
+    /// Of what so many steps launched, if recording takes so long a launch; `None` if they launched nothing.
+    fn of(records: &[Record], n_steps: f64, launch_ms: f64) -> Option<Self> {
         let (all_ns, busy_ns) = activity::busy_ns(records);
         if all_ns == 0 {
             return None;
         }
+        let [all_ms, busy_ms] = [all_ns, busy_ns].map(|ns| ns as f64 / 1e6 / n_steps);
+        let recording_ms = (records.len() as f64 / n_steps * launch_ms).min(all_ms - busy_ms);
         let mut kernels: Vec<KernelTime> = Vec::new();
         for Record { name, start_ns, end_ns } in records {
             let (launches, ms) = (n_steps.recip(), (end_ns - start_ns) as f64 / 1e6 / n_steps);
@@ -75,7 +105,8 @@ impl StepActivity {
             }
         }
         kernels.sort_by(|a, b| b.ms.total_cmp(&a.ms));
-        Some(Self { busy_frac: busy_ns as f64 / all_ns as f64, step_ms: all_ns as f64 / 1e6 / n_steps, kernels })
+        let busy_frac = busy_ms / (all_ms - recording_ms);
+        Some(Self { busy_frac, recorded_step_ms: all_ms, recording_ms, kernels })
     }
 }
 
@@ -94,10 +125,13 @@ mod tests {
             ]
         };
         let records: Vec<Record> = [step(0), step(8_000_000)].concat();
-        let activity = StepActivity::of(&records, 2.).unwrap();
-        assert_eq!((activity.busy_frac, activity.step_ms), (14. / 16., 8.));
+        let of = |launch_ms| StepActivity::of(&records, 2., launch_ms).unwrap();
+        let activity = of(0.);
+        assert_eq!((activity.busy_frac, activity.recorded_step_ms, activity.recording_ms), (7. / 8., 8., 0.));
+        assert_eq!((of(0.125).busy_frac, of(0.125).recording_ms), (7. / 7.625, 0.375));
+        assert_eq!(of(9.).busy_frac, 1., "recording takes no more than the gaps");
         let named: Vec<_> = activity.kernels.iter().map(|k| (k.name.as_str(), k.launches, k.ms)).collect();
         assert_eq!(named, [("b", 1., 5.), ("a", 2., 2.)]);
-        assert_eq!(StepActivity::of(&[], 2.), None);
+        assert_eq!(StepActivity::of(&[], 2., 0.), None);
     }
 }
