@@ -241,7 +241,7 @@ mod tests {
 
     use super::*;
 
-    /// The operator for heads of 64, as text without what is in its mask.
+    /// The operator for so wide heads and so many queries, as text without what is in its mask.
     fn chosen(pattern: Pattern, sees_itself: bool, [d_head, n]: [i64; 2], deterministic: bool) -> String {
         let visible = Visible { pattern, sees_itself, keys: 0..n as usize };
         let name = format!("{:?}", operator(&visible, d_head, n, deterministic).unwrap());

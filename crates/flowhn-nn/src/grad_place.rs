@@ -2,7 +2,7 @@
 
 use std::cell::Cell;
 
-use tch::{Kind, Tensor};
+use tch::Tensor;
 
 use flowhn_torch::{Result, Sum, product, product_into};
 
@@ -12,38 +12,36 @@ use crate::{Params, Weight};
 #[derive(Debug, Default)]
 pub(crate) struct InPlace(Cell<bool>);
 
-/// The type of the gradient of a weight, and the gradient of the backward passes before, if this one adds to it.
+/// Where the gradient of one product with a weight goes.
 #[derive(Debug)]
 pub(crate) struct GradPlace {
-    kind: Kind,
-    before: Option<Tensor>,
+    leaf: Tensor,
+    in_place: bool,
 }
 
 impl GradPlace {
-    /// The gradient `a b`; `None` where it was added to the one before.
+    /// The gradient `a b`; `None` where it was added to that of the backward passes before.
     pub(crate) fn product(&self, a: &Tensor, b: &Tensor) -> Result<Option<Tensor>> {
-        match &self.before {
-            Some(before) => product_into(a, b, before, Sum::Old).map(|()| None),
-            None => product(a, b, self.kind).map(Some),
+        let kind = self.leaf.kind();
+        let before = self.in_place.then(|| self.leaf.grad());
+        match before.filter(|grad| grad.defined() && grad.kind() == kind && grad.is_contiguous()) {
+            Some(before) => product_into(a, b, &before, Sum::Old).map(|()| None),
+            None => product(a, b, kind).map(Some),
         }
     }
 }
 
 impl Weight {
-    /// The place for the gradient of a product that is made now.
     pub(crate) fn grad_place(&self) -> GradPlace {
-        let leaf = self.grad_leaf();
-        let before = self.beside.in_place.0.get().then(|| leaf.grad());
-        let before = before.filter(|grad| grad.defined() && grad.kind() == leaf.kind() && grad.is_contiguous());
-        GradPlace { kind: leaf.kind(), before }
+        GradPlace { leaf: self.grad_leaf().shallow_clone(), in_place: self.beside.in_place.0.get() }
     }
 }
 
 impl Params {
     /// From now on the gradients of projections ([`Linear`](crate::Linear)) that a second backward pass and later ones compute are added to those
     /// of the passes before by the matrix products themselves, where bf16 activations meet a weight's bf16 copy: one read and one write of
-    /// a sum that autograd would write, read, and add in a pass of its own. So what a backward pass has begun to add cannot be taken back,
-    /// and `Tensor::run_backward` for the gradient of such a weight finds none while [`Weight::grad`] has one.
+    /// a sum where autograd writes the gradient, reads it and the sum, and writes that. While [`Weight::grad`] has a gradient, then,
+    /// `Tensor::run_backward` finds none for such a weight, and there are no second derivatives of it.
     pub fn add_grads_in_place(&self) {
         self.iter().for_each(|param| param.weight.beside.in_place.0.set(true));
     }
@@ -51,7 +49,7 @@ impl Params {
 
 #[cfg(test)]
 mod tests {
-    use tch::Device;
+    use tch::{Device, Kind};
 
     use super::*;
     use crate::{Decay, Init};
@@ -70,7 +68,9 @@ mod tests {
         params.add_grads_in_place();
         assert!(product().is_none());
         assert!(weight.grad().unwrap().unwrap().allclose(&(&want * 2.), 1e-6, 1e-6, false));
+        // A place that was made while there was a gradient.
+        let place = weight.grad_place();
         weight.clear_grad().unwrap();
-        assert!(product().is_some_and(|grad| grad.equal(&want)), "none before");
+        assert!(place.product(&a, &b).unwrap().is_some_and(|grad| grad.equal(&want)), "none any more");
     }
 }

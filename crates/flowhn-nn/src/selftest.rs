@@ -41,8 +41,10 @@ fn results(params: &Params, projection: &Linear, [x, dy]: [&Tensor; 2], grad_kin
     Ok([y.detach(), x.grad(), grad_of(projection.weight(), grad_kind)?])
 }
 
-/// Gradients of two backward passes that are added up by their products are the sums of both, but for roundings of the sum.
+/// Gradients of two backward passes that are added up by their products are the sums of both, but for roundings of the sum, and autograd gets
+/// none of them.
 fn grads_add_in_place(params: &Params, forward: &dyn Fn(&Tensor) -> Result<Tensor>, x: [&Tensor; 2]) -> Result<String> {
+    let device = x[0].device();
     let backward = |x: &Tensor| -> Result<Vec<Tensor>> {
         let y = forward(x)?;
         (&y * &y).sum(Kind::Float).f_backward()?;
@@ -60,6 +62,15 @@ fn grads_add_in_place(params: &Params, forward: &dyn Fn(&Tensor) -> Result<Tenso
         let error = (got.to_kind(Kind::Double) - (first + second)).abs().max().double_value(&[]);
         ensure(error <= allowed, || format!("weight {i}: off by {error:.2e}, allowed {allowed:.2e}"))?;
         worst = worst.max(error / allowed);
+    }
+    for param in params.iter() {
+        let (leaf, kind) = (param.weight.grad_leaf(), param.weight.grad_kind());
+        let y = forward(x[0])?;
+        let got = Tensor::f_run_backward(&[(&y * &y).sum(Kind::Float)], &[leaf], false, false);
+        // The CPU adds in place where it leaves gradients in bf16 alone.
+        let by_products = device.is_cuda() || kind == Kind::BFloat16;
+        let is_there = got.is_ok_and(|grads| grads.iter().all(Tensor::defined));
+        ensure(is_there != by_products, || format!("{}: autograd's gradient is there: {is_there}", param.name))?;
     }
     Ok(format!("{:.0} % of the roundings", 100. * worst))
 }

@@ -17,7 +17,7 @@
 // A block takes one chunk and several heads of one group, one after the other, with 16 warps of two kinds: 8 own rows i of dc
 // and dg, 8 own rows j of db and dx; each kind has 4 row blocks times 2 halves of the columns. What makes it fast: the
 // sums over heads stay in registers, so that the products with b and c are made once a block and db, dc leave it once; x, dy, h, dh
-// are read once, those of the next head under the products of this one; one barrier a head, and one warp closes the
+// are read once, those of the next head under the products of this one; one barrier a head (two where the head is cut off from its state), and one warp closes the
 // books of a head while the others are at the next.
 #include "ssd_backward.cuh"
 

@@ -139,13 +139,18 @@ extern "C" __global__ void __launch_bounds__(THREADS, 2) ssd_forward_sm90(
         wgmma_wait<0>();
         wgmma_hold(out);
         float keep[2] = {own.from_start[row], own.from_start[row + 8]}, decay = own.from_start[CHUNK - 1];
-        #pragma unroll
-        for (int n = 0; n < 8; n++)
+        // Two loops: one that asks each time makes the compiler wait for every product (C7511).
+        if (decay != 0.f) {
             #pragma unroll
-            for (int k = 0; k < 4; k++) {
-                if (decay == 0.f && keep[k / 2] == 0.f) out[n][k] = 0.f;
-                else out[n][k] *= keep[k / 2];
-            }
+            for (int n = 0; n < 8; n++)
+                #pragma unroll
+                for (int k = 0; k < 4; k++) out[n][k] *= keep[k / 2];
+        } else {
+            #pragma unroll
+            for (int n = 0; n < 8; n++)
+                #pragma unroll
+                for (int k = 0; k < 4; k++) out[n][k] = keep[k / 2] == 0.f ? 0.f : out[n][k] * keep[k / 2];
+        }
         #pragma unroll
         for (int n = 0; n < N / 8; n++)
             #pragma unroll

@@ -1,6 +1,6 @@
 //! What a GPU works on and when, launch by launch, as NVIDIA's library CUPTI records it.
 //!
-//! libtorch brings the library and has loaded it. Nothing is recorded, and nothing is slower, until somebody holds an [`Activity`].
+//! libtorch brings the library and has loaded it. Nothing is recorded until somebody holds an [`Activity`].
 
 use std::alloc::Layout;
 use std::ffi::{CStr, c_char, c_void};
@@ -59,7 +59,6 @@ impl Activity {
             return Err(Error::invalid("activity", "another one records already; there is one at a time"));
         }
         let activity = Self(cupti);
-        locked().clear();
         // SAFETY: a number that CUPTI has for a kind of records.
         KINDS.iter().try_for_each(|&kind| cupti.check("cuptiActivityEnable", unsafe { (cupti.enable)(kind) }))?;
         Ok(activity)
@@ -70,8 +69,7 @@ impl Activity {
     /// # Errors
     /// [`Error::Kernel`] if CUPTI refuses.
     pub fn take(&self) -> Result<Vec<Record>> {
-        // SAFETY: a flag that CUPTI has; the callbacks it comes back through are those of this module.
-        self.0.check("cuptiActivityFlushAll", unsafe { (self.0.flush_all)(FLUSH_ALL) })?;
+        self.0.flush()?;
         let mut records = std::mem::take(&mut *locked());
         records.sort_by_key(|record| (record.start_ns, record.end_ns));
         Ok(records)
@@ -85,19 +83,36 @@ impl Drop for Activity {
             // SAFETY: as in `start`.
             let _ = unsafe { (self.0.disable)(kind) };
         }
+        // What it still holds is not for the next one.
+        let _ = self.0.flush();
+        locked().clear();
         IS_ACTIVE.store(false, Ordering::Release);
     }
 }
 
-/// Nanoseconds from the first begin to the last end, and those of them in which something ran. The records are in order of their begin.
-pub fn busy_ns(records: &[Record]) -> (u64, u64) {
-    let Some(first) = records.first() else { return (0, 0) };
-    let (mut busy, mut end) = (0, first.start_ns);
-    for record in records {
-        busy += record.end_ns.saturating_sub(record.start_ns.max(end));
-        end = end.max(record.end_ns);
+/// How a device fills the time from the first begin of its records to their last end, in nanoseconds.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Occupation {
+    /// All of it.
+    pub all_ns: u64,
+    /// That in which something ran.
+    pub busy_ns: u64,
+    /// How often nothing ran.
+    pub n_gaps: u64,
+}
+
+impl Occupation {
+    /// Of records in order of their begin.
+    pub fn of(records: &[Record]) -> Self {
+        let Some(first) = records.first() else { return Self::default() };
+        let (mut found, mut end_ns) = (Self::default(), first.start_ns);
+        for record in records {
+            found.n_gaps += u64::from(record.start_ns > end_ns);
+            found.busy_ns += record.end_ns.saturating_sub(record.start_ns.max(end_ns));
+            end_ns = end_ns.max(record.end_ns);
+        }
+        Self { all_ns: end_ns - first.start_ns, ..found }
     }
-    (end - first.start_ns, busy)
 }
 
 type OnRequest = unsafe extern "C" fn(buffer: *mut *mut u8, size: *mut usize, max_records: *mut usize);
@@ -149,6 +164,12 @@ impl Cupti {
         Ok(cupti)
     }
 
+    /// Has CUPTI hand over what it holds.
+    fn flush(&self) -> Result<()> {
+        // SAFETY: a flag that CUPTI has; the callbacks it comes back through are those of this module.
+        self.check("cuptiActivityFlushAll", unsafe { (self.flush_all)(FLUSH_ALL) })
+    }
+
     fn check(&self, what: &str, outcome: u32) -> Result<()> {
         if outcome == SUCCESS {
             return Ok(());
@@ -172,7 +193,7 @@ fn locked() -> MutexGuard<'static, Vec<Record>> {
     RECORDS.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
-/// What all records of the three kinds begin with: `CUpti_ActivityKernel9`, `CUpti_ActivityMemcpy6`, `CUpti_ActivityMemset4` and their
+/// What all records of the three kinds begin with: `CUpti_ActivityKernel10`, `CUpti_ActivityMemcpy6`, `CUpti_ActivityMemset4` and their
 /// successors, which only grow at their ends.
 #[repr(C)]
 struct Head {
@@ -214,7 +235,7 @@ unsafe extern "C" fn on_complete(_: *mut c_void, _: u32, buffer: *mut u8, _: usi
     unsafe { std::alloc::dealloc(buffer, BUFFER) };
 }
 
-/// A record of one of the three kinds.
+/// A record of one of the three kinds whose times are known.
 ///
 /// # Safety
 /// `at` leads to a record of CUPTI's.
@@ -234,7 +255,8 @@ unsafe fn read(at: *const u8) -> Option<Record> {
     };
     // SAFETY: records of these kinds begin so.
     let head = unsafe { at.cast::<Head>().read_unaligned() };
-    Some(Record { name, start_ns: head.start_ns, end_ns: head.end_ns })
+    let Head { start_ns, end_ns, .. } = head;
+    (0 < start_ns && start_ns <= end_ns).then_some(Record { name, start_ns, end_ns })
 }
 
 #[cfg(test)]
@@ -247,11 +269,11 @@ mod tests {
 
     #[test]
     fn time_in_which_several_run_counts_once() {
-        assert_eq!(busy_ns(&[]), (0, 0));
-        assert_eq!(busy_ns(&[record(5, 9)]), (4, 4));
+        assert_eq!(Occupation::of(&[]), Occupation::default());
+        assert_eq!(Occupation::of(&[record(5, 9)]), Occupation { all_ns: 4, busy_ns: 4, n_gaps: 0 });
         // One beside another, one inside another, a gap, one that touches.
         let records = [record(0, 10), record(4, 14), record(5, 6), record(20, 30), record(30, 31)];
-        assert_eq!(busy_ns(&records), (31, 25));
+        assert_eq!(Occupation::of(&records), Occupation { all_ns: 31, busy_ns: 25, n_gaps: 1 });
     }
 
     #[test]
@@ -270,6 +292,9 @@ mod tests {
         assert_eq!(read_of(&bytes).map(|record| record.name), Some("memset".to_owned()));
         bytes[..4].copy_from_slice(&99u32.to_ne_bytes());
         assert_eq!(read_of(&bytes), None, "another kind");
+        bytes[..4].copy_from_slice(&MEMSET.to_ne_bytes());
+        bytes[24..32].fill(0);
+        assert_eq!(read_of(&bytes), None, "not ended");
     }
 
     #[test]

@@ -2,6 +2,8 @@
 //!
 //! Those about the device itself are for CUDA devices alone.
 
+#[cfg(flowhn_cuda)]
+mod activity;
 mod device;
 mod function;
 #[cfg(flowhn_cuda)]
@@ -18,6 +20,8 @@ use crate::{Error, Result};
 /// Every check of this crate.
 pub fn cases() -> Vec<Case> {
     let mut cases = device::cases();
+    #[cfg(flowhn_cuda)]
+    cases.extend(activity::cases());
     cases.extend(function::cases());
     #[cfg(flowhn_cuda)]
     cases.extend(graph::cases());

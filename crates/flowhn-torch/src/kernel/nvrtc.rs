@@ -44,6 +44,8 @@ pub struct EntryResources {
     pub stack_bytes: u32,
     /// Bytes that a thread spills, stores and loads together, with those of functions that the entry calls.
     pub spill_bytes: u32,
+    /// Whether the assembler makes Hopper's asynchronous products wait for one another, for want of registers.
+    pub waits_for_products: bool,
 }
 
 /// Compiles a source for an architecture such as `sm_90a`. No GPU is needed.
@@ -239,6 +241,11 @@ fn resources(log: &str) -> Vec<EntryResources> {
             }
         }
     }
+    for line in log.lines().filter(|line| line.contains("wgmma.mma_async instructions are serialized")) {
+        for entry in &mut entries {
+            entry.waits_for_products |= line.contains(&format!("'{}'", entry.entry));
+        }
+    }
     entries
 }
 
@@ -291,10 +298,18 @@ extern "C" __global__ void scale(const X* x, X* y, int n, float factor) {
         let log = "ptxas info    : Compiling entry function 'a' for 'sm_90a'\nptxas info    : Function properties for a\n\
                    ptxas         .     8 bytes stack frame, 12 bytes spill stores, 16 bytes spill loads\n\
                    ptxas info    : Used 40 registers, used 1 barriers, 128 bytes smem\n\
+                   ptxas info    : (C7511) Potential Performance Loss: wgmma.mma_async instructions are serialized due to insufficient \
+                   register resources for the wgmma pipeline in the function 'a'\n\
                    ptxas info    : Function properties for _Z6helperv\n\
                    ptxas         .     0 bytes stack frame, 4 bytes spill stores, 4 bytes spill loads\n";
-        let want =
-            EntryResources { entry: "a".into(), registers: 40, shared_bytes: 128, stack_bytes: 8, spill_bytes: 36 };
+        let want = EntryResources {
+            entry: "a".into(),
+            registers: 40,
+            shared_bytes: 128,
+            stack_bytes: 8,
+            spill_bytes: 36,
+            waits_for_products: true,
+        };
         assert_eq!(resources(log), [want]);
     }
 }

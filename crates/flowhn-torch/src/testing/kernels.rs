@@ -38,7 +38,8 @@ impl fmt::Display for CompiledEntry {
         let EntryResources { entry, registers, shared_bytes, spill_bytes, .. } = resources;
         write!(f, "{arch} {source}/{entry}")?;
         defines.iter().try_for_each(|(name, value)| write!(f, " {name}={value}"))?;
-        write!(f, ": {registers} registers, {shared_bytes} bytes shared, {spill_bytes} bytes spilled")
+        write!(f, ": {registers} registers, {shared_bytes} bytes shared, {spill_bytes} bytes spilled")?;
+        if resources.waits_for_products { f.write_str(", products one after the other") } else { Ok(()) }
     }
 }
 
@@ -78,11 +79,12 @@ pub fn compile_all(kernels: &[KernelSpec]) -> Result<Vec<CompiledEntry>> {
     Ok(done.into_iter().collect::<Result<Vec<_>>>()?.concat())
 }
 
-/// Compiles everything, as [`compile_all`], and sees that no tuned variant spills registers on the architecture it is tuned for.
+/// Compiles everything, as [`compile_all`], and sees that on the architecture it is tuned for no tuned variant spills registers or waits
+/// for each asynchronous product.
 /// `tuned` names entries with macros, `"scan X_KIND=1"`; each must be there.
 ///
 /// # Panics
-/// If a variant does not compile, a tuned one spills, or is not there; the message holds all of them.
+/// If a variant does not compile, a tuned one spills, waits, or is not there; the message holds all of them.
 #[track_caller]
 pub fn check_kernels(kernels: &[KernelSpec], tuned: &[&str]) {
     let entries = compile_all(kernels).unwrap_or_else(|error| panic!("{error}"));
@@ -92,7 +94,12 @@ pub fn check_kernels(kernels: &[KernelSpec], tuned: &[&str]) {
         if found.peek().is_none() {
             findings.push(format!("there is no `{words}`"));
         }
-        findings.extend(found.filter(|entry| entry.resources.spill_bytes > 0).map(ToString::to_string));
+        let is_slow = |entry: &&CompiledEntry| entry.resources.spill_bytes > 0 || entry.resources.waits_for_products;
+        findings.extend(found.filter(is_slow).map(ToString::to_string));
     }
-    assert!(findings.is_empty(), "tuned kernels must be there and must not spill:\n{}", findings.join("\n"));
+    assert!(
+        findings.is_empty(),
+        "tuned kernels must be there and must neither spill nor wait for products:\n{}",
+        findings.join("\n")
+    );
 }

@@ -25,7 +25,7 @@ half (mfu) or as the whole square (mfu_full_scores). mfu is a fraction of the pe
 --json prints one object: `definition`, `device`, `peak` {name, flops_per_s}, `rows`: a list of {model, policy, parameters, tokens_per_step,
 tokens_per_s, recomputed_flops_per_step (not in mfu), step_ms {median, min, max, all}, mfu, mfu_full_scores, matmul_frac, matmul {flops_per_s, name}, max_memory_bytes, host_ms,
 last_loss, busy_frac, fp8_projections {in_fp8, of}, parts: a list of {name, ms}, activity {busy_frac, recorded_step_ms, recording_ms, kernels:
-a list of {name, launches, ms}}, power {watts, limit_watts, held_back_frac, clock_mhz, max_clock_mhz}, joules_per_token}. With train.linears = \"fp8\", MFU stays a fraction of the bf16
+a list of {name, n_launches, ms}}, power {watts, limit_watts, held_back_frac, clock_mhz, max_clock_mhz}, joules_per_token}. With train.linears = \"fp8\", MFU stays a fraction of the bf16
 peak. Parts come from steps of their own with marks between them and branches one after the other; `gaps` lies
 between two steps. busy_frac is the share of the time in which a kernel or a copy runs, as CUPTI records it in three further steps (less
 what recording takes), whose kernels `activity` lists; on the CPU it is the share of what does not lie between two steps. Power is what NVML tells of a GPU during further steps; held_back_frac is the share of that time in
@@ -275,7 +275,7 @@ impl Row {
         let parts: Vec<String> = self.parts.iter().map(|part| format!("{} {:.2}", part.name, part.ms)).collect();
         let busy = self.busy_frac.map_or(String::new(), |frac| format!("; busy {:.1} %", 100. * frac));
         let launches = self.activity.as_ref().map_or(String::new(), |activity| {
-            format!(" in {:.0} launches", activity.kernels.iter().map(|kernel| kernel.launches).sum::<f64>())
+            format!(" in {:.0} launches", activity.kernels.iter().map(|kernel| kernel.n_launches).sum::<f64>())
         });
         format!("       ms: {}{busy}{launches}\n", parts.join(", "))
     }
