@@ -119,30 +119,36 @@ impl Heads {
         )?)
     }
 
-    /// It does not share keys among heads, so they are repeated.
+    /// It does not share keys among heads, so it is asked once for each query head of a group, and no key is repeated in memory.
     fn memory_efficient(&self, mask: &Tensor) -> Result<Tensor> {
         let size = self.q.size();
-        let (batch, n_heads, m) = (size[0], size[1], self.k.size()[2]);
-        let bias = self.bias(mask)?.f_expand([batch, n_heads, size[2], m], false)?;
-        let repeated = |x: &Tensor| -> Result<Tensor> {
-            let [kv_heads, width] = [x.size()[1], x.size()[3]];
-            let grouped = x.f_unsqueeze(2)?.f_expand([batch, kv_heads, n_heads / kv_heads, m, width], false)?;
-            Ok(grouped.f_reshape([batch, n_heads, m, width])?)
+        let [batch, n_heads, n] = [size[0], size[1], size[2]];
+        let kv_heads = self.k.size()[1];
+        let bias = self.bias(mask)?.f_expand([batch, kv_heads, n, self.k.size()[2]], false)?;
+        let q_bkgnp = self.q.f_unflatten(1, [kv_heads, n_heads / kv_heads])?;
+        let mut parts_bnkp = Vec::new();
+        for head in 0..n_heads / kv_heads {
+            let o_bknp = first(call(
+                "aten::_scaled_dot_product_efficient_attention",
+                "",
+                &[
+                    Arg::Tensor(&q_bkgnp.f_select(2, head)?),
+                    Arg::Tensor(&self.k),
+                    Arg::Tensor(&self.v),
+                    Arg::Tensor(&bias),
+                    Arg::Bool(self.recorded()),
+                    Arg::Double(0.),
+                    Arg::Bool(false),
+                    Arg::Double(self.scale),
+                ],
+            )?)?;
+            parts_bnkp.push(o_bknp.f_transpose(1, 2)?);
+        }
+        let o_bnkp = match parts_bnkp.len() {
+            1 => parts_bnkp.swap_remove(0),
+            _ => Tensor::f_stack(&parts_bnkp, 3)?.f_flatten(2, 3)?,
         };
-        first(call(
-            "aten::_scaled_dot_product_efficient_attention",
-            "",
-            &[
-                Arg::Tensor(&self.q),
-                Arg::Tensor(&repeated(&self.k)?),
-                Arg::Tensor(&repeated(&self.v)?),
-                Arg::Tensor(&bias),
-                Arg::Bool(self.recorded()),
-                Arg::Double(0.),
-                Arg::Bool(false),
-                Arg::Double(self.scale),
-            ],
-        )?)
+        Ok(o_bnkp.f_transpose(1, 2)?)
     }
 
     /// What is added to the scores, `[batch, 1, n, m]`: 0 for keys that a query sees, minus infinity for the others. Its rows are

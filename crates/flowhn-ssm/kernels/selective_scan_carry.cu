@@ -9,8 +9,8 @@
 // Shapes: states and decays `[batch, n_segments, d_inner, d_state]` f32; after the link, states[s] is the state before segment s
 // (forward) or the gradient by the state after it (backward). Blocks, lanes and tiles are those of the scan.
 //
-// What makes it fast: tokens are visited from the far end, so that a token's weight is one power of two without a chain of
-// products, and a block stops as soon as all its weights are 0 in f32: behind that, nothing can change the result. Sums of dt are
+// What makes it fast: a tile is fetched while the one before is summed; tokens are visited from the far end, so that a token's weight
+// is one power of two without a chain of products; and a block stops as soon as all its weights are 0 in f32: behind that, nothing can change the result. Sums of dt are
 // made tile by tile, so that small steps are not lost in a large sum.
 #include "selective_scan_tile.cuh"
 
@@ -36,8 +36,7 @@ selective_scan_carry(float* states, float* decays, const X* x, const Dt* dt, con
                      int d_inner, int d_state, int segment_len) {
     float* steps = reinterpret_cast<float*>(shared_memory());  // [TILE][CHANNELS] pairs of dt and what the token adds
     float* w_tile = steps + TILE * CHANNELS * 2;               // [TILE][SLICE]
-    int* alive = reinterpret_cast<int*>(w_tile + TILE * SLICE);  // [2][WARPS]: whether a warp's weights are still above 0
-    float4* slices = reinterpret_cast<float4*>(w_tile + TILE * SLICE + 32);  // [SLICES][THREADS] states and rates
+    float4* slices = reinterpret_cast<float4*>(w_tile + TILE * SLICE);  // [SLICES][THREADS] states and rates
 
     int tid = threadIdx.x, lane = tid % 32, group = lane / 8;
     int channel = tid / 32 * 8 + lane % 8, e = blockIdx.x * CHANNELS + channel;
@@ -69,28 +68,45 @@ selective_scan_carry(float* states, float* decays, const X* x, const Dt* dt, con
         }
     }
 
-    float passed = 0.f;  // the sum of dt over the tiles already visited
-    bool cut = false;    // whether a reset hides the rest of the segment
+    Pair<X> x_next[STEPS];
+    Pair<Dt> dt_next[STEPS];
+    Pair<Z> z_next[STEPS];
+    StateTile<W, TILE> w_next;
     int n_tiles = (end - first + TILE - 1) / TILE;
-    for (int visit = 0; visit < n_tiles; visit++) {
-        int token = first + (REVERSE ? visit : n_tiles - 1 - visit) * TILE, n_tokens = min(TILE, end - token);
-        StateTile<W, TILE> w_next;
-        w_next.load(w + token * w_token, w_token, n_tokens, 0, d_state);
-        const X* x_at = x + (token + row) * x_token + pair_e;
-        const Dt* dt_at = dt + (token + row) * dt_token + pair_e;
-        const Z* z_at = z + (token + row) * z_token + pair_e;
+    auto first_token = [&](int visit) { return first + (REVERSE ? visit : n_tiles - 1 - visit) * TILE; };
+    auto fetch_channels = [&](int visit) {
+        int token = first_token(visit);
         #pragma unroll
         for (int k = 0; k < STEPS; k++) {
-            int t = row + k * ROWS, w = t < n_tokens ? width : 0;
-            float2 u = load_pair<PAIRED_CHANNELS>(x_at, w).unpack(), v = load_pair<PAIRED_CHANNELS>(dt_at, w).unpack();
-            float lo = w ? step_size(v.x + bias.x) : 0.f, hi = w ? step_size(v.y + bias.y) : 0.f;
+            int t = token + row + k * ROWS, w = visit < n_tiles && t < end ? width : 0;
+            x_next[k] = load_pair<PAIRED_CHANNELS>(x + t * x_token + pair_e, w);
+            dt_next[k] = load_pair<PAIRED_CHANNELS>(dt + t * dt_token + pair_e, w);
+            if (REVERSE && GATED) z_next[k] = load_pair<PAIRED_CHANNELS>(z + t * z_token + pair_e, w);
+        }
+    };
+    auto fetch_states = [&](int visit, int slice) {
+        int token = first_token(visit);
+        w_next.load(w + token * w_token, w_token, visit < n_tiles ? end - token : 0, slice, d_state);
+    };
+    fetch_channels(0);
+    fetch_states(0, 0);
+
+    float passed = 0.f;  // the sum of dt over the tiles already visited
+    bool cut = false;    // whether a reset hides the rest of the segment
+    for (int visit = 0; visit < n_tiles; visit++) {
+        int token = first_token(visit), n_tokens = min(TILE, end - token);
+        #pragma unroll
+        for (int k = 0; k < STEPS; k++) {
+            int t = row + k * ROWS;
+            float2 u = x_next[k].unpack(), v = dt_next[k].unpack();
+            bool valid = t < n_tokens && width > 0;
+            float lo = valid ? step_size(v.x + bias.x) : 0.f, hi = valid ? step_size(v.y + bias.y) : 0.f;
             if (!REVERSE) {
                 u = make_float2(lo * u.x, hi * u.y);
             } else if (GATED) {
-                float2 g = load_pair<PAIRED_CHANNELS>(z_at, w).unpack();
+                float2 g = z_next[k].unpack();
                 u = make_float2(u.x * gate(g.x), u.y * gate(g.y));
             }
-            x_at += ROWS * x_token, dt_at += ROWS * dt_token, z_at += ROWS * z_token;
             reinterpret_cast<float4*>(steps)[(t * CHANNELS + pair) / 2] = make_float4(lo, u.x, hi, u.y);
         }
         // Visited tokens of the tile: all, or those on this side of a reset.
@@ -106,16 +122,16 @@ selective_scan_carry(float* states, float* decays, const X* x, const Dt* dt, con
         float in_tile;
         #pragma unroll 1
         for (int slice = 0; slice < SLICES; slice++) {
-            if (slice > 0) {
-                w_next.load(w + token * w_token, w_token, n_tokens, slice, d_state);
-                __syncthreads();
-            }
+            if (slice > 0) __syncthreads();
             w_next.store(w_tile);
             if (SLICES > 1) {
                 sum = to_states(slices[slice * THREADS + tid]);
                 rate = to_states(slices[(SLICES + slice) * THREADS + tid]);
             }
             __syncthreads();
+            // What comes next is on its way while this is summed.
+            if (slice == 0) fetch_channels(visit + 1);
+            fetch_states(slice + 1 < SLICES ? visit : visit + 1, slice + 1 < SLICES ? slice + 1 : 0);
             in_tile = 0.f;
             #pragma unroll 4
             for (int i = 0; i < to - from; i++) {
@@ -132,12 +148,7 @@ selective_scan_carry(float* states, float* decays, const X* x, const Dt* dt, con
         }
         passed += in_tile;
         // Step sizes that were not made by softplus may be negative, and weights grow again.
-        bool any = __any_sync(FULL_WARP, !SOFTPLUS || passed * slowest > VANISHED);
-        if (lane == 0) alive[visit % 2 * WARPS + tid / 32] = any;
-        __syncthreads();
-        int n_alive = 0;
-        for (int i = 0; i < WARPS; i++) n_alive += alive[visit % 2 * WARPS + i];
-        if (cut || n_alive == 0) break;
+        if (!__syncthreads_or(!SOFTPLUS || passed * slowest > VANISHED) || cut) break;
     }
 
     i64 at = (batch * n_segments + segment) * d_inner * d_state;

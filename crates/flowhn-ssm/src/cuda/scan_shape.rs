@@ -311,7 +311,7 @@ impl Operands {
                 let barriers = if n_teams == 1 { 0 } else { 2 * 8 * 4 * (CHUNK / STRIP / HANDOVER) };
                 n_teams * team + left + barriers
             }
-            Pass::CarryForward | Pass::CarryBackward => 4 * (TILE * 2 * CHANNELS + TILE * SLICE + 32) + per_slice(2),
+            Pass::CarryForward | Pass::CarryBackward => 4 * (TILE * 2 * CHANNELS + TILE * SLICE) + per_slice(2),
         };
         bytes as usize
     }

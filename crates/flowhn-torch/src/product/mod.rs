@@ -28,8 +28,8 @@ const FLOAT: op::Arg<'static> = op::Arg::Int(6);
 /// What is known of the products of some sizes.
 #[derive(Clone)]
 enum Known {
-    /// The fastest way.
-    Plan(Arc<Plan>),
+    /// The fastest way, and whether it has libtorch's bits where it adds to what is there.
+    Plan { plan: Arc<Plan>, adds: bool },
     /// libtorch's own is the fastest.
     Libtorch,
     /// So many results told nothing.
@@ -42,9 +42,9 @@ type Plans = HashMap<Sizes, Known>;
 /// up in.
 ///
 /// The first product of its sizes that is enqueued outside of a captured graph waits for the device while ways to do it are compared and
-/// timed: about a hundred times what the product takes, nine times more for each 64 MiB of its result, with at most 96 MiB of memory besides. So
-/// this is for sizes that come again and again, as those of training do. `FLOWHN_TUNE_PRODUCTS=0` in the environment leaves all products to libtorch. The bits are libtorch's either way, as compared on
-/// that first product. Nothing is recorded for autograd: this belongs inside of a [`Function`](crate::Function), or under `no_grad`.
+/// timed: about a hundred times what the product takes, up to 17 times more for each 64 MiB of its result, with at most 96 MiB of memory besides.
+/// So this is for sizes that come again and again, as those of training do. `FLOWHN_TUNE_PRODUCTS=0` in the environment leaves all products to
+/// libtorch. The bits are libtorch's either way, as compared on that first product, alone and added to other numbers. Nothing is recorded for autograd: this belongs inside of a [`Function`](crate::Function), or under `no_grad`.
 ///
 /// # Errors
 /// [`Error::Torch`] if the factors do not fit each other or libtorch has no such product;
@@ -72,8 +72,8 @@ pub enum Sum {
 pub fn product_into(a: &Tensor, b: &Tensor, out: &Tensor, sum: Sum) -> Result<()> {
     let Some((device_idx, sizes)) = tunable(a, b, out) else { return by_libtorch(a, b, out, sum) };
     let n_postponed = match plans(|plans| plans.get(&sizes).cloned()) {
-        Some(Known::Plan(plan)) => return plan.run(device_idx, a, b, out, sum),
-        Some(Known::Libtorch) => return by_libtorch(a, b, out, sum),
+        Some(Known::Plan { plan, adds }) if adds || sum == Sum::New => return plan.run(device_idx, a, b, out, sum),
+        Some(Known::Plan { .. } | Known::Libtorch) => return by_libtorch(a, b, out, sum),
         Some(Known::Postponed(n)) => n,
         None => 0,
     };

@@ -64,10 +64,6 @@ impl Sizes {
     pub(super) fn flops(&self) -> f64 {
         2. * self.m as f64 * self.n as f64 * self.k as f64
     }
-
-    pub(super) fn out_bytes(&self) -> u64 {
-        self.m * self.n * if self.is_f32 { 4 } else { 2 }
-    }
 }
 
 /// Whether a tensor begins where cuBLASLt supposes.
@@ -283,7 +279,7 @@ mod tests {
         let zeros = |rows: i64, columns: i64| Tensor::zeros([rows, columns], kind);
         let (x, w, out) = (zeros(40, 24), zeros(24, 16), zeros(40, 16));
         let sizes = Sizes::of(0, &x, &w, &out).unwrap();
-        assert_eq!((sizes.m, sizes.n, sizes.k, sizes.out_bytes()), (40, 16, 24, 40 * 16 * 2));
+        assert_eq!((sizes.m, sizes.n, sizes.k, sizes.is_f32), (40, 16, 24, false));
         assert_eq!(
             (sizes.a, sizes.b),
             (Factor { transposed: false, stride: 24 }, Factor { transposed: false, stride: 16 })
